@@ -1,0 +1,1 @@
+"""retrofit: rewrites a trained model's attention into hierarchical attention."""

