@@ -1,0 +1,139 @@
+"""The pyramid at once or token by token, to the same bit.
+
+x [B,H,N,D], levels of the first N−T tokens  →  levels of all N tokens
+
+Every reduction is written as a fixed sequence of elementwise operations: library reductions may change their
+order with the shape, and a cell must not depend on how many others are pooled with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+from retrofit.errors import ConfigError
+
+POOLINGS = ("mean", "max", "attention", "learned")
+
+
+def extend_pyramid(
+    x: Tensor,
+    levels: Sequence[Tensor] | None,
+    start: Tensor,
+    *,
+    new: int,
+    ratios: Sequence[int],
+    offset: int,
+    pooling: str,
+    weights: Sequence[Tensor | None],
+) -> list[Tensor]:
+    """Returns the pooled levels of ``x``, computing only the cells that the last ``new`` tokens complete.
+
+    Level l pools ``ratios[l]`` members of level l−1 (of the tokens from position ``offset`` on for level 0), so
+    its cells hold size_l = prod(ratios[:l+1]) tokens. A level has ⌊(N − offset)/size_l⌋ cells, what a row that
+    starts at 0 completes; in other rows the cells beyond their last complete one hold anything finite.
+
+    Args:
+        x: All tokens in index space, [B, H, N, D].
+        levels: The levels of the first N − new tokens; None builds from nothing.
+        start: Index of each row's first real token, int64 [B].
+        new: Number of tokens added since ``levels``; not read if that is None.
+        ratios: Members of a cell of each level.
+        offset: Position at which the grid starts.
+        pooling: ``mean``, ``max``, ``attention`` (softmax over the members of query · member / √D) or
+            ``learned`` (strided depthwise convolution).
+        weights: Per level None, the query [H, D] (attention) or the convolution [H, D, ratio] (learned).
+
+    Returns:
+        One tensor [B, H, cells, D] of x's dtype per level.
+
+    Raises:
+        ConfigError: If ``pooling`` is unknown.
+    """
+    if pooling not in POOLINGS:
+        raise ConfigError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
+    tokens = x.shape[2] - offset
+    room = torch.sym_max(tokens, 0) if offset else tokens
+    members = torch.arange(max(ratios, default=1), device=x.device)
+    result: list[Tensor] = []
+    children = x
+    for level, (ratio, weight) in enumerate(zip(ratios, weights, strict=True)):
+        size = prod(ratios[: level + 1])
+        capacity = room // size
+        count = capacity if levels is None else (new + size - 1) // size
+        first = torch.zeros_like(start)
+        if levels is not None:
+            first = (tokens - new - start).clamp(min=0) // size
+        cells = first[:, None] + torch.arange(count, device=x.device)
+        index = (cells[:, :, None] * ratio + members[:ratio]).flatten(1)
+        if level == 0:
+            index = index + (start + offset)[:, None]
+        index = index.clamp(max=children.shape[2] - 1)
+        pooled = _pool(_take(children, index).unflatten(2, (count, ratio)), pooling, weight)
+        if levels is not None:
+            old = levels[level]
+            # Spare cells at the end take what a row cannot complete yet.
+            spare = x.new_zeros(1, 1, 1, 1).expand(*x.shape[:2], capacity + count - old.shape[2], x.shape[3])
+            place = cells[:, None, :, None].expand_as(pooled)
+            children = torch.cat([old, spare], 2).scatter(2, place, pooled)
+        else:
+            children = pooled
+        result.append(children[:, :, :capacity])
+    return result
+
+
+def crop_pyramid(levels: Sequence[Tensor], tokens: int, *, ratios: Sequence[int], offset: int) -> list[Tensor]:
+    """Returns the levels of the first ``tokens`` index slots."""
+    room = max(tokens - offset, 0)
+    return [level[:, :, : room // prod(ratios[: i + 1])] for i, level in enumerate(levels)]
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    # x [B,H,N,D], index [B,C]  →  [B,H,C,D]
+    return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+
+
+def _pool(members: Tensor, pooling: str, weight: Tensor | None) -> Tensor:
+    # members [B,H,C,ratio,D]  →  [B,H,C,D], accumulated in float32 at least
+    dtype = members.dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    parts = [part.to(wide) for part in members.unbind(3)]
+    if pooling == "mean":
+        pooled = _sum(parts) / len(parts)
+    elif pooling == "max":
+        pooled = parts[0]
+        for part in parts[1:]:
+            pooled = torch.maximum(pooled, part)
+    elif weight is None:
+        raise ConfigError(f"pooling={pooling!r} needs a weight for every level, got None")
+    elif pooling == "attention":
+        query = (weight.to(wide) / members.shape[-1] ** 0.5)[:, None, :]
+        scores = [_halve(part * query) for part in parts]
+        top = scores[0].detach()
+        for score in scores[1:]:
+            top = torch.maximum(top, score.detach())
+        shares = [(score - top).contiguous().exp() for score in scores]
+        pooled = _sum([share * part for share, part in zip(shares, parts, strict=True)]) / _sum(shares)
+    else:
+        taps = weight.to(wide).unbind(2)
+        pooled = _sum([tap[:, None, :] * part for tap, part in zip(taps, parts, strict=True)])
+    return pooled.to(dtype)
+
+
+def _sum(parts: Sequence[Tensor]) -> Tensor:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
+def _halve(x: Tensor) -> Tensor:
+    # Sum over the last dimension by halving, kept as size 1.
+    while x.shape[-1] > 1:
+        half = x.shape[-1] // 2
+        folded = x[..., :half] + x[..., half : 2 * half]
+        x = torch.cat([folded, x[..., 2 * half :]], -1) if x.shape[-1] % 2 else folded
+    return x
