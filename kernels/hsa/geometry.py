@@ -1,0 +1,232 @@
+"""The grids of hierarchical sparse attention: which span lies where, and who is a candidate.
+
+Positions count from a row's first real token; the grid starts behind the sinks:
+
+    0 … sink │ leaf 0 │ leaf 1 │ … │ leaf n−1 │ window start … t          n = covered(t)
+             └ node ┘ …
+    span i of level j = [sink + i·s_j, sink + (i+1)·s_j),  s_j = block·fanout^j,  leaves are level 0
+
+A leaf is scored by ``block / node`` nodes, a span of a coarser level by ``nodes_per_span``. Nodes of level j
+are row i·(nodes per span) and following of pyramid level j.
+
+Everything here is integer arithmetic. Methods that take positions or counts take plain ints or integer
+tensors, so that the same line serves a Python driver and an exported graph.
+
+**The order of candidates** is what ``leaf_ids`` returns, ascending with −1 in the unused places; the
+``first`` array of the operator's state is indexed by it.
+
+**Summaries** of a query t with first query t0 of its block: a span is *free* if it is complete and lies wholly
+in what the query may see, behind the sinks and outside its window, and no leaf in it is executed for t.
+The cover consists of the free spans whose parent is not free, among the levels 0 … top_level(covered(t0)),
+where spans of levels ≥ 1 must lie in the first covered(t0) leaves (not causal: in the complete leaves of the
+row). So the cover is a function of the executed leaves alone, and each leaf is in at most one span of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import TypeVar, cast
+
+import torch
+from torch import Tensor
+
+MAX_POSITIONS = 2**21
+"""The longest row: it fixes the number of levels, so that they do not depend on the length at hand."""
+
+Count = TypeVar("Count", int, Tensor)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The sizes of one site, all in tokens unless said.
+
+    Attributes:
+        window: The most recent tokens, attended to exactly; a multiple of ``block``.
+        sink: The first tokens, attended to exactly; a multiple of ``block``.
+        budget: Tokens each query selects for itself; a multiple of ``block``.
+        block: Size of a leaf.
+        node: Size of the nodes by which leaves are scored; divides ``block``.
+        fanout: Children of a span.
+        nodes_per_span: Nodes by which a span of level 1 or higher is scored.
+        beam: Spans kept at each coarse step.
+        query_block: Consecutive queries that share the coarse steps and the executed leaves.
+        dense_until: Queries at positions before it attend densely; a multiple of ``query_block``.
+    """
+
+    window: int
+    sink: int
+    budget: int
+    block: int
+    node: int
+    fanout: int
+    nodes_per_span: int
+    beam: int
+    query_block: int
+    dense_until: int
+
+    @cached_property
+    def dense_end(self) -> int:
+        """Queries before this position attend densely (not causal: rows of at most this length do).
+
+        Before sink + window + budget the budget holds all there is to choose from.
+        """
+        fits = (self.sink + self.window + self.budget) // self.query_block * self.query_block
+        return max(self.dense_until, fits)
+
+    @cached_property
+    def levels(self) -> int:
+        """Levels of spans, leaves included, and so of the pyramid of nodes."""
+        level, spans = 1, MAX_POSITIONS // self.span_size(1)
+        while spans > self.beam * self.fanout:
+            level, spans = level + 1, spans // self.fanout
+        return level + 1
+
+    @cached_property
+    def ratios(self) -> tuple[int, ...]:
+        """Per pyramid level, how many members of the level below a node pools."""
+        sizes = (1, *self.node_sizes)
+        return tuple(size // below for below, size in pairwise(sizes))
+
+    @cached_property
+    def node_sizes(self) -> tuple[int, ...]:
+        """Tokens in a node, per level."""
+        return tuple(self.node_size(level) for level in range(self.levels))
+
+    @cached_property
+    def coarse_width(self) -> int:
+        """Candidates of a coarse step: children of the kept spans, and the cover's own spans."""
+        return self.beam * self.fanout + self.fanout - 1
+
+    @cached_property
+    def leaf_width(self) -> int:
+        """Leaf candidates C of a query block; ``leaf_ids`` says which they are."""
+        leaving = -((1 - self.query_block) // self.block)
+        return self.coarse_width + leaving
+
+    @cached_property
+    def leaves_per_query(self) -> int:
+        """Leaves that each query chooses for itself."""
+        return min(self.budget // self.block, self.leaf_width)
+
+    @property
+    def leaf_candidates(self) -> int:
+        """The same as ``leaf_width``."""
+        return self.leaf_width
+
+    def span_size(self, level: int) -> int:
+        """Tokens in a span of ``level``; leaves are level 0."""
+        return cast(int, self.block * self.fanout**level)
+
+    def node_size(self, level: int) -> int:
+        """Tokens in a node of ``level``."""
+        return self.node if level == 0 else self.span_size(level) // self.nodes_per_span
+
+    def nodes_in_span(self, level: int) -> int:
+        """Nodes by which a span of ``level`` is scored."""
+        return self.block // self.node if level == 0 else self.nodes_per_span
+
+    def blocks(self, tokens: Count) -> Count:
+        """Query blocks that ``tokens`` positions reach into."""
+        return (tokens + self.query_block - 1) // self.query_block
+
+    def window_start(self, t: Count) -> Count:
+        """First position of the window of the query at ``t``, a multiple of ``block``."""
+        return _at_least_0(t + 1 - self.window) // self.block * self.block
+
+    def window_end(self, t: Count) -> Count:
+        """End (exclusive) of the window of the query at ``t`` where attention is not causal."""
+        return (t + self.window + self.block - 1) // self.block * self.block
+
+    def covered(self, t: Count) -> Count:
+        """Leaves between sinks and window of the query at ``t``: the candidates, with an unlimited beam."""
+        return _at_least_0(self.window_start(t) - self.sink) // self.block
+
+    def complete(self, length: Count) -> Count:
+        """Complete leaves in a row of ``length`` tokens: the candidates where attention is not causal."""
+        return _at_least_0(length - self.sink) // self.block
+
+    def top_level(self, covered: Count) -> Count:
+        """Level of the first coarse step over ``covered`` leaves: at most beam·fanout spans, at least 1."""
+        limit = self.beam * self.fanout
+        level = covered * 0 + 1
+        for below in range(1, self.levels - 1):
+            level = level + (covered // self.fanout**below > limit) * 1
+        return level
+
+    def coarse_ids(self, kept: Tensor, covered: Tensor, level: int) -> Tensor:
+        """Candidates of the coarse step at ``level`` over the canonical cover of the first leaves.
+
+        Args:
+            kept: Spans kept at ``level + 1``, [..., beam], ascending, −1 in the unused places; all −1 at the
+                top level and above it.
+            covered: Leaves to cover, int64 [...].
+            level: At least 1.
+
+        Returns:
+            Spans of ``level``, int64 [..., coarse_width], ascending, −1 in the unused places. Above the top
+            level there are none.
+        """
+        slots = torch.arange(self.coarse_width, device=kept.device)
+        top = self.top_level(covered).unsqueeze(-1)
+        count = (covered // self.fanout**level).unsqueeze(-1)
+        first = torch.where(slots < count, slots, -1)
+        below = torch.cat(
+            [
+                self._children(kept),
+                self._right_edge(covered // self.fanout ** (level + 1), count, self.fanout - 1),
+            ],
+            dim=-1,
+        )
+        return torch.where(top == level, first, torch.where(top > level, below, -1))
+
+    def leaf_ids(self, spans: Tensor, covered: Tensor, last: Tensor) -> Tensor:
+        """Leaf candidates of query blocks: children of the kept spans, then the right edge of the cover.
+
+        A candidate counts for a query only where it lies outside that query's window.
+
+        Args:
+            spans: Spans kept at level 1, [..., beam], ascending, −1 in the unused places.
+            covered: ``covered`` of the block's first query, int64 [...]; not causal: ``complete``.
+            last: ``covered`` of the block's last place, int64 [...]; not causal: ``complete``.
+
+        Returns:
+            Leaves, int64 [..., leaf_width], ascending, −1 in the unused places.
+        """
+        width = self.leaf_width - self.beam * self.fanout
+        edge = self._right_edge(covered // self.fanout, last.unsqueeze(-1), width)
+        return torch.cat([self._children(spans), edge], dim=-1)
+
+    def block_leaf_ids(self, spans: Tensor, block: Tensor, length: Tensor | None = None) -> Tensor:
+        """``leaf_ids`` of the query blocks number ``block``.
+
+        Args:
+            spans: Spans kept at level 1, [..., beam].
+            block: Number of the query block, int64, broadcastable to [...].
+            length: Tokens of the row, int64, broadcastable to [...]; given where attention is not causal.
+
+        Returns:
+            Leaves, int64 [..., leaf_width].
+        """
+        if length is None:
+            t0 = block * self.query_block
+            covered, last = self.covered(t0), self.covered(t0 + self.query_block - 1)
+        else:
+            covered = last = self.complete(length)
+        shape = spans.shape[:-1]
+        return self.leaf_ids(spans, covered.expand(shape), last.expand(shape))
+
+    def _children(self, spans: Tensor) -> Tensor:
+        spans = spans.to(torch.int64).unsqueeze(-1)
+        ids = spans * self.fanout + torch.arange(self.fanout, device=spans.device)
+        return torch.where(spans >= 0, ids, -1).flatten(-2)
+
+    def _right_edge(self, parents: Tensor, end: Tensor, width: int) -> Tensor:
+        """The ``width`` spans behind the last complete parent, as far as they lie before ``end``."""
+        ids = parents.unsqueeze(-1) * self.fanout + torch.arange(width, device=parents.device)
+        return torch.where(ids < end, ids, -1)
+
+
+def _at_least_0(count: Count) -> Count:
+    return count.clamp(min=0) if isinstance(count, Tensor) else max(0, count)
