@@ -1,0 +1,51 @@
+"""Dense attention by its formula, with the whole mask: the definition.
+
+out[t] = Σ_j softmax_j(scale · q[t]·k[j]) v[j] over the keys j visible to t: real ones, up to t if causal,
+and later than t − w under a sliding window of w. The queries are the last T of the N index slots.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def visible(
+    tokens: int, slots: int, start: Tensor, length: Tensor, *, causal: bool, sliding_window: int
+) -> Tensor:
+    """Which keys each query sees: bool [B, T, N]; False throughout for queries that are padding."""
+    key = torch.arange(slots, device=start.device)
+    query = key[slots - tokens :, None]
+    end = start + length
+    seen = ((key >= start[:, None]) & (key < end[:, None]))[:, None, :]
+    seen = seen & ((query >= start[:, None, None]) & (query < end[:, None, None]))
+    if causal:
+        seen = seen & (key <= query)
+    if sliding_window:
+        seen = seen & (key > query - sliding_window)
+    return seen
+
+
+def dense_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Tensor,
+    length: Tensor,
+    *,
+    scale: float,
+    causal: bool,
+    sliding_window: int = 0,
+) -> Tensor:
+    """Dense attention of q [B, Hq, T, D] to k [B, Hkv, N, D], v [B, Hkv, N, Dv]: [B, Hq, T, Dv]."""
+    group = q.shape[1] // k.shape[1]
+    k = k.repeat_interleave(group, dim=1)
+    v = v.repeat_interleave(group, dim=1)
+    seen = visible(
+        q.shape[2], k.shape[2], start, length, causal=causal, sliding_window=sliding_window
+    ).unsqueeze(1)
+    scores = (q @ k.transpose(-1, -2) * scale).masked_fill(~seen, float("-inf"))
+    top = scores.amax(dim=-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
+    weights = (scores - top.detach()).exp()
+    total = weights.sum(dim=-1, keepdim=True)
+    return (weights / total.clamp(min=torch.finfo(total.dtype).tiny)) @ v
