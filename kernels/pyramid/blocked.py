@@ -57,35 +57,33 @@ def extend_pyramid(
         raise ConfigError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
     tokens = x.shape[2] - offset
     room = torch.sym_max(tokens, 0) if offset else tokens
-    members = torch.arange(max(ratios, default=1), device=x.device)
     result: list[Tensor] = []
     children = x
     for level, (ratio, weight) in enumerate(zip(ratios, weights, strict=True)):
         size = prod(ratios[: level + 1])
         capacity = room // size
-        count = capacity if levels is None else (new + size - 1) // size
+        # Spare cells at the end take what a row cannot complete yet; with two of them no size can be 0 or 1,
+        # for which torch.export would specialise.
+        count = (capacity if levels is None else (new + size - 1) // size) + 2
         first = torch.zeros_like(start)
         if levels is not None:
             first = (tokens - new - start).clamp(min=0) // size
         cells = first[:, None] + torch.arange(count, device=x.device)
-        index = (cells[:, :, None] * ratio + members[:ratio]).flatten(1)
-        if level == 0:
-            index = index + (start + offset)[:, None]
-        index = index.clamp(max=children.shape[2] - 1)
-        pooled = _pool(_take(children, index).unflatten(2, (count, ratio)), pooling, weight)
+        origin = cells * ratio if level else cells * ratio + (start + offset)[:, None]
+        last = children.shape[2] - 1
+        parts = [_take(children, (origin + i).clamp(max=last)) for i in range(ratio)]
+        children = _pool(parts, pooling, weight)
         if levels is not None:
-            old = levels[level]
-            # Spare cells at the end take what a row cannot complete yet.
-            spare = x.new_zeros(1, 1, 1, 1).expand(*x.shape[:2], capacity + count - old.shape[2], x.shape[3])
-            place = cells[:, None, :, None].expand_as(pooled)
-            children = torch.cat([old, spare], 2).scatter(2, place, pooled)
-        else:
-            children = pooled
+            place = cells[:, None, :, None].expand_as(children)
+            room_for_new = torch.zeros_like(children)
+            children = torch.cat([levels[level], room_for_new], 2).scatter(2, place, children)
         result.append(children[:, :, :capacity])
     return result
 
 
-def crop_pyramid(levels: Sequence[Tensor], tokens: int, *, ratios: Sequence[int], offset: int) -> list[Tensor]:
+def crop_pyramid(
+    levels: Sequence[Tensor], tokens: int, *, ratios: Sequence[int], offset: int
+) -> list[Tensor]:
     """Returns the levels of the first ``tokens`` index slots."""
     room = max(tokens - offset, 0)
     return [level[:, :, : room // prod(ratios[: i + 1])] for i, level in enumerate(levels)]
@@ -96,11 +94,11 @@ def _take(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
 
-def _pool(members: Tensor, pooling: str, weight: Tensor | None) -> Tensor:
-    # members [B,H,C,ratio,D]  →  [B,H,C,D], accumulated in float32 at least
-    dtype = members.dtype
+def _pool(members: Sequence[Tensor], pooling: str, weight: Tensor | None) -> Tensor:
+    # ratio members, each [B,H,C,D]  →  [B,H,C,D], accumulated in float32 at least
+    dtype = members[0].dtype
     wide = torch.promote_types(dtype, torch.float32)
-    parts = [part.to(wide) for part in members.unbind(3)]
+    parts = [part.to(wide) for part in members]
     if pooling == "mean":
         pooled = _sum(parts) / len(parts)
     elif pooling == "max":
@@ -110,7 +108,7 @@ def _pool(members: Tensor, pooling: str, weight: Tensor | None) -> Tensor:
     elif weight is None:
         raise ConfigError(f"pooling={pooling!r} needs a weight for every level, got None")
     elif pooling == "attention":
-        query = (weight.to(wide) / members.shape[-1] ** 0.5)[:, None, :]
+        query = (weight.to(wide) / parts[0].shape[-1] ** 0.5)[:, None, :]
         scores = [_halve(part * query) for part in parts]
         top = scores[0].detach()
         for score in scores[1:]:

@@ -47,9 +47,7 @@ def build_pyramid(
             empty = x.new_zeros(x.shape[1], x.shape[3])
             rows.append(torch.stack(cells + [empty] * (capacity - complete)) if capacity else x.new_zeros(0))
         stacked = torch.stack(rows)
-        levels.append(
-            stacked.transpose(1, 2) if capacity else x.new_zeros(*x.shape[:2], 0, x.shape[3])
-        )
+        levels.append(stacked.transpose(1, 2) if capacity else x.new_zeros(*x.shape[:2], 0, x.shape[3]))
     return levels
 
 
