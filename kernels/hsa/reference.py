@@ -1,0 +1,285 @@
+"""Definition of hierarchical sparse attention: selection by explicit loops, attention by explicit masks.
+
+For each row and each query block, in positions:
+
+    coarse steps   by the block's first query, from the top level down: score the candidates, keep ``beam``
+    leaf step      by each query for itself: score the leaf candidates, choose budget / block of them
+    execution      one softmax over sinks, window and the leaves chosen so far in the block, plus, gated, the
+                   nodes of the cover of what is not executed (``geometry`` defines candidates and cover)
+
+A vote is Σ over the group's heads of the softmax over all the candidates' nodes of scale·q·k, summed within each
+candidate: the log-sum-exp of scale·q·k + log(node size), as all nodes of a step have one size.
+
+Score computations run in float32, or float64 for float64 inputs, and in shapes that depend on the geometry
+alone, so that prefill, chunks and single tokens see the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import log
+
+import torch
+from torch import Tensor
+
+from retrofit.kernels.hsa.geometry import Geometry
+
+
+def hsa_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Tensor,
+    length: Tensor,
+    nodes: Sequence[Tensor],
+    value_nodes: Sequence[Tensor],
+    gate: Tensor | None,
+    past_spans: Tensor | None,
+    past_first: Tensor | None,
+    *,
+    scale: float,
+    causal: bool,
+    sliding_window: int,
+    geometry: Geometry,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the output and the selection that the next call continues from.
+
+    Args:
+        q: Queries, the last T of the N index slots, [B, Hq, T, D].
+        k: Keys, [B, Hkv, N, D].
+        v: Values, [B, Hkv, N, Dv].
+        start: Index of each row's first real token, int64 [B].
+        length: Number of real tokens of each row, int64 [B].
+        nodes: Pooled keys per level, [B, Hkv, M_level, D].
+        value_nodes: Pooled values per level, [B, Hkv, M_level, Dv]; empty without summaries.
+        gate: Weight of the summaries, [Hq], clamped at 0 with a straight-through gradient; None without.
+        past_spans: ``spans`` of the call before, [B, Hkv, NB, beam], or None.
+        past_first: ``first`` of the call before, [B, Hkv, NB, C], or None.
+        scale: Factor on the scores.
+        causal: Whether a query sees only itself and what lies before it.
+        sliding_window: A query sees only the keys less than this far away; 0 for no limit.
+        geometry: The sizes.
+
+    Returns:
+        The output [B, Hq, T, Dv], zero for padding; per query block the kept spans of level 1, int32
+        [B, Hkv, NB, beam], ascending, −1 in the unused places; and per leaf candidate the row within the block
+        that chose it first, uint8 [B, Hkv, NB, C], ``query_block`` for none.
+    """
+    batch, kv_heads, tokens = k.shape[:3]
+    queries, g = q.shape[2], geometry
+    shape = (batch, kv_heads, g.blocks(tokens))
+    spans = torch.full((*shape, g.beam), -1, dtype=torch.int32, device=q.device)
+    first = torch.full((*shape, g.leaf_width), g.query_block, dtype=torch.uint8, device=q.device)
+    if past_spans is not None and past_first is not None:
+        spans[:, :, : past_spans.shape[2]] = past_spans
+        first[:, :, : past_first.shape[2]] = past_first
+    out = q.new_zeros(batch, q.shape[1], queries, v.shape[3])
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    for b in range(batch):
+        begin, count = int(start[b]), int(length[b])
+        offset = begin - (tokens - queries)  # index among the queries of position 0
+        row = _Row(
+            q=q[b].unflatten(0, (kv_heads, -1)).to(dtype),
+            k=k[b, :, begin : begin + count].to(dtype),
+            v=v[b, :, begin : begin + count].to(dtype),
+            nodes=[level[b].to(dtype) for level in nodes],
+            value_nodes=[level[b].to(dtype) for level in value_nodes],
+            gate=None if gate is None else _straight_through(gate.to(dtype)).view(kv_heads, -1, 1, 1),
+            scale=scale,
+            causal=causal,
+            sliding_window=sliding_window,
+            geometry=g,
+        )
+        for block in range(max(-offset, 0) // g.query_block, g.blocks(count)):
+            low = max(block * g.query_block, -offset)
+            high = min((block + 1) * g.query_block, count)
+            t = torch.arange(low, high, device=q.device)
+            picked = row.q[:, :, low + offset : high + offset]
+            if row.is_dense(block):
+                keys, cover = row.visible(t).expand(kv_heads, -1, -1), []
+            else:
+                if low == block * g.query_block:
+                    spans[b, :, block] = row.coarse_steps(picked[:, :, 0], block)
+                leaves = row.leaf_ids(spans[b, :, block], block)
+                first[b, :, block] = row.leaf_step(picked, t, block, leaves, first[b, :, block])
+                keys, cover = row.masks(t, block, leaves, first[b, :, block])
+            part = row.attend(picked, keys, cover).flatten(0, 1)
+            out[b, :, low + offset : high + offset] = part.to(out.dtype)
+    return out, spans, first
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One row of the batch in positions; q [Hkv, G, T, D], k and v [Hkv, n, ·]."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    nodes: list[Tensor]
+    value_nodes: list[Tensor]
+    gate: Tensor | None
+    scale: float
+    causal: bool
+    sliding_window: int
+    geometry: Geometry
+
+    @property
+    def tokens(self) -> int:
+        return self.k.shape[1]
+
+    def is_dense(self, block: int) -> bool:
+        at = (block + 1) * self.geometry.query_block if self.causal else self.tokens
+        return at <= self.geometry.dense_end
+
+    def covered(self, block: int) -> int:
+        """Leaves covered by the block's coarse steps."""
+        g = self.geometry
+        return g.covered(block * g.query_block) if self.causal else g.complete(self.tokens)
+
+    def leaf_ids(self, spans: Tensor, block: int) -> Tensor:
+        length = None if self.causal else torch.tensor(self.tokens, device=spans.device)
+        return self.geometry.block_leaf_ids(spans, torch.tensor(block, device=spans.device), length)
+
+    def visible(self, t: Tensor) -> Tensor:
+        """What dense attention sees: bool [R, n]."""
+        j, t = torch.arange(self.tokens, device=t.device), t[:, None]
+        seen = j <= t if self.causal else torch.ones_like(j + t, dtype=torch.bool)
+        if self.sliding_window:
+            seen = seen & (j > t - self.sliding_window) & (j < t + self.sliding_window)
+        return seen
+
+    def in_reach(self, ids: Tensor, size: int, low: Tensor, high: Tensor) -> Tensor:
+        """Whether spans of ``size`` tokens touch what the queries from ``low`` to ``high`` may see."""
+        begin = self.geometry.sink + ids * size
+        reach = torch.ones_like(begin + low, dtype=torch.bool)
+        if self.sliding_window:
+            reach = begin + size - 1 > low - self.sliding_window
+            if not self.causal:
+                reach = reach & (begin < high + self.sliding_window)
+        return reach
+
+    def in_window(self, leaves: Tensor, t: Tensor) -> Tensor:
+        """Whether leaves belong to the window of the queries ``t``, or lie behind it where causal."""
+        g = self.geometry
+        begin = g.sink + leaves * g.block
+        inside = begin >= g.window_start(t)
+        return inside if self.causal else inside & (begin < g.window_end(t))
+
+    def coarse_steps(self, q0: Tensor, block: int) -> Tensor:
+        """Spans of level 1 that the block's first query keeps, [Hkv, beam]; q0 [Hkv, G, D]."""
+        g, heads = self.geometry, q0.shape[0]
+        t0 = torch.tensor(block * g.query_block, device=q0.device)
+        covered = torch.full((heads,), self.covered(block), device=q0.device)
+        kept = torch.full((heads, g.beam), -1, device=q0.device)
+        for level in range(g.levels - 1, 0, -1):
+            ids = g.coarse_ids(kept, covered, level)
+            reach = self.in_reach(ids, g.span_size(level), t0, t0 + g.query_block - 1)
+            valid = (ids >= 0) & reach
+            votes = self.votes(q0[:, :, None], level, ids, valid[:, None])[:, 0]
+            order = votes.masked_fill(~valid, -1.0).sort(dim=-1, descending=True, stable=True).indices
+            order = order[:, : g.beam]
+            best = ids.gather(-1, order).masked_fill(~valid.gather(-1, order), 2**30)
+            kept = best.sort(dim=-1).values
+            kept = kept.masked_fill(kept == 2**30, -1)
+        return kept
+
+    def leaf_step(self, q: Tensor, t: Tensor, block: int, leaves: Tensor, first: Tensor) -> Tensor:
+        """``first`` [Hkv, C] with what the queries q [Hkv, G, R, D] at ``t`` choose for themselves."""
+        g = self.geometry
+        padded = q.new_zeros(*q.shape[:2], g.query_block, q.shape[3])
+        rows = t - block * g.query_block
+        padded[:, :, rows] = q.detach()
+        valid = self.candidates(leaves, block * g.query_block + torch.arange(g.query_block, device=q.device))
+        votes = self.votes(padded, 0, leaves, valid)
+        order = votes.masked_fill(~valid, -1.0).sort(dim=-1, descending=True, stable=True).indices
+        chosen = torch.zeros_like(valid).scatter(-1, order[..., : g.leaves_per_query], True) & valid
+        when = torch.where(chosen[:, rows], rows[:, None], g.query_block).amin(1)
+        return torch.minimum(first, when.to(first.dtype))
+
+    def candidates(self, leaves: Tensor, t: Tensor) -> Tensor:
+        """Which leaves [Hkv, C] the queries ``t`` may choose: bool [Hkv, R, C]."""
+        leaves, t = leaves[:, None], t[:, None]
+        reach = self.in_reach(leaves, self.geometry.block, t, t)
+        return (leaves >= 0) & ~self.in_window(leaves, t) & reach
+
+    @torch.no_grad()
+    def votes(self, q: Tensor, level: int, ids: Tensor, valid: Tensor) -> Tensor:
+        """Votes [Hkv, R, W] of q [Hkv, G, R, D] for the spans ``ids`` [Hkv, W], if ``valid`` [Hkv, R, W]."""
+        if not valid.any():
+            return torch.zeros_like(valid, dtype=q.dtype)
+        nodes, each = self.nodes[level], self.geometry.nodes_in_span(level)
+        at = ids.clamp(min=0)[..., None] * each + torch.arange(each, device=ids.device)
+        at = at.flatten(-2).clamp(max=nodes.shape[1] - 1)
+        members = nodes.gather(1, at[..., None].expand(-1, -1, nodes.shape[2]))
+        scores = self.scale * (q @ members[:, None].transpose(-1, -2))
+        unused = ~valid[:, None].repeat_interleave(each, dim=-1)
+        mass = scores.masked_fill(unused, -torch.inf).softmax(-1).nan_to_num(0.0)
+        return mass.unflatten(-1, (-1, each)).sum(-1).sum(1)
+
+    def masks(self, t: Tensor, block: int, leaves: Tensor, first: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """What the queries ``t`` of ``block`` count: keys, bool [Hkv, R, n], and per level spans of the cover."""
+        g, heads = self.geometry, leaves.shape[0]
+        rows = t - block * g.query_block if self.causal else torch.full_like(t, g.query_block - 1)
+        whole = g.complete(self.tokens)
+        executed = torch.zeros(heads, len(t), whole + 1, dtype=torch.bool, device=t.device)
+        now = (first[:, None] <= rows[:, None]) & (leaves >= 0)[:, None]
+        executed.scatter_(-1, torch.where(now, leaves[:, None], whole), True)
+        executed = executed[..., :whole]
+
+        j = torch.arange(self.tokens, device=t.device)
+        keys = (
+            (j < g.sink)
+            | (j >= g.sink + whole * g.block)
+            | self.in_window((j - g.sink) // g.block, t[:, None])
+        )
+        keys = keys.repeat(heads, 1, 1)
+        behind = slice(g.sink, g.sink + whole * g.block)
+        keys[..., behind] |= executed.repeat_interleave(g.block, dim=-1)
+        keys &= self.visible(t)
+        if self.gate is None:
+            return keys, []
+
+        leaf = torch.arange(whole, device=t.device)
+        free = ~executed & ~self.in_window(leaf, t[:, None])
+        free &= self.visible(t)[:, behind].unflatten(-1, (whole, g.block)).all(-1)
+        covered = self.covered(block)
+        frees = [free]
+        for level in range(1, g.top_level(covered) + 1):
+            complete = covered // g.fanout**level
+            frees.append(frees[-1][..., : complete * g.fanout].unflatten(-1, (complete, g.fanout)).all(-1))
+        cover = [frees[-1]]
+        for free, parent in zip(frees[-2::-1], frees[:0:-1], strict=True):
+            inside = parent.repeat_interleave(g.fanout, dim=-1)
+            outside = free.clone()
+            outside[..., : inside.shape[-1]] &= ~inside
+            cover.insert(0, outside)
+        return keys, cover
+
+    def attend(self, q: Tensor, keys: Tensor, cover: list[Tensor]) -> Tensor:
+        """One softmax over the keys and the nodes of the cover; q [Hkv, G, R, D] → [Hkv, G, R, Dv]."""
+        logits = self.scale * (q @ self.k[:, None].transpose(-1, -2))
+        logits = logits.masked_fill(~keys[:, None], -torch.inf)
+        values = self.v
+        top = logits.amax(-1, keepdim=True).detach()
+        if not cover or self.gate is None:
+            weights = (logits - top).exp()
+            return (weights @ values[:, None]) / weights.sum(-1, keepdim=True)
+        scores, summarised = [], []
+        for level, spans in enumerate(cover):
+            each = self.geometry.nodes_in_span(level)
+            count = spans.shape[-1] * each
+            score = self.scale * (q @ self.nodes[level][:, None, :count].transpose(-1, -2))
+            score = score + log(self.geometry.node_size(level))
+            scores.append(score.masked_fill(~spans.repeat_interleave(each, dim=-1)[:, None], -torch.inf))
+            summarised.append(self.value_nodes[level][:, :count])
+        score, value = torch.cat(scores, -1), torch.cat(summarised, 1)
+        opened = score.detach().amax(-1, keepdim=True) + self.gate.detach().log() if score.shape[-1] else top
+        top = torch.maximum(top, opened)
+        weights, pooled = (logits - top).exp(), self.gate * (score - top).clamp(max=80.0).exp()
+        total = weights.sum(-1, keepdim=True) + pooled.sum(-1, keepdim=True)
+        return (weights @ values[:, None] + pooled @ value[:, None]) / total
+
+
+def _straight_through(gate: Tensor) -> Tensor:
+    return gate + (gate.clamp(min=0) - gate).detach()
