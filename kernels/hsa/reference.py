@@ -80,7 +80,7 @@ def hsa_attention(
         begin, count = int(start[b]), int(length[b])
         offset = begin - (tokens - queries)  # index among the queries of position 0
         row = _Row(
-            q=q[b].unflatten(0, (kv_heads, -1)).to(dtype),
+            q=q[b].reshape(kv_heads, -1, queries, q.shape[3]).to(dtype),
             k=k[b, :, begin : begin + count].to(dtype),
             v=v[b, :, begin : begin + count].to(dtype),
             nodes=[level[b].to(dtype) for level in nodes],
@@ -96,8 +96,9 @@ def hsa_attention(
             high = min((block + 1) * g.query_block, count)
             t = torch.arange(low, high, device=q.device)
             picked = row.q[:, :, low + offset : high + offset]
+            cover: list[Tensor] = []
             if row.is_dense(block):
-                keys, cover = row.visible(t).expand(kv_heads, -1, -1), []
+                keys = row.visible(t).expand(kv_heads, -1, -1)
             else:
                 if low == block * g.query_block:
                     spans[b, :, block] = row.coarse_steps(picked[:, :, 0], block)
@@ -215,7 +216,7 @@ class _Row:
         scores = self.scale * (q @ members[:, None].transpose(-1, -2))
         unused = ~valid[:, None].repeat_interleave(each, dim=-1)
         mass = scores.masked_fill(unused, -torch.inf).softmax(-1).nan_to_num(0.0)
-        return mass.unflatten(-1, (-1, each)).sum(-1).sum(1)
+        return mass.reshape(*mass.shape[:-1], -1, each).sum(-1).sum(1)
 
     def masks(self, t: Tensor, block: int, leaves: Tensor, first: Tensor) -> tuple[Tensor, list[Tensor]]:
         """What the queries ``t`` of ``block`` count: keys, bool [Hkv, R, n], and per level spans of the cover."""
@@ -242,12 +243,13 @@ class _Row:
 
         leaf = torch.arange(whole, device=t.device)
         free = ~executed & ~self.in_window(leaf, t[:, None])
-        free &= self.visible(t)[:, behind].unflatten(-1, (whole, g.block)).all(-1)
+        free &= self.visible(t)[:, behind].reshape(len(t), whole, g.block).all(-1)
         covered = self.covered(block)
         frees = [free]
         for level in range(1, g.top_level(covered) + 1):
             complete = covered // g.fanout**level
-            frees.append(frees[-1][..., : complete * g.fanout].unflatten(-1, (complete, g.fanout)).all(-1))
+            children = frees[-1][..., : complete * g.fanout]
+            frees.append(children.reshape(heads, len(t), complete, g.fanout).all(-1))
         cover = [frees[-1]]
         for free, parent in zip(frees[-2::-1], frees[:0:-1], strict=True):
             inside = parent.repeat_interleave(g.fanout, dim=-1)
