@@ -58,7 +58,7 @@ def hsa_attention(
         past_first: ``first`` of the call before, [B, Hkv, NB, C], or None.
         scale: Factor on the scores.
         causal: Whether a query sees only itself and what lies before it.
-        sliding_window: A query sees only the keys less than this far away; 0 for no limit.
+        sliding_window: A query sees no keys this far or farther before it; 0 for no limit.
         geometry: The sizes.
 
     Returns:
@@ -147,18 +147,15 @@ class _Row:
         j, t = torch.arange(self.tokens, device=t.device), t[:, None]
         seen = j <= t if self.causal else torch.ones_like(j + t, dtype=torch.bool)
         if self.sliding_window:
-            seen = seen & (j > t - self.sliding_window) & (j < t + self.sliding_window)
+            seen = seen & (j > t - self.sliding_window)
         return seen
 
-    def in_reach(self, ids: Tensor, size: int, low: Tensor, high: Tensor) -> Tensor:
-        """Whether spans of ``size`` tokens touch what the queries from ``low`` to ``high`` may see."""
-        begin = self.geometry.sink + ids * size
-        reach = torch.ones_like(begin + low, dtype=torch.bool)
-        if self.sliding_window:
-            reach = begin + size - 1 > low - self.sliding_window
-            if not self.causal:
-                reach = reach & (begin < high + self.sliding_window)
-        return reach
+    def in_reach(self, ids: Tensor, size: int, t: Tensor) -> Tensor:
+        """Whether spans of ``size`` tokens are not wholly before the sliding windows of the queries ``t``."""
+        end = self.geometry.sink + (ids + 1) * size
+        if not self.sliding_window:
+            return torch.ones_like(end + t, dtype=torch.bool)
+        return end - 1 > t - self.sliding_window
 
     def in_window(self, leaves: Tensor, t: Tensor) -> Tensor:
         """Whether leaves belong to the window of the queries ``t``, or lie behind it where causal."""
@@ -175,8 +172,7 @@ class _Row:
         kept = torch.full((heads, g.beam), -1, device=q0.device)
         for level in range(g.levels - 1, 0, -1):
             ids = g.coarse_ids(kept, covered, level)
-            reach = self.in_reach(ids, g.span_size(level), t0, t0 + g.query_block - 1)
-            valid = (ids >= 0) & reach
+            valid = (ids >= 0) & self.in_reach(ids, g.span_size(level), t0)
             votes = self.votes(q0[:, :, None], level, ids, valid[:, None])[:, 0]
             order = votes.masked_fill(~valid, -1.0).sort(dim=-1, descending=True, stable=True).indices
             order = order[:, : g.beam]
@@ -201,7 +197,7 @@ class _Row:
     def candidates(self, leaves: Tensor, t: Tensor) -> Tensor:
         """Which leaves [Hkv, C] the queries ``t`` may choose: bool [Hkv, R, C]."""
         leaves, t = leaves[:, None], t[:, None]
-        reach = self.in_reach(leaves, self.geometry.block, t, t)
+        reach = self.in_reach(leaves, self.geometry.block, t)
         return (leaves >= 0) & ~self.in_window(leaves, t) & reach
 
     @torch.no_grad()
