@@ -60,7 +60,9 @@ def main() -> None:
         with zipfile.ZipFile(wheel) as archive:
             missing = sorted(modules_in_tree() - set(archive.namelist()))
         if missing:
-            sys.exit(f"error: {wheel.name} lacks {len(missing)} files of the source tree: {', '.join(missing)}")
+            sys.exit(
+                f"error: {wheel.name} lacks {len(missing)} files of the source tree: {', '.join(missing)}"
+            )
         print(f"{wheel.name}: {wheel.stat().st_size:,} bytes, nothing missing")
 
         fresh = scratch / "fresh"

@@ -1,0 +1,67 @@
+"""``retrofit inspect``: which attention a model has, and what of it can be converted."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import Any
+
+from rich.table import Table
+
+from retrofit.cli.options import Device, Dtype, Model, TrustRemoteCode
+from retrofit.cli.output import Shown, command
+
+COLUMNS = ("heads", "kv_heads", "head_dim", "mask", "spelling", "convertible", "reason")
+
+
+@command
+def inspect(
+    model: Model,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    trust_remote_code: TrustRemoteCode = False,
+) -> Shown:
+    """List the attention sites of MODEL; changes nothing."""
+    from retrofit.api import inspect as inspect_model
+    from retrofit.loading import load_model
+
+    loaded = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    found = inspect_model(loaded.model)
+    sites = list(found.sites)
+    convertible = sum(site.convertible for site in sites)
+    document = {
+        "model": model,
+        "architecture": type(loaded.model).__name__,
+        "convertible": convertible,
+        "sites": sites,
+    }
+    title = f"{model}: {len(sites)} attention sites, {convertible} convertible"
+    following = f"retrofit convert {model} OUTPUT --target hsa" if convertible else "retrofit convert --help"
+    return Shown(document, [_table(title, sites)], following)
+
+
+def _table(title: str, sites: list[Any]) -> Table:
+    """Returns one row per run of neighbouring sites that differ in nothing but their path."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("sites", justify="right")
+    table.add_column("path", overflow="fold")
+    for column in COLUMNS:
+        table.add_column(column.replace("_", " "), overflow="fold")
+    for values, run in groupby(sites, key=lambda site: tuple(_cell(getattr(site, name)) for name in COLUMNS)):
+        paths = [site.path for site in run]
+        table.add_row(str(len(paths)), fold(paths), *values)
+    return table
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "" if value is None else str(value)
+
+
+def fold(paths: list[str]) -> str:
+    """Returns ``["layers.0.attn", "layers.1.attn"]`` as ``layers.{0–1}.attn``; one path as it is."""
+    first, last = paths[0].split("."), paths[-1].split(".")
+    if len(paths) == 1 or len(first) != len(last):
+        return paths[0] if len(paths) == 1 else f"{paths[0]} – {paths[-1]}"
+    parts = (a if a == b else f"{{{a}–{b}}}" for a, b in zip(first, last, strict=True))
+    return ".".join(parts)

@@ -1,0 +1,37 @@
+"""The command ``retrofit`` and its sub-commands."""
+
+from __future__ import annotations
+
+import typer
+
+from retrofit.cli.bench import bench
+from retrofit.cli.convert import convert
+from retrofit.cli.distill import distill
+from retrofit.cli.evaluate import evaluate
+from retrofit.cli.export import export
+from retrofit.cli.inspect import inspect
+from retrofit.cli.report import report
+
+app = typer.Typer(
+    name="retrofit",
+    help="Rewrite a trained model's attention into hierarchical attention, recover its accuracy, export it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+for function, name in (
+    (inspect, "inspect"),
+    (convert, "convert"),
+    (distill, "distill"),
+    (evaluate, "eval"),
+    (bench, "bench"),
+    (export, "export"),
+    (report, "report"),
+):
+    app.command(name)(function)
+
+
+def main() -> None:
+    """Runs the command line."""
+    app(prog_name="retrofit")
