@@ -48,3 +48,7 @@ class ExportError(RetrofitError):
 
 class OutputError(RetrofitError):
     """The output folder cannot be written."""
+
+
+class BenchmarkError(RetrofitError):
+    """A benchmark cannot be run, or its inputs' correctness check failed."""
