@@ -36,12 +36,15 @@ def shown(console: Console | None = None) -> Iterator[None]:
         TimeElapsedColumn(),
         Remaining(),
     )
-    with Progress(*columns, console=console or Console(stderr=True)) as bars:
-        token = _bars.set(bars)
-        try:
-            yield
-        finally:
-            _bars.reset(token)
+    bars = Progress(*columns, console=console or Console(stderr=True))
+    token = _bars.set(bars)
+    try:
+        yield
+    finally:
+        _bars.reset(token)
+        # Started by the first loop: without one nothing is printed, not even an empty line.
+        if bars.live.is_started:
+            bars.stop()
 
 
 def track(items: Iterable[Item], description: str, *, total: int | None = None) -> Iterator[Item]:
@@ -58,6 +61,7 @@ def track(items: Iterable[Item], description: str, *, total: int | None = None) 
         return
     if total is None and isinstance(items, Sized):
         total = len(items)
+    bars.start()
     task = bars.add_task(description, total=total)
     for item in items:
         yield item

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from retrofit.cli.options import Device, Dtype, Model, Output, Set, TrustRemoteCode, Where, assignments
+from retrofit.cli.options import (
+    Device,
+    Dtype,
+    Model,
+    Output,
+    Set,
+    TrustRemoteCode,
+    Where,
+    assignments,
+    read_json,
+)
 from retrofit.cli.output import Shown, command
 from retrofit.errors import ConfigError
 
@@ -59,18 +68,14 @@ def convert(
 def _read(path: Path) -> Any:
     """Returns the configuration in a JSON file, or the dictionary of configurations by pattern."""
     from retrofit.configs import config_from_dict
-    from retrofit.data import read_text
 
-    try:
-        record = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path} is not JSON: {error.msg} in line {error.lineno}; correct it") from error
-    if isinstance(record, dict) and "target" in record:
+    record = read_json(path)
+    if "target" in record:
         return config_from_dict(record)
-    if isinstance(record, dict) and record and all(isinstance(value, dict) for value in record.values()):
+    if record and all(isinstance(value, dict) for value in record.values()):
         return {pattern: config_from_dict(value) for pattern, value in record.items()}
     raise ConfigError(
-        f'{path} must hold {{"target": …}} or one such object per pattern, got {type(record).__name__}; correct it'
+        f'{path} must hold {{"target": …}} or one such object per pattern, got {sorted(record)}; correct it'
     )
 
 

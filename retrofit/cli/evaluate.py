@@ -43,7 +43,7 @@ def evaluate(
     options: dict[str, Any] = {"length": length, "stride": stride, "sequences": sequences}
     loaded = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     found = measure(loaded.model, data, tokenizer=loaded.tokenizer, against_dense=against_dense, **options)
-    document = {"model": model, "data": data, "report": found, "passkey": None, "against": None}
+    document: dict[str, Any] = {"model": model, "data": data, **found.to_dict()}
     screen: list[RenderableType] = [_perplexity(model, found)]
     if passkey:
         lengths = [size for size in (1024, 2048, 4096, 8192) if size <= found.length] or [found.length]
@@ -53,7 +53,7 @@ def evaluate(
     if against is not None:
         original = load_model(against, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         other = measure(original.model, data, tokenizer=original.tokenizer, start=found.start, **options)
-        document["against"] = {"model": against, "report": other}
+        document["against"] = {"model": against, **other.to_dict()}
         screen.append(_perplexity(against, other))
     screen += [f"warning: {warning}" for warning in found.warnings]
     converted = bool(found.sites)

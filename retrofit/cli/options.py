@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from retrofit.errors import ConfigError
+from retrofit.errors import ConfigError, DataError
 
 Model = Annotated[
     str,
@@ -73,6 +73,37 @@ def assignments(texts: list[str] | None) -> dict[str, Any]:
             raise ConfigError(f"--set {name} is given twice; leave one out")
         values[name] = tuple(map(_value, value.split(","))) if "," in value else _value(value)
     return values
+
+
+def whole_numbers(option: str, text: str) -> tuple[int, ...]:
+    """Returns ``"4096,8192"`` as ``(4096, 8192)``.
+
+    Raises:
+        ConfigError: If a part is no whole number of at least 1.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise ConfigError(
+            f"{option} expects whole numbers with commas between, as in 4096,8192, got {text!r}"
+        )
+    return tuple(int(part) for part in parts)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns the JSON object in a file.
+
+    Raises:
+        DataError: If the file cannot be read or holds anything else.
+    """
+    from retrofit.data import read_text
+
+    try:
+        record = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path} is not JSON: {error.msg} in line {error.lineno}; correct it") from error
+    if not isinstance(record, dict):
+        raise DataError(f"{path} must hold a JSON object, got {type(record).__name__}; correct it")
+    return record
 
 
 def _value(text: str) -> Any:

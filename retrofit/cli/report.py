@@ -2,21 +2,57 @@
 
 from __future__ import annotations
 
-from retrofit.cli.options import Device, Dtype, Model, TrustRemoteCode
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from retrofit.cli.options import Converted, Data, Device, Dtype, read_json
 from retrofit.cli.output import Shown, command
 
 
 @command
 def report(
-    model: Model,
+    model: Converted,
+    evaluation: Annotated[
+        Path | None,
+        typer.Option(help="What retrofit eval --json printed; measured anew by default.", show_default=False),
+    ] = None,
+    benchmark: Annotated[
+        Path | None,
+        typer.Option(help="What retrofit bench --json printed; left out by default.", show_default=False),
+    ] = None,
+    evaluate: Annotated[bool, typer.Option(help="Measure perplexity where no evaluation is given.")] = True,
+    data: Data = "pydoc_data.topics",
+    length: Annotated[
+        int | None, typer.Option(help="Tokens of the sequence that is measured on.", show_default=False)
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Also write the page here: .html with pictures, .json, or text.",
+            show_default=False,
+        ),
+    ] = None,
     dtype: Dtype = "float32",
     device: Device = "cpu",
-    trust_remote_code: TrustRemoteCode = False,
 ) -> Shown:
     """Say what MODEL was converted to, and what that costs and saves."""
-    from retrofit.loading import load_model
-    from retrofit.report import report as write
+    measured: Any = None if evaluation is None else read_json(evaluation)
+    timed = None if benchmark is None else read_json(benchmark)
 
-    loaded = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    found = write(loaded.model)
-    return Shown(found, [str(found)], f"retrofit export {model} OUTPUT")
+    from retrofit.api import sites
+    from retrofit.evaluate import evaluate as measure
+    from retrofit.loading import load_model
+    from retrofit.report import report as gather
+
+    loaded = load_model(model, dtype=dtype, device=device)
+    if measured is None and evaluate and sites(loaded.model):
+        measured = measure(loaded.model, data, tokenizer=loaded.tokenizer, length=length, sequences=1)
+    found = gather(loaded.model, evaluation=measured, benchmark=timed)
+    screen = [str(found)]
+    if output is not None:
+        screen.append(f"written to {found.save(output)}")
+    return Shown(found.to_dict(), screen, f"retrofit export {model} OUTPUT")
