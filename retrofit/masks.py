@@ -1,0 +1,411 @@
+"""Masks of a converted model: two-dimensional padding instead of [n, n].
+
+transformers builds its masks for the attention implementation that the configuration names. Under ``sdpa``
+a padded batch of n tokens gets a boolean [n, n]; under ``retrofit``, registered here, it stays what it was:
+
+    attention_mask [B, n]  →  create_causal_mask(config, …)  →  bool [B, n], or None where nothing is padded
+
+Converted sites turn it into the start and the length of each row. Attention modules of the same model that
+are left dense keep a configuration of their own with the original implementation, and a hook rebuilds their
+mask with transformers' own functions. A two-dimensional mask carries its kind (causal, bidirectional, sliding
+window) in its dtype, which unlike an attribute survives checkpointing, hooks and copies between devices.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from retrofit.errors import MaskError, ModelLoadError
+
+IMPLEMENTATION = "retrofit"
+"""The attention implementation of a model whose masked attention modules are all converted."""
+
+ORIGINALS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
+"""Implementations that modules left dense may have; then the name is ``retrofit|ORIGINAL``."""
+
+KINDS = {
+    "causal": torch.bool,
+    "bidirectional": torch.int8,
+    "sliding": torch.uint8,
+    "bidirectional sliding": torch.int16,
+}
+"""The kinds of two-dimensional masks and the dtype that tells them apart; nonzero is a real token."""
+
+_FUNCTIONS = {
+    "causal": "create_causal_mask",
+    "bidirectional": "create_bidirectional_mask",
+    "sliding": "create_sliding_window_causal_mask",
+    "bidirectional sliding": "create_bidirectional_sliding_window_mask",
+}
+_PARTS = {
+    frozenset({"causal_mask_function"}): "causal",
+    frozenset({"bidirectional_mask_function"}): "bidirectional",
+    frozenset({"causal_mask_function", "sliding_window_overlay"}): "sliding",
+    frozenset(
+        {"bidirectional_mask_function", "sliding_window_bidirectional_overlay"}
+    ): "bidirectional sliding",
+}
+_REMEDIES = {
+    "packed_sequence_mask_function": "packed sequences (position_ids that start again within a row); "
+    "put each sequence in its own row and pad",
+    "chunked_overlay": "chunked attention; leave its layers out with where=…",
+    "blockwise_overlay": "bidirectional blocks; leave these layers out with where=…",
+}
+_ORIGINAL = "_retrofit_attn_implementation"
+_MASK_ARGUMENTS = ("attention_mask", "mask")
+
+
+def kind(mask: Tensor | None) -> str | None:
+    """Returns the kind of a two-dimensional mask made here; None for any other mask."""
+    if mask is None or mask.dim() != 2:
+        return None
+    return next((name for name, dtype in KINDS.items() if mask.dtype == dtype), None)
+
+
+# What a converted site does with its mask.
+
+
+def to_start_length(
+    mask: Tensor | None,
+    batch: int,
+    key_length: int,
+    query_length: int,
+    device: torch.device | str,
+    *,
+    causal: bool = True,
+    sliding_window: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Reads where each row's tokens start and how many there are.
+
+    Args:
+        mask: [B, N], nonzero at real tokens; or a mask [B, 1, T, N] made by the model or the user, boolean
+            or additive, which must say the same; or None where nothing is padded.
+        batch: B.
+        key_length: N, the cached keys included.
+        query_length: T; the queries are the last T of the N index slots.
+        device: Where the results go.
+        causal: What the site was verified for; only a mask [B, 1, T, N] is checked against it.
+        sliding_window: Likewise; 0 means none.
+
+    Returns:
+        start and length, int64 [B]. A row without real tokens has length 0.
+
+    Raises:
+        MaskError: If there are holes between real tokens, or the shape or the pattern does not fit.
+    """
+    if mask is None:
+        start = torch.zeros(batch, dtype=torch.int64, device=device)
+        return start, torch.full_like(start, key_length)
+    if mask.dim() == 4:
+        return _from_dense(mask.to(device), batch, key_length, query_length, causal, sliding_window)
+    if mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] != key_length:
+        raise MaskError(
+            f"attention_mask must be [batch={batch}, keys={key_length}] (with a cache it covers the cached tokens "
+            f"as well), got {list(mask.shape)}"
+        )
+    return _extent(mask.to(device) != 0)
+
+
+def _extent(real: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns start and length of each row of ``real``, bool [B, N]."""
+    index = torch.arange(real.shape[1], device=real.device)
+    length = real.sum(dim=1)
+    start = torch.where(real, index, real.shape[1]).amin(dim=1)
+    start = torch.where(length > 0, start, 0)
+    last = torch.where(real, index, -1).amax(dim=1)
+    holes = (length > 0) & (last - start + 1 != length)
+    message = "attention_mask must have its padding at the ends of a row, got a row with padding between real tokens"
+    if torch.compiler.is_compiling():
+        torch._assert_async(~holes.any(), message)
+    elif bool(holes.any()):
+        row = int(holes.nonzero()[0])
+        raise MaskError(
+            f"{message} (row {row}); pad on the left when generating, and put packed sequences in rows of their own"
+        )
+    return start, length
+
+
+def _from_dense(
+    mask: Tensor, batch: int, key_length: int, query_length: int, causal: bool, sliding_window: int
+) -> tuple[Tensor, Tensor]:
+    """Reads a mask [B, 1, T, N], after checking that it is of the site's class and nothing else."""
+    if mask.shape[0] not in (1, batch) or mask.shape[2] != query_length or mask.shape[3] < key_length:
+        raise MaskError(
+            f"attention mask must be [batch={batch}, 1, queries={query_length}, keys={key_length}], "
+            f"got {list(mask.shape)}"
+        )
+    mask = mask[..., :key_length]
+    visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    if mask.dtype != torch.bool and bool((mask.masked_fill(~visible, 0) != 0).any()):
+        raise MaskError(
+            "attention mask carries a bias, which this site was not verified for; leave it out with where=…"
+        )
+    visible = visible.expand(batch, -1, -1, -1)
+    seen = visible.any(dim=1).any(dim=1)
+    if sliding_window and query_length < key_length:
+        # Keys that have left every window are real as far as anybody can tell.
+        first = seen.int().argmax(dim=1)
+        outside = torch.arange(key_length, device=mask.device) <= key_length - query_length - sliding_window
+        seen = seen | (outside & (first == outside.sum())[:, None])
+    start, length = _extent(seen)
+    queries = torch.arange(key_length - query_length, key_length, device=mask.device)[:, None]
+    keys = torch.arange(key_length, device=mask.device)
+    pattern = torch.ones_like(queries >= keys)
+    if causal:
+        pattern = queries >= keys
+    if sliding_window:
+        pattern = pattern & (queries - keys < sliding_window)
+    real = (keys >= start[:, None]) & (keys < (start + length)[:, None])
+    # What padding rows see is of no interest: transformers lets them see everything in some versions.
+    rows = real[:, -query_length:, None]
+    expected = pattern & real[:, None]
+    if bool(((visible != expected[:, None]) & rows[:, None]).any()):
+        name = ("causal" if causal else "bidirectional") + (
+            f" within {sliding_window}" if sliding_window else ""
+        )
+        raise MaskError(
+            f"attention mask is not {name} with padding, which this site was verified for; "
+            "pass a two-dimensional attention_mask, or leave the site out with where=…"
+        )
+    return start, length
+
+
+# What transformers calls to make a mask.
+
+
+def _make(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] | None = None,
+    attention_mask: Tensor | None = None,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    original: str | None = None,
+    **options: Any,
+) -> Tensor | None:
+    """The entry in transformers' AttentionMaskInterface.
+
+    Args:
+        original: Implementation of the modules left dense; None if there are none.
+    """
+    try:
+        made = _kind_of(mask_function, use_vmap, batch_size, q_length, kv_length, device)
+    except MaskError:
+        if original is None:
+            raise
+        # Modules left dense may know what to do with it; converted sites refuse a mask that is not theirs.
+        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+        whole: Tensor | None = ALL_MASK_ATTENTION_FUNCTIONS[original](
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=q_offset,
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            use_vmap=use_vmap,
+            device=device,
+            **{**options, "allow_is_causal_skip": False},
+        )
+        return whole
+    seen = kv_length + kv_offset
+    if attention_mask is None:
+        if original is None:
+            return None
+        return torch.ones(batch_size, seen, dtype=KINDS[made], device=device)
+    if attention_mask.shape[-1] < seen:
+        raise MaskError(
+            f"attention_mask must have {seen} columns, one for each token, the cached ones included, "
+            f"got {attention_mask.shape[-1]}"
+        )
+    mask = attention_mask[:, :seen]
+    if original is None and not torch.compiler.is_compiling() and bool(mask.all()):
+        return None
+    return mask.to(KINDS[made])
+
+
+def _kind_of(
+    function: Callable[..., Any] | None,
+    use_vmap: bool,
+    batch: int,
+    q_length: int,
+    kv_length: int,
+    device: torch.device | str,
+) -> str:
+    """Returns the kind of a mask function of transformers.
+
+    Raises:
+        MaskError: If it is none of those known.
+    """
+    if function is None:
+        return "causal"
+    parts = list(_parts(function))
+    names = frozenset(parts)
+    packed = "packed_sequence_mask_function"
+    if torch.compiler.is_compiling() and packed in names:
+        # While tracing, transformers cannot tell whether sequences are packed and always says so. The remapped
+        # function that comes with the packing holds the pattern.
+        index = torch.arange(1, kv_length, device=device)
+        rows = torch.arange(batch, device=device)[:, None]
+        together = function(rows, 0, index[None], index[None] - 1)
+        torch._assert_async(together.all(), f"converted attention does not do {_REMEDIES[packed]}")
+        names -= {packed}
+    found = None if use_vmap else _PARTS.get(names)
+    if found is None:
+        reason = next((text for name, text in _REMEDIES.items() if name in names), None)
+        raise MaskError(
+            f"converted attention does not do {reason}"
+            if reason
+            else f"mask must be causal, bidirectional or a sliding window, with padding at the ends, got one made of "
+            f"{', '.join(sorted(names))}{' and a function of the model' if use_vmap else ''}; "
+            "leave these layers out with where=…"
+        )
+    return found
+
+
+def _parts(function: Callable[..., Any]) -> Iterator[str]:
+    """Names the functions that transformers has put together, looking into the closures of its combinators."""
+    name = function.__qualname__.split(".")[0]
+    held = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+    if name == "and_masks":
+        for part in held["mask_functions"].cell_contents:
+            yield from _parts(part)
+    elif name == "remap_positions_for_packed_sequence":
+        yield from _parts(held["mask_function"].cell_contents)
+    else:
+        yield name
+
+
+def _attend(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The entry in transformers' AttentionInterface; whoever gets here was not converted."""
+    raise ModelLoadError(
+        f"{type(module).__name__} asks for attn_implementation={IMPLEMENTATION!r} but is not converted; load a "
+        "converted folder with retrofit.from_pretrained, or set another with model.set_attn_implementation('sdpa')"
+    )
+
+
+def register() -> None:
+    """Makes the implementations known to transformers; a second time changes nothing."""
+    from transformers.masking_utils import AttentionMaskInterface
+    from transformers.modeling_utils import AttentionInterface
+
+    AttentionMaskInterface.register(IMPLEMENTATION, _make)
+    AttentionInterface.register(IMPLEMENTATION, _attend)
+    for original in ORIGINALS:
+        AttentionMaskInterface.register(f"{IMPLEMENTATION}|{original}", partial(_make, original=original))
+        AttentionInterface.register(f"{IMPLEMENTATION}|{original}", _attend)
+
+
+# Switching a model over and back.
+
+
+def enable(model: nn.Module) -> None:
+    """Has the model hand two-dimensional masks to its converted sites; modules left dense get theirs rebuilt.
+
+    Called again, it starts from the original setting. A model that is not from transformers makes its masks
+    itself and is left as it is.
+    """
+    from retrofit.site import RetrofittedAttention
+
+    restore(model)
+    register()
+    sites = [module for module in model.modules() if isinstance(module, RetrofittedAttention)]
+    for config in _configs(model, sites):
+        original = config._attn_implementation_internal or "eager"
+        dense = [module for module in _masked(model) if getattr(module, "config", None) is config]
+        for module in dense:
+            _keep_dense(module, config)
+        vars(config)[_ORIGINAL] = original
+        config._attn_implementation_internal = f"{IMPLEMENTATION}|{original}" if dense else IMPLEMENTATION
+
+
+def restore(model: nn.Module) -> None:
+    """Undoes :func:`enable`."""
+    for module in model.modules():
+        hook = vars(module).pop("_retrofit_mask_hook", None)
+        if hook is not None:
+            hook.remove()
+            vars(module)["config"] = vars(module).pop("_retrofit_config")
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        original = vars(config).pop(_ORIGINAL, None) if hasattr(config, "__dict__") else None
+        if original is not None:
+            config._attn_implementation_internal = original
+
+
+def _configs(model: nn.Module, sites: list[Any]) -> list[Any]:
+    """The configurations by which the masks of ``sites`` are made, each once: of the innermost models around them."""
+    from transformers import PreTrainedModel
+
+    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    found: dict[int, Any] = {}
+    for site in sites:
+        # Modules come parents first, so the last one around the site is the innermost.
+        around = [module for module in models if any(child is site for child in module.modules())]
+        if around:
+            found[id(around[-1].config)] = around[-1].config
+    return list(found.values())
+
+
+def _masked(model: nn.Module) -> Iterator[nn.Module]:
+    """The innermost modules that take a mask and are not converted."""
+    from retrofit.site import RetrofittedAttention
+
+    def takes_mask(module: nn.Module) -> bool:
+        return any(name in inspect.signature(module.forward).parameters for name in _MASK_ARGUMENTS)
+
+    for module in model.modules():
+        if takes_mask(module) and not isinstance(module, RetrofittedAttention):
+            below = [child for child in module.modules() if child is not module]
+            if not any(isinstance(child, RetrofittedAttention) or takes_mask(child) for child in below):
+                yield module
+
+
+def _keep_dense(module: nn.Module, config: Any) -> None:
+    """Gives a module a configuration of its own, with the original implementation, and the hook for its mask."""
+    vars(module)["_retrofit_config"] = config
+    vars(module)["config"] = copy.copy(config)
+    vars(module)["_retrofit_mask_hook"] = module.register_forward_pre_hook(_rebuild, with_kwargs=True)
+
+
+def _rebuild(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Forward pre-hook of a module left dense: gives it the mask it would have got without retrofit."""
+    bound = inspect.signature(module.forward).bind(*args, **kwargs)
+    given = {**bound.arguments, **bound.arguments.get("kwargs", {})}
+    name = next((name for name in _MASK_ARGUMENTS if name in given), None)
+    mask = given[name] if name is not None else None
+    made = kind(mask)
+    if name is None or mask is None or made is None:
+        return None
+    hidden = next(value for value in given.values() if isinstance(value, Tensor) and value.dim() == 3)
+    past = given.get("past_key_values") if made in ("causal", "sliding") else None
+    rebuilt = _rebuilt(mask, made, module, hidden, past)
+    if name in kwargs:
+        return args, {**kwargs, name: rebuilt}
+    place = list(inspect.signature(module.forward).parameters).index(name)
+    return (*args[:place], rebuilt, *args[place + 1 :]), kwargs
+
+
+def _rebuilt(mask: Tensor, made: str, module: nn.Module, hidden: Tensor, past: Any) -> Tensor | None:
+    from transformers import masking_utils
+
+    function = getattr(masking_utils, _FUNCTIONS[made])
+    options: dict[str, Any] = {}
+    layer = getattr(module, "layer_idx", None)
+    if past is not None and layer is not None and "layer_idx" in inspect.signature(function).parameters:
+        options["layer_idx"] = layer
+    rebuilt: Tensor | None = function(
+        config=module.config, inputs_embeds=hidden, attention_mask=mask != 0, past_key_values=past, **options
+    )
+    return rebuilt
