@@ -50,13 +50,13 @@ class HSAConfig:
 
     target: ClassVar[str] = "hsa"
 
-    window: int = 512
+    window: int = 448
     sink: int = 64
-    budget: int = 384
+    budget: int = 448
     block: int = 16
     node: int = 2
     fanout: int = 8
-    nodes_per_span: int = 16
+    nodes_per_span: int = 32
     beam: int = 32
     query_block: int = 16
     pooling: str = "mean"
@@ -112,7 +112,7 @@ class MAHAConfig:
 
     scales: int = 4
     ratio: int = 2
-    widths: tuple[int, ...] = (512, 128, 128)
+    widths: tuple[int, ...] = (600, 8, 8)
     last_width: int | None = None
     sink: int = 64
     downsampling: str = "conv"
