@@ -222,9 +222,7 @@ def _function(node: CustomNode, arguments: Mapping[str, Any], overload: str, ops
         },
         opset=opset,
     )
-    function = as_function(
-        program.model.graph, program.model.functions, (DOMAIN, node.name, overload)
-    )
+    function = as_function(program.model.graph, program.model.functions, (DOMAIN, node.name, overload))
     given = {value.name: value for value in function.inputs}
     function.inputs[:] = [given.get(name) or ir.Value(name=name) for name, _ in inputs]
     for name, value in _attributes(node, arguments).items():

@@ -1,0 +1,1 @@
+"""The operators' implementations in a form that exports: loops over chunks in place of Python's."""

@@ -1,0 +1,50 @@
+"""A loop over chunks that becomes a Scan node.
+
+[step(x[i], …, *captured) for i in range(chunks)]  →  one graph of the step, run once per chunk
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch._higher_order_ops.scan import scan_op
+
+
+def scan_chunks(
+    step: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], captured: Sequence[Tensor]
+) -> list[Tensor]:
+    """Applies ``step`` along the first axis of ``inputs``.
+
+    The operator is called directly, not through ``torch``'s wrapper, which would compile the step by Dynamo:
+    plain tracing takes any Python and is quicker.
+
+    Args:
+        step: Takes the members of ``inputs`` without their first axis, then ``captured``. Every tensor and
+            every size that it uses must come from its arguments. No result may be one of them.
+        inputs: Tensors [chunks, …].
+        captured: Tensors that each step reads whole.
+
+    Returns:
+        Each result of the step, stacked: [chunks, …].
+    """
+
+    def combine(carry: Tensor, *arguments: Tensor) -> list[Tensor]:
+        # The operator wants something to carry.
+        return [carry + 1, *step(*arguments)]
+
+    _, *outputs = scan_op(combine, [torch.zeros((), dtype=torch.int64)], list(inputs), tuple(captured))
+    return list(outputs)
+
+
+def split(x: Tensor, size: int | torch.SymInt) -> Tensor:
+    """[B, H, T, D] → [chunks, B, H, size, D], the last chunk filled up with zeros."""
+    chunks = (x.shape[2] + size - 1) // size
+    padded = torch.nn.functional.pad(x, (0, 0, 0, chunks * size - x.shape[2]))
+    return padded.unflatten(2, (chunks, size)).permute(2, 0, 1, 3, 4).contiguous()
+
+
+def join(chunks: Tensor, tokens: int | torch.SymInt) -> Tensor:
+    """[chunks, B, H, size, D] → [B, H, tokens, D]."""
+    return chunks.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :tokens]

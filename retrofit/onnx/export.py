@@ -1,0 +1,214 @@
+"""From a model to a folder that onnxruntime runs.
+
+    export_onnx(model, "out/")  →  out/model.onnx (and model.onnx.data), config.json, tokenizer files, export.json
+
+The folder appears whole or not at all: it is written beside its place, compared with the model, and renamed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from onnx_ir.passes.common import (
+    RemoveUnusedFunctionsPass,
+    RemoveUnusedNodesPass,
+)
+
+from retrofit.errors import ExportError
+from retrofit.onnx.calls import CallModel
+from retrofit.onnx.custom import custom_nodes
+from retrofit.onnx.folder import new_folder
+from retrofit.onnx.nodes import DOMAIN, add_functions, opaque_translations
+from retrofit.onnx.translate import translate
+from retrofit.onnx.verify import Difference, verify
+
+OPSET = 20
+RECORD = "export.json"
+EXTERNAL_ABOVE = 2**31 - 2**24
+"""Bytes of weights from which a model's file would pass protobuf's limit of 2 GB."""
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export wrote.
+
+    Attributes:
+        path: The folder.
+        files: Bytes of each file in it.
+        opset: Version of the standard operators.
+        ir_version: Version of the file format.
+        inputs: Names of the inputs.
+        outputs: Names of the outputs.
+        custom_nodes: Nodes of each custom type.
+        functions: Number of function bodies that they share.
+        tied_embeddings: Whether input and output embeddings are one tensor in the file as in the model.
+        worst: Greatest difference to PyTorch over all lengths; None if it was not checked.
+    """
+
+    path: str
+    files: dict[str, int]
+    opset: int
+    ir_version: int
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    custom_nodes: dict[str, int]
+    functions: int
+    tied_embeddings: bool
+    worst: Difference | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        size = sum(self.files.values()) / 1e6
+        nodes = ", ".join(f"{count} {name}" for name, count in self.custom_nodes.items()) or "no custom nodes"
+        tied = ", embeddings tied" if self.tied_embeddings else ""
+        lines = [
+            f"{self.path}: {', '.join(self.files)} ({size:,.0f} MB), opset {self.opset}{tied}",
+            f"{nodes} on {self.functions} function bodies",
+        ]
+        if self.worst is not None:
+            lines.append(str(self.worst))
+        return "\n".join(lines)
+
+
+def export_onnx(
+    model: torch.nn.Module,
+    path: str | Path,
+    *,
+    with_past: bool | None = None,
+    opset: int | None = None,
+    tokenizer: Any = None,
+    check: bool = True,
+    external_data: bool | str = "auto",
+    progress: Callable[[str], None] | None = None,
+) -> ExportReport:
+    """Exports a Hugging Face model, converted or not, and compares the result with it.
+
+    Attention of converted sites becomes nodes of the domain ``ai.retrofit``, each with a function body, so that
+    plain onnxruntime runs the model. Batch and length are dynamic. Peak memory is linear in the length.
+
+    Args:
+        model: A causal language model or an encoder.
+        path: The folder to write; it must not exist, be empty, or hold an earlier export.
+        with_past: Whether the model takes and returns the cache (``past_key_values.…`` and ``present.…``: keys,
+            values and the targets' state); with an empty cache it also does whole sequences. None means that
+            generative models do.
+        opset: Version of the standard operators; None means 20.
+        tokenizer: Saved beside the model if given.
+        check: Whether to run the result in onnxruntime at several lengths and compare it with ``model``.
+        external_data: Whether weights go into ``model.onnx.data``; ``auto`` does so where they must.
+        progress: Is told each step.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ExportError: If the model cannot be exported or the result differs from it by more than the tolerance.
+        OutputError: If ``path`` cannot be written or holds something else.
+    """
+    opset = OPSET if opset is None else opset
+    if not 18 <= opset <= 25:
+        raise ExportError(f"opset must be between 18 and 25, got {opset}")
+    if external_data not in (True, False, "auto"):
+        raise ExportError(f"external_data must be True, False or 'auto', got {external_data!r}")
+    tell = progress or (lambda message: None)
+    training = model.training
+    model.eval()
+    try:
+        with new_folder(Path(path), record=RECORD) as folder:
+            tell("translating the model")
+            call = CallModel(model, with_past=with_past)
+            nodes = custom_nodes()
+            program = translate(
+                call,
+                call.example(),
+                call.dynamic(),
+                opset=opset,
+                output_names=call.output_names,
+                translations=opaque_translations(nodes),
+            )
+            tell("deriving the bodies of the custom nodes")
+            add_functions(program.model, nodes, opset)
+            counts = Counter(node.op_type for node in program.model.graph if node.domain == DOMAIN)
+            for tidy in (
+                RemoveUnusedNodesPass(),
+                RemoveUnusedFunctionsPass(),
+            ):
+                tidy(program.model)
+            program.rename_axes(call.axis_names(program.model.graph.inputs))
+            tell("writing")
+            weights = sum(
+                value.const_value.nbytes
+                for value in program.model.graph.initializers.values()
+                if value.const_value is not None
+            )
+            external = weights > EXTERNAL_ABOVE if external_data == "auto" else bool(external_data)
+            file = folder / "model.onnx"
+            program.save(file, external_data=external)
+            del program
+            _check_file(file)
+            _save_companions(model, tokenizer, folder)
+            worst = None
+            if check:
+                tell("comparing with PyTorch")
+                worst = verify(model, file, sparse_from=call.sparse_from, ids=_text(tokenizer))
+            saved = onnx.load(file, load_external_data=False)
+            report = ExportReport(
+                path=str(path),
+                files={item.name: item.stat().st_size for item in sorted(folder.iterdir())},
+                opset=opset,
+                ir_version=saved.ir_version,
+                inputs=tuple(value.name for value in saved.graph.input),
+                outputs=tuple(value.name for value in saved.graph.output),
+                custom_nodes=dict(counts),
+                functions=len(saved.functions),
+                tied_embeddings=_tied(model) and _stored_once(model, saved),
+                worst=worst,
+            )
+            (folder / RECORD).write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+    finally:
+        model.train(training)
+    return report
+
+
+def _check_file(file: Path) -> None:
+    try:
+        onnx.checker.check_model(str(file), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(f"the exported model is not valid ONNX: {str(error).splitlines()[0]}") from error
+
+
+def _save_companions(model: Any, tokenizer: Any, folder: Path) -> None:
+    if hasattr(model, "config"):
+        model.config.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def _text(tokenizer: Any) -> torch.Tensor | None:
+    """Tokens of a text that every Python ships, for the comparison."""
+    if tokenizer is None:
+        return None
+    from pydoc_data.topics import topics
+
+    text = "\n\n".join(topics[key] for key in sorted(topics))
+    return torch.tensor(tokenizer(text[:8_000], add_special_tokens=False)["input_ids"])
+
+
+def _tied(model: Any) -> bool:
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return output is not None and output.weight is model.get_input_embeddings().weight
+
+
+def _stored_once(model: Any, saved: onnx.ModelProto) -> bool:
+    shape = list(model.get_input_embeddings().weight.shape)
+    return sum(sorted(tensor.dims) == sorted(shape) for tensor in saved.graph.initializer) == 1
