@@ -105,16 +105,16 @@ class RetrofitLayer(DynamicLayer):  # type: ignore[no-untyped-call]
                 f"the cache holds {keys.shape[0]} rows, got keys of {key_states.shape[0]}; "
                 "start a new cache for another batch"
             )
-        if _recorded(keys, values, key_states, value_states):
+        if self._tokens == 0 and not self._owned:
+            # The prompt is kept as it came; the first token after it moves it into a buffer.
+            self._buffers = (key_states, value_states)
+        elif _recorded(keys, values, key_states, value_states):
             # Autograd, tracing and export cannot follow writes into a buffer.
             self._buffers = (
                 torch.cat([keys.narrow(-2, 0, self._tokens), key_states], dim=-2),
                 torch.cat([values.narrow(-2, 0, self._tokens), value_states], dim=-2),
             )
             self._owned = False
-        elif self._tokens == 0 and not self._owned:
-            # The prompt is kept as it came; the first token after it moves it into a buffer.
-            self._buffers = (key_states, value_states)
         else:
             self._append(key_states, value_states)
         self._tokens += key_states.shape[-2]
