@@ -41,19 +41,30 @@ def count(
         summaries: Whether the cover of what is not executed takes part.
         geometry: The sizes.
     """
-    blocks = _Blocks(spans, first, length[:, None, None], causal, sliding_window, geometry)
-    rows = [blocks.row(row, summaries) for row in range(geometry.query_block)]
-    keys, nodes = (torch.stack(counts, dim=-1).flatten(2) for counts in zip(*rows, strict=True))
     position = torch.arange(tokens - queries, tokens, device=start.device) - start[:, None]
     valid = (position >= 0) & (position < length[:, None])
-    at = position.clamp(0, keys.shape[2] - 1)[:, None].expand(-1, keys.shape[1], -1)
+    skip = max(0, int(position.min())) // geometry.query_block  # blocks that no query lies in
+    blocks = _Blocks(
+        block=torch.arange(skip, spans.shape[2], device=spans.device),
+        spans=spans[:, :, skip:],
+        first=first[:, :, skip:],
+        length=length[:, None, None],
+        causal=causal,
+        sliding_window=sliding_window,
+        geometry=geometry,
+    )
+    rows = [blocks.row(row, summaries) for row in range(geometry.query_block)]
+    keys, nodes = (torch.stack(counts, dim=-1).flatten(2) for counts in zip(*rows, strict=True))
+    at = (position - skip * geometry.query_block).clamp(0, keys.shape[2] - 1)
+    at = at[:, None].expand(-1, keys.shape[1], -1)
     return tuple((x.gather(2, at) * valid[:, None]).float() for x in (keys, nodes))  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
 class _Blocks:
-    """All query blocks at once; counts are [B, Hkv, NB] for one row of each."""
+    """Many query blocks at once; counts are [B, Hkv, NB] for one row of each."""
 
+    block: Tensor  # [NB], their numbers
     spans: Tensor
     first: Tensor
     length: Tensor  # [B, 1, 1]
@@ -64,12 +75,11 @@ class _Blocks:
     def row(self, row: int, summaries: bool) -> tuple[Tensor, Tensor]:
         """Keys and nodes of the queries in place ``row`` of their blocks."""
         g = self.geometry
-        block = torch.arange(self.spans.shape[2], device=self.spans.device)
-        t0, t = block * g.query_block, block * g.query_block + row
+        t0, t = self.block * g.query_block, self.block * g.query_block + row
         whole = g.complete(self.length)
         covered, reach = (g.covered(t0), g.covered(t)) if self.causal else (whole, whole)
         end = t + 1 if self.causal else self.length
-        leaves = g.block_leaf_ids(self.spans, block, None if self.causal else self.length)
+        leaves = g.block_leaf_ids(self.spans, self.block, None if self.causal else self.length)
         begin = g.sink + leaves * g.block
         outside = (leaves >= 0) & self.outside_window(begin, t[:, None])
         executed = outside & (self.first <= (row if self.causal else g.query_block - 1))

@@ -42,7 +42,9 @@ def test_numbers_and_tensors_agree(geometry: Geometry) -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(leaves=st.integers(0, 40_000), data=st.data())
-def test_the_candidates_of_an_unlimited_beam_are_the_canonical_cover(leaves: int, data: st.DataObject) -> None:
+def test_the_candidates_of_an_unlimited_beam_are_the_canonical_cover(
+    leaves: int, data: st.DataObject
+) -> None:
     geometry = SMALL
     covered = torch.tensor(leaves)
     top = geometry.top_level(leaves)

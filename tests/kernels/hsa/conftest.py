@@ -1,0 +1,174 @@
+"""Random cases for hierarchical sparse attention, and the ways to run them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from retrofit.kernels.hsa import reference
+from retrofit.kernels.hsa.geometry import Geometry
+from retrofit.kernels.pyramid.blocked import extend_pyramid
+
+IMPLEMENTATIONS = {"reference": reference.hsa_attention}
+
+TINY = Geometry(
+    window=32,
+    sink=8,
+    budget=32,
+    block=8,
+    node=2,
+    fanout=4,
+    nodes_per_span=8,
+    beam=4,
+    query_block=8,
+    dense_until=72,
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    out: Tensor
+    spans: Tensor
+    first: Tensor
+
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs over N index slots and how the op is to be called."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    start: Tensor
+    length: Tensor
+    geometry: Geometry
+    gate: Tensor | None = None
+    causal: bool = True
+    sliding_window: int = 0
+    implementation: str = "reference"
+
+    @property
+    def tokens(self) -> int:
+        return self.k.shape[2]
+
+    @property
+    def scale(self) -> float:
+        return self.q.shape[3] ** -0.5
+
+    def pool(self, x: Tensor) -> list[Tensor]:
+        g = self.geometry
+        return extend_pyramid(
+            x,
+            None,
+            self.start,
+            new=x.shape[2],
+            ratios=g.ratios,
+            offset=g.sink,
+            pooling="mean",
+            weights=[None] * g.levels,
+        )
+
+    def run(self, begin: int = 0, end: int | None = None, past: Result | None = None) -> Result:
+        """The op on the queries at index begin … end, with the keys up to end."""
+        end = self.tokens if end is None else end
+        k, v = self.k[:, :, :end], self.v[:, :, :end]
+        return Result(
+            *IMPLEMENTATIONS[self.implementation](
+                self.q[:, :, begin:end],
+                k,
+                v,
+                self.start,
+                torch.minimum(self.length, end - self.start).clamp(min=0),
+                self.pool(k),
+                self.pool(v) if self.gate is not None else [],
+                self.gate,
+                past.spans if past else None,
+                past.first if past else None,
+                scale=self.scale,
+                causal=self.causal,
+                sliding_window=self.sliding_window,
+                geometry=self.geometry,
+            )
+        )
+
+    def run_in_chunks(self, cuts: Sequence[int]) -> Result:
+        """The same by several calls, each continuing from the state of the one before."""
+        outs, past = [], None
+        edges = [0, *cuts, self.tokens]
+        for begin, end in pairwise(edges):
+            past = self.run(begin, end, past)
+            outs.append(past.out)
+        assert past is not None
+        return replace(past, out=torch.cat(outs, dim=2))
+
+    def alone(self, row: int) -> Case:
+        """One row of the batch without its padding."""
+        begin, count = int(self.start[row]), int(self.length[row])
+        part = slice(begin, begin + count)
+        return replace(
+            self,
+            q=self.q[row : row + 1, :, part],
+            k=self.k[row : row + 1, :, part],
+            v=self.v[row : row + 1, :, part],
+            start=torch.zeros(1, dtype=torch.int64),
+            length=torch.tensor([count]),
+        )
+
+
+@pytest.fixture(params=[*IMPLEMENTATIONS])
+def implementation(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def tiny() -> Geometry:
+    """Sparse from 72 tokens on."""
+    return TINY
+
+
+@pytest.fixture
+def build(implementation: str) -> Callable[..., Case]:
+    """A factory of random cases; ``geometry`` overrides go by name."""
+
+    def case(
+        tokens: int,
+        *,
+        batch: int = 1,
+        heads: int = 4,
+        kv_heads: int = 2,
+        dim: int = 16,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+        sharpness: float = 2.0,
+        gate: float | None = None,
+        causal: bool = True,
+        sliding_window: int = 0,
+        start: Sequence[int] | None = None,
+        length: Sequence[int] | None = None,
+        **sizes: Any,
+    ) -> Case:
+        random = torch.Generator().manual_seed(seed)
+
+        def normal(count: int) -> Tensor:
+            return torch.randn(batch, count, tokens, dim, generator=random, dtype=torch.float64).to(dtype)
+
+        begin = torch.tensor(start if start is not None else [0] * batch)
+        return Case(
+            q=normal(heads) * sharpness,
+            k=normal(kv_heads),
+            v=normal(kv_heads),
+            start=begin,
+            length=torch.tensor(length) if length is not None else tokens - begin,
+            geometry=replace(TINY, **sizes),
+            gate=None if gate is None else torch.full((heads,), gate, dtype=dtype),
+            causal=causal,
+            sliding_window=sliding_window,
+            implementation=implementation,
+        )
+
+    return case

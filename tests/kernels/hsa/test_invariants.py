@@ -1,0 +1,141 @@
+"""The invariants of the operator, for every implementation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+quick = settings(
+    deadline=None,
+    max_examples=8,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+# At least three times sink + window + budget, and not a multiple of anything.
+lengths = st.integers(216, 330)
+options = st.fixed_dictionaries(
+    {
+        "seed": st.integers(0, 1000),
+        "dense_until": st.sampled_from([0, 72, 160]),
+        "gate": st.sampled_from([None, 0.3]),
+        "sliding_window": st.sampled_from([0, 0, 100]),
+        "beam": st.sampled_from([1, 4, 9]),
+    }
+)
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+@quick
+@given(tokens=lengths, option=options, data=st.data())
+def test_causal_to_the_bit(
+    build: Callable[..., Any], tokens: int, option: dict[str, Any], data: st.DataObject
+) -> None:
+    case = build(tokens, **option)
+    at = data.draw(st.integers(80, tokens - 1))
+    before = case.run()
+
+    def changed(x: torch.Tensor, at: int) -> torch.Tensor:
+        x = x.clone()
+        x[:, :, at] = 5 * torch.randn_like(x[:, :, at])
+        return x
+
+    token = replace(case, q=changed(case.q, at), k=changed(case.k, at), v=changed(case.v, at)).run()
+    assert torch.equal(token.out[:, :, :at], before.out[:, :, :at])
+    assert not torch.equal(token.out[:, :, at], before.out[:, :, at])
+
+    last = at // 8 * 8 + 7  # only the last query of a block: it may choose differently, the others not
+    if last < tokens:
+        query = replace(case, q=changed(case.q, last)).run()
+        others = torch.arange(tokens) != last
+        assert torch.equal(query.out[:, :, others], before.out[:, :, others])
+        assert torch.equal(query.spans, before.spans)
+        earlier = before.first < 7
+        assert torch.equal(query.first[earlier], before.first[earlier])
+
+
+@quick
+@given(tokens=lengths, option=options, causal=st.booleans())
+def test_a_budget_for_all_is_dense_attention(
+    build: Callable[..., Any], tokens: int, option: dict[str, Any], causal: bool
+) -> None:
+    case = build(tokens, **option, dtype=torch.float64, budget=tokens // 8 * 8 + 8, causal=causal)
+    k, v = (x.repeat_interleave(2, dim=1) for x in (case.k, case.v))
+    scores = case.q @ k.transpose(-1, -2) * case.scale
+    t, j = torch.arange(tokens)[:, None], torch.arange(tokens)
+    seen = (j <= t) if causal else torch.ones(tokens, tokens, dtype=torch.bool)
+    if case.sliding_window:
+        seen = seen & (j > t - case.sliding_window)
+    dense = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v
+    torch.testing.assert_close(case.run().out, dense, rtol=1e-12, atol=1e-12)
+
+
+@quick
+@given(tokens=lengths, option=options, data=st.data())
+def test_prefill_chunks_and_decode_agree(
+    build: Callable[..., Any], tokens: int, option: dict[str, Any], data: st.DataObject
+) -> None:
+    start = data.draw(st.sampled_from([[0, 0], [0, 13]]))
+    case = build(tokens, batch=2, start=start, **option)
+    whole = case.run()
+    few = data.draw(st.sets(st.integers(1, tokens - 1), max_size=4))
+    single = range(tokens - data.draw(st.integers(1, 20)), tokens)
+    parts = case.run_in_chunks(sorted({*few, *single}))
+    assert torch.equal(parts.spans, whole.spans)
+    assert torch.equal(parts.first, whole.first)
+    torch.testing.assert_close(parts.out, whole.out, **CLOSE)
+
+
+@quick
+@given(tokens=lengths, option=options, causal=st.booleans(), data=st.data())
+def test_padding_is_inert(
+    build: Callable[..., Any], tokens: int, option: dict[str, Any], causal: bool, data: st.DataObject
+) -> None:
+    start = [0, data.draw(st.integers(1, 60)), 0, data.draw(st.integers(1, 9))]
+    right = [0, 0, data.draw(st.integers(1, 60)), 5]
+    length = [tokens - a - b for a, b in zip(start, right, strict=True)]
+    case = build(tokens, batch=4, start=start, length=length, causal=causal, **option)
+    index = torch.arange(tokens)
+    padding = (index < case.start[:, None]) | (index >= (case.start + case.length)[:, None])
+    for x in (case.q, case.k, case.v):
+        x.masked_fill_(padding[:, None, :, None], 1e4)
+    batch = case.run()
+    assert (batch.out.masked_select(padding[:, None, :, None]) == 0).all()
+    for row in range(4):
+        alone = case.alone(row).run()
+        real = ~padding[row]
+        torch.testing.assert_close(batch.out[row, :, real], alone.out[0], **CLOSE)
+        blocks = alone.spans.shape[2]
+        assert torch.equal(batch.spans[row, :, :blocks], alone.spans[0])
+        assert torch.equal(batch.first[row, :, :blocks], alone.first[0])
+        assert (batch.spans[row, :, blocks:] == -1).all()
+        assert (batch.first[row, :, blocks:] == case.geometry.query_block).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equal_votes_go_to_the_lower_leaves(build: Callable[..., Any], dtype: torch.dtype) -> None:
+    case = build(300, dtype=dtype, dense_until=0)
+    result = replace(case, k=torch.zeros_like(case.k)).run()
+    g = case.geometry
+    for block in range(g.dense_end // g.query_block, 300 // g.query_block):
+        ids = g.block_leaf_ids(result.spans[0, 0, block], torch.tensor(block))
+        chosen = ids[result.first[0, 0, block] < g.query_block]
+        assert chosen.tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_half_precision_follows_float32(build: Callable[..., Any], causal: bool) -> None:
+    case = build(300, dtype=torch.bfloat16, causal=causal, sharpness=1.0, gate=0.3)
+    exact = replace(case, q=case.q.float(), k=case.k.float(), v=case.v.float(), gate=case.gate.float()).run()
+    half = case.run()
+    assert half.out.dtype == torch.bfloat16
+    same = (half.first == exact.first).float().mean()
+    assert same > 0.9  # the pyramid is pooled in bfloat16
+    dense = slice(0, 72 if causal else 0)
+    torch.testing.assert_close(half.out[:, :, dense].float(), exact.out[:, :, dense], rtol=2e-2, atol=2e-2)
+    assert (half.out.float() - exact.out).norm() / exact.out.norm() < 0.2

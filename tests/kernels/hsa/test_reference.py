@@ -1,0 +1,197 @@
+"""The definition against independent statements of it, one query at a time, in plain loops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from math import log
+
+import pytest
+import torch
+from torch import Tensor
+
+from retrofit.kernels.hsa.geometry import Geometry
+
+
+def cover_of(leaves: int, top: int, fanout: int) -> list[tuple[int, int]]:
+    """(level, span) of the canonical cover of the first leaves."""
+    spans, at = [], 0
+    while at < leaves:
+        level = max(x for x in range(top + 1) if at % fanout**x == 0 and at + fanout**x <= leaves)
+        spans.append((level, at // fanout**level))
+        at += fanout**level
+    return spans
+
+
+def votes(q: Tensor, k: Tensor, spans: list[tuple[int, int]], g: Geometry) -> dict[tuple[int, int], float]:
+    """Votes of one query q [G, D] for spans over the keys k [n, D], by sums over pooled keys."""
+    mass = {}
+    for level, span in spans:
+        begin, size = g.sink + span * g.span_size(level), g.node_size(level)
+        nodes = k[begin : begin + g.span_size(level)].reshape(-1, size, k.shape[1]).mean(1)
+        mass[level, span] = (q @ nodes.T * k.shape[1] ** -0.5 + log(size)).logsumexp(-1)
+    total = torch.stack(list(mass.values())).logsumexp(0) if mass else None
+    return {key: float((value - total).exp().sum()) for key, value in mass.items()}
+
+
+def best(scored: dict[tuple[int, int], float], count: int) -> list[tuple[int, int]]:
+    return sorted(scored, key=lambda key: (-scored[key], key[1]))[:count]
+
+
+def search(q: Tensor, k: Tensor, t: int, g: Geometry) -> set[int]:
+    """The leaves that the query q [T, G, D] at t chooses for itself."""
+    t0 = t // g.query_block * g.query_block
+    leaves = max(0, (g.window_start(t0) - g.sink) // g.block)
+    limit, top = g.beam * g.fanout, 1
+    while leaves // g.fanout**top > limit:
+        top += 1
+    cover = cover_of(leaves, top, g.fanout)
+    candidates = [span for span in cover if span[0] == top]
+    for level in range(top, 0, -1):
+        kept = sorted(best(votes(q[t0], k, candidates, g), g.beam))
+        candidates = [(level - 1, s * g.fanout + i) for _, s in kept for i in range(g.fanout)]
+        candidates += [span for span in cover if span[0] == level - 1]
+    candidates += [(0, leaf) for leaf in range(leaves, max(0, (g.window_start(t) - g.sink) // g.block))]
+    return {leaf for _, leaf in best(votes(q[t], k, candidates, g), g.budget // g.block)}
+
+
+def summarised(executed: set[int], t: int, g: Geometry) -> list[tuple[int, int]]:
+    """The cover of what is not executed for the query at t."""
+    t0 = t // g.query_block * g.query_block
+    leaves = max(0, (g.window_start(t0) - g.sink) // g.block)
+    late = range(leaves, max(0, (g.window_start(t) - g.sink) // g.block))
+
+    def split(level: int, span: int) -> list[tuple[int, int]]:
+        inside = range(span * g.fanout**level, (span + 1) * g.fanout**level)
+        if not executed.intersection(inside):
+            return [(level, span)]
+        return [x for i in range(g.fanout) for x in split(level - 1, span * g.fanout + i)] if level else []
+
+    cover = [x for span in cover_of(leaves, g.top_level(leaves), g.fanout) for x in split(*span)]
+    return cover + [(0, leaf) for leaf in late if leaf not in executed]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, t: int, executed: set[int], gate: float, g: Geometry) -> Tensor:
+    keys = set(range(min(g.sink, t + 1))) | set(range(max(g.sink, g.window_start(t)), t + 1))
+    for leaf in executed:
+        keys |= set(range(g.sink + leaf * g.block, g.sink + (leaf + 1) * g.block))
+    if t < g.dense_end:
+        keys = set(range(t + 1))
+    index = torch.tensor(sorted(keys))
+    scale = k.shape[1] ** -0.5
+    weights, values = [(q @ k[index].T * scale).exp()], [v[index]]
+    for level, span in summarised(executed, t, g) if gate and t >= g.dense_end else []:
+        begin, size = g.sink + span * g.span_size(level), g.node_size(level)
+        inside = slice(begin, begin + g.span_size(level))
+        nodes = k[inside].reshape(-1, size, k.shape[1]).mean(1)
+        weights.append(gate * size * (q @ nodes.T * scale).exp())
+        values.append(v[inside].reshape(-1, size, v.shape[1]).mean(1))
+    weight, value = torch.cat(weights, -1), torch.cat(values)
+    return weight @ value / weight.sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("gate", [None, 0.3])
+@pytest.mark.parametrize("sizes", [{}, {"beam": 2, "dense_until": 0}, {"query_block": 12, "dense_until": 84}])
+def test_every_query_finds_and_attends_as_stated(
+    build: Callable[..., object], sizes: dict[str, int], gate: float | None
+) -> None:
+    case = build(700, dtype=torch.float64, gate=gate, **sizes)
+    g = case.geometry
+    result = case.run()
+    q = case.q[0].reshape(2, 2, 700, 16).transpose(1, 2)
+    for head in range(2):
+        k, v = case.k[0, head], case.v[0, head]
+        for block in [*range(0, 20), 40, 41, 57, 700 // g.query_block]:
+            begin, executed = block * g.query_block, set()
+            ids = g.block_leaf_ids(result.spans[0, head, block], torch.tensor(block)).tolist()
+            for t in range(begin, min(begin + g.query_block, 700)):
+                if begin >= g.dense_end:
+                    executed |= search(q[head], k, t, g)
+                first = result.first[0, head, block].tolist()
+                assert {i for i, row in zip(ids, first, strict=True) if row <= t - begin} == executed
+                expected = attend(q[head, t], k, v, t, executed, gate or 0.0, g)
+                out = result.out[0, head * 2 : head * 2 + 2, t]
+                assert torch.allclose(out, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_an_unlimited_beam_chooses_the_best_of_all_leaves(build: Callable[..., object]) -> None:
+    case = build(500, dtype=torch.float64, beam=64)
+    g, result = case.geometry, case.run()
+    q = case.q[0].reshape(2, 2, 500, 16).transpose(1, 2)
+    for head in range(2):
+        for block in range(g.dense_end // g.query_block, 500 // g.query_block):
+            executed = set()
+            ids = g.block_leaf_ids(result.spans[0, head, block], torch.tensor(block)).tolist()
+            for row in range(g.query_block):
+                t = block * g.query_block + row
+                leaves = [(0, leaf) for leaf in range((g.window_start(t) - g.sink) // g.block)]
+                scored = votes(q[head, t], case.k[0, head], leaves, g)
+                executed |= {leaf for _, leaf in best(scored, g.budget // g.block)}
+                first = result.first[0, head, block].tolist()
+                assert {i for i, when in zip(ids, first, strict=True) if when <= row} == executed
+
+
+def test_not_causal_rows_see_window_sinks_and_the_union_of_their_block(build: Callable[..., object]) -> None:
+    n = 300
+    case = build(n, dtype=torch.float64, causal=False, beam=64)
+    g, result = case.geometry, case.run()
+    q = case.q[0].reshape(2, 2, n, 16).transpose(1, 2)
+    whole = (n - g.sink) // g.block
+    for head in range(2):
+        k, v = case.k[0, head], case.v[0, head]
+        for block in (0, 1, 9, 20, n // g.query_block):
+            rows = range(block * g.query_block, min((block + 1) * g.query_block, n))
+            windows, union = {}, set()
+            for t in rows:
+                low = max(0, t + 1 - g.window) // g.block * g.block
+                high = -(-(t + g.window) // g.block) * g.block
+                windows[t] = set(range(low, min(high, n)))
+                leaves = [
+                    (0, leaf)
+                    for leaf in range(whole)
+                    if g.sink + leaf * g.block < low or g.sink + leaf * g.block >= high
+                ]
+                union |= {leaf for _, leaf in best(votes(q[head, t], k, leaves, g), g.budget // g.block)}
+            for t in rows:
+                keys = windows[t] | set(range(g.sink)) | set(range(g.sink + whole * g.block, n))
+                for leaf in union:
+                    keys |= set(range(g.sink + leaf * g.block, g.sink + (leaf + 1) * g.block))
+                index = torch.tensor(sorted(keys))
+                expected = (q[head, t] @ k[index].T * case.scale).softmax(-1) @ v[index]
+                out = result.out[0, head * 2 : head * 2 + 2, t]
+                assert torch.allclose(out, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("gate", [None, 0.0, 0.3])
+@pytest.mark.parametrize("causal", [True, False])
+def test_gradients(build: Callable[..., object], gate: float | None, causal: bool) -> None:
+    """By finite differences: along a small step the selection stays as it is."""
+    case = build(120, dtype=torch.float64, heads=2, kv_heads=1, dim=4, gate=gate, causal=causal)
+    q, k, v = (x.clone().requires_grad_() for x in (case.q, case.k, case.v))
+    gates = [] if case.gate is None or not gate else [case.gate.clone().requires_grad_()]
+    inputs = [q, k, v, *gates]
+
+    def loss(*x: Tensor) -> Tensor:
+        changed = replace(case, q=x[0], k=x[1], v=x[2], gate=x[3] if gates else case.gate)
+        return changed.run().out
+
+    weight = torch.randn_like(case.q)
+    gradients = torch.autograd.grad((loss(*inputs) * weight).sum(), inputs)
+    for number, (x, gradient) in enumerate(zip(inputs, gradients, strict=True)):
+        step = torch.randn_like(x) * 1e-6
+        with torch.no_grad():
+            up, down = ([*inputs[:number], x + s, *inputs[number + 1 :]] for s in (step, -step))
+            change = ((loss(*up) - loss(*down)) * weight).sum() / 2
+        assert torch.allclose(change, (gradient * step).sum(), rtol=1e-5)
+
+
+def test_a_closed_gate_is_inert_and_still_learns(build: Callable[..., object]) -> None:
+    without = build(200, gate=None).run().out
+    case = build(200, gate=0.0)
+    case.gate.requires_grad_()
+    out = case.run().out
+    assert torch.equal(out.detach(), without)
+    out.square().sum().backward()
+    assert (case.gate.grad != 0).all()
+    below = build(200, gate=-0.5).run().out
+    assert torch.equal(below, without)
