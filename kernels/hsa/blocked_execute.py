@@ -1,0 +1,188 @@
+"""Execution of a few query blocks: which rows of keys they fetch, who sees what, and one softmax over all.
+
+    plan     leaves, first  →  rows int64 [B, Hkv, R, S], bias [B, Hkv, R, query_block, S·block]
+    attend   queries, bias, fetched keys and values  →  [B·Hkv·R, G·query_block, Dv]
+
+The first rows are sinks and window, a fixed number. The list of leaves follows, ordered by (first choosing
+query, index), in tiles of ``LIST_TILE`` rows. Later queries only add to its end, where the earlier ones see
+nothing: their sums go on with exact zeros, tile by tile, and change in no bit.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from retrofit.kernels.hsa.geometry import Geometry
+
+LIST_TOKENS = 256
+"""Keys in a tile of the list of leaves, at least."""
+
+
+HIDDEN = -1e30
+"""Bias of a key that is not seen: its weight is exactly zero, but a row that sees nothing stays finite."""
+
+
+def list_tile(geometry: Geometry) -> int:
+    """Leaves in a tile of the list."""
+    return max(1, LIST_TOKENS // geometry.block)
+
+
+def max_tiles(geometry: Geometry) -> int:
+    """Tiles that hold all leaf candidates of a query block."""
+    return -(-geometry.leaf_width // list_tile(geometry))
+
+
+@lru_cache(maxsize=64)
+def window_rows(geometry: Geometry, causal: bool) -> int:
+    """Rows of ``block`` tokens that the windows of a query block reach into, at most."""
+    g, far = geometry, geometry.window + geometry.block * geometry.query_block
+    widest = 0
+    for t0 in range(far * g.query_block, (far + g.block) * g.query_block, g.query_block):
+        last = t0 + g.query_block - 1
+        end = last // g.block + 1 if causal else g.window_end(last) // g.block
+        widest = max(widest, end - g.window_start(t0) // g.block)
+    return widest
+
+
+def exact_rows(geometry: Geometry, causal: bool) -> int:
+    """Rows of ``block`` tokens before the list: sinks, window and, not causal, the incomplete leaf."""
+    return geometry.sink // geometry.block + window_rows(geometry, causal) + (not causal)
+
+
+def listed(leaves: Tensor, first: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """Chosen leaves by (first choosing query, index), and how many each query of the block may see.
+
+    Args:
+        leaves: Leaf candidates, int64 [B, Hkv, R, C].
+        first: Row that first chose each, uint8 [B, Hkv, R, C].
+        geometry: The sizes.
+
+    Returns:
+        The leaves, int64 [B, Hkv, R, C], chosen ones in front; the counts, int64 [B, Hkv, R, query_block].
+    """
+    width, rows = leaves.shape[-1], geometry.query_block
+    slot = torch.arange(width, dtype=torch.int32, device=leaves.device)
+    when = torch.where(leaves >= 0, first, rows).to(torch.int32)
+    order = (when * width + slot).sort(dim=-1).values
+    limit = (torch.arange(rows, dtype=torch.int32, device=leaves.device) + 1) * width
+    limit = limit.expand(*order.shape[:-1], rows).contiguous()
+    count = torch.searchsorted(order, limit)
+    return leaves.gather(-1, (order % width).to(torch.int64)), count
+
+
+def plan(
+    ordered: Tensor,
+    count: Tensor,
+    block: Tensor,
+    length: Tensor,
+    tiles: int,
+    *,
+    causal: bool,
+    sliding_window: int,
+    geometry: Geometry,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """What to fetch, and who sees it.
+
+    Args:
+        ordered: The list of leaves, as from ``listed``.
+        count: How many of them each query may see, as from ``listed``.
+        block: Number of each query block, int64 [B, R].
+        length: Number of real tokens of each row, int64 [B].
+        tiles: Tiles of the list to execute; ``max_tiles`` always suffices.
+        causal: Whether a query sees only itself and what lies before it.
+        sliding_window: A query sees no keys this far or farther before it; 0 for no limit.
+        geometry: The sizes.
+        dtype: Of the bias.
+
+    Returns:
+        Rows of ``block`` tokens, int64 [B, Hkv, R, S], and a bias of 0 or a very negative number,
+        [B, Hkv, R, query_block, S·block].
+    """
+    g, heads = geometry, ordered.shape[1]
+    device = ordered.device
+    t = block[..., None] * g.query_block + torch.arange(g.query_block, device=device)  # [B, R, Q]
+    sinks = torch.arange(g.sink // g.block, device=device).expand(*block.shape, -1)
+    begin = g.window_start(t[..., :1]) // g.block
+    parts = [sinks, begin + torch.arange(window_rows(g, causal), device=device)]
+    if not causal:
+        parts.append((g.sink // g.block + g.complete(length))[:, None, None].expand(*block.shape, 1))
+    exact = torch.cat(parts, dim=-1)  # [B, R, E]
+
+    within = torch.arange(g.block, device=device)
+    j, at = (exact[..., None] * g.block + within).flatten(-2)[..., None, :], t[..., None]
+    in_sinks = torch.arange(j.shape[-1], device=device) < g.sink
+    from_window = j >= g.window_start(at).clamp(min=g.sink)
+    if causal:
+        seen = (in_sinks | from_window) & (j <= at)
+    else:
+        whole = (g.sink + g.complete(length) * g.block)[:, None, None, None]
+        tail = torch.arange(j.shape[-1], device=device) >= j.shape[-1] - g.block
+        from_window = from_window & (j < torch.minimum(g.window_end(at), whole))
+        seen = torch.where(tail, j >= whole, in_sinks | from_window) & (j < length[:, None, None, None])
+    if sliding_window:
+        seen = seen & (j > at - sliding_window)
+    exact_bias = torch.where(seen, 0.0, HIDDEN).to(dtype)[:, None].expand(-1, heads, -1, -1, -1)
+    exact = exact[:, None].expand(-1, heads, -1, -1)
+    if not tiles:
+        return exact, exact_bias
+
+    slots = tiles * list_tile(g)
+    chosen = F.pad(ordered, (0, max(0, slots - ordered.shape[-1])))[..., :slots]
+    if causal and not sliding_window:
+        # A query sees the first places of the list: its bias is a window onto one line 0 … 0 hidden … hidden.
+        line = torch.zeros(2 * slots * g.block, dtype=dtype, device=device)
+        line[slots * g.block :] = HIDDEN
+        offset = (slots - count.clamp(max=slots)) * g.block
+        windows = line.unfold(0, slots * g.block, 1)
+        list_bias = windows.index_select(0, offset.flatten()).reshape(*count.shape, -1)
+    else:
+        seen = torch.arange(slots, device=device) < (count if causal else count[..., -1:])[..., None]
+        start = (g.sink + chosen * g.block)[..., None, :]
+        tt = t[:, None, ..., None]
+        if not causal:
+            seen = seen & ((start < g.window_start(tt)) | (start >= g.window_end(tt)))
+        seen = seen.repeat_interleave(g.block, dim=-1)
+        if sliding_window:
+            seen = seen & ((start[..., None] + within).flatten(-2) > tt - sliding_window)
+        list_bias = torch.where(seen, 0.0, HIDDEN).to(dtype)
+    rows = torch.cat([exact, chosen + g.sink // g.block], dim=-1)
+    return rows, torch.cat([exact_bias, list_bias], dim=-1)
+
+
+def attend(queries: Tensor, bias: Tensor, keys: Tensor, values: Tensor, exact: int, tile: int) -> Tensor:
+    """One softmax over the fetched keys; differentiable.
+
+    Args:
+        queries: Times the scale, [X, G·Q, D].
+        bias: [X, Q, W].
+        keys: [X, W, D].
+        values: [X, W, Dv].
+        exact: Keys before the list.
+        tile: Keys in a tile of the list.
+
+    Returns:
+        [X, G·Q, Dv].
+    """
+    weights = scores(queries, bias, keys).softmax(-1)
+    return accumulate(weights, values, exact, tile)
+
+
+def scores(queries: Tensor, bias: Tensor, keys: Tensor) -> Tensor:
+    """queries·keys + bias, [X, G·Q, W]."""
+    group = queries.shape[1] // bias.shape[1]
+    start = bias[:, None].expand(-1, group, -1, -1).reshape(queries.shape[0], queries.shape[1], -1)
+    return torch.baddbmm(start, queries, keys.transpose(1, 2))
+
+
+def accumulate(weights: Tensor, values: Tensor, exact: int, tile: int) -> Tensor:
+    """weights [X, G·Q, W] times values [X, W, Dv], tile by tile in a fixed order."""
+    out = torch.bmm(weights[..., :exact], values[:, :exact])
+    for begin in range(exact, weights.shape[-1], tile):
+        end = begin + tile
+        out = torch.baddbmm(out, weights[..., begin:end], values[:, begin:end])
+    return out

@@ -1,0 +1,103 @@
+"""Rows of a key, value or node tensor, many tokens to a row, fetched by number.
+
+    x [B, Hkv, n, D]  →  table [M, group·D], and (batch row, kv head, i) → table[base + i·step]
+
+A leaf or a span of nodes is one contiguous row, so that gathering it is one block copy.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Rows(NamedTuple):
+    """A table of rows.
+
+    Attributes:
+        table: [M, group·D].
+        base: Row of the table at which a batch row and kv head begin, int64 [B, Hkv].
+        step: Rows of the table from one row to the next.
+        group: Tokens (or nodes) in a row.
+        last: Last row of each batch row, int64 [B]; what lies behind it is nobody's to see and fetches it.
+    """
+
+    table: Tensor
+    base: Tensor
+    step: int
+    group: int
+    last: Tensor
+
+    def flat(self, index: Tensor) -> Tensor:
+        """Rows of the table of ``index`` [B, Hkv, …], flattened."""
+        extra = [1] * (index.dim() - 2)
+        index = index.clamp(min=0).minimum(self.last.reshape(-1, 1, *extra))
+        return (self.base.reshape(*self.base.shape, *extra) + index * self.step).flatten()
+
+    def take(self, index: Tensor) -> Tensor:
+        """Rows ``index`` [B, Hkv, R, S] as [B·Hkv·R, S·group, D]."""
+        found = self.table.index_select(0, self.flat(index))
+        return found.reshape(-1, index.shape[-1] * self.group, self.table.shape[1] // self.group)
+
+
+def padded_rows(x: Tensor, group: int) -> Rows:
+    """Rows of ``group`` of x [B, Hkv, n, D] by a copy that ends with a whole row; exportable."""
+    batch, heads, count, width = x.shape
+    rows = count // group + 1
+    table = F.pad(x, (0, 0, 0, group))[:, :, : rows * group].reshape(-1, group * width)
+    base = torch.arange(batch * heads, device=x.device).reshape(batch, heads) * rows
+    return Rows(table, base, 1, group, _last(x, rows - 1))
+
+
+def complete_rows(x: Tensor, group: int) -> Rows:
+    """The complete rows of ``group`` of x [B, Hkv, n, D], without a copy where x is contiguous."""
+    batch, heads, count, width = x.shape
+    base = torch.arange(batch * heads, device=x.device).reshape(batch, heads)
+    if count < group:  # nothing to fetch: a row for the unused places
+        return Rows(x.new_zeros(1, group * width), base * 0, 0, group, _last(x, 0))
+    flat = x.contiguous()
+    table = flat.as_strided((batch * heads * count - group + 1, group * width), (width, 1))
+    return Rows(table, base * count, group, group, _last(x, count // group - 1))
+
+
+def aligned_rows(x: Tensor, start: Tensor, length: Tensor, group: int, tokens: int) -> Rows:
+    """Rows by position of x [B, Hkv, N, D], by a copy; zeros behind the row's end; exportable.
+
+    Args:
+        x: The tensor in index space.
+        start: Index of each row's first real token, int64 [B].
+        length: Number of real tokens of each row, int64 [B].
+        group: Tokens to a row.
+        tokens: Positions to provide at least.
+    """
+    batch, heads, slots, width = x.shape
+    rows = (tokens + group - 1) // group + 1
+    position = torch.arange(rows * group, device=x.device)
+    index = (start[:, None] + position).clamp(max=slots - 1)
+    found = x.gather(2, index[:, None, :, None].expand(-1, heads, -1, width))
+    found = found.masked_fill((position >= length[:, None])[:, None, :, None], 0)
+    base = torch.arange(batch * heads, device=x.device).reshape(batch, heads) * rows
+    return Rows(found.reshape(-1, group * width), base, 1, group, _last(x, rows - 1))
+
+
+def token_rows(x: Tensor, start: Tensor, length: Tensor) -> Rows:
+    """Single tokens of x [B, Hkv, N, D] by position, without a copy where heads lie whole tokens apart."""
+    batch, heads, slots, width = x.shape
+    steps = x.stride()
+    if steps[3] != 1 or steps[2] != width or steps[1] % width or steps[0] % width:
+        x = x.contiguous()
+        steps = x.stride()
+    by_row, by_head = steps[0] // width, steps[1] // width
+    extent = (batch - 1) * by_row + (heads - 1) * by_head + slots
+    table = x.as_strided((extent, width), (width, 1))
+    row = torch.arange(batch, device=x.device)[:, None] * by_row
+    head = torch.arange(heads, device=x.device) * by_head
+    base = row + head + start.clamp(max=slots - 1)[:, None]
+    return Rows(table, base, 1, 1, (length - 1).clamp(min=0))
+
+
+def _last(x: Tensor, row: int) -> Tensor:
+    return torch.full((x.shape[0],), row, device=x.device)

@@ -1,0 +1,182 @@
+"""Selection for a few query blocks at a time: the coarse spans, and who chooses which leaf first.
+
+    coarse_spans   [B, Hkv, R, G, D] first queries of R blocks  →  spans  int32 [B, Hkv, R, beam]
+    leaf_step      [B, Hkv, R, G·query_block, D] queries        →  first  uint8 [B, Hkv, R, C]
+
+Both are pure functions of tensors whose shapes depend on the geometry and on R alone. The matrix products have
+one shape however many tokens a call brings, so that prefill, chunks and single tokens see the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from retrofit.kernels.hsa.blocked_rows import Rows
+from retrofit.kernels.hsa.geometry import Geometry
+
+COARSE_TILE = 8
+"""Query blocks whose first queries meet the top level's nodes in one product."""
+
+
+def coarse_spans(
+    queries: Tensor,
+    nodes: Sequence[Rows],
+    prefixes: Sequence[Tensor],
+    block: Tensor,
+    length: Tensor,
+    *,
+    causal: bool,
+    sliding_window: int,
+    geometry: Geometry,
+    tops: tuple[int, int],
+) -> Tensor:
+    """Returns the level-1 spans kept for ``COARSE_TILE`` query blocks: int32 [B, Hkv, R, beam].
+
+    Args:
+        queries: First query of each block, times the scale, [B, Hkv, R, G, D] with R = COARSE_TILE.
+        nodes: Spans of nodes by number, per level; those of level 0 are not read.
+        prefixes: Per level, the first beam·fanout·nodes_per_span nodes, [B·Hkv, ·, D]; level 0 is not read.
+        block: Number of each query block, int64 [B, R].
+        length: Number of real tokens of each row, int64 [B].
+        causal: Whether a query sees only itself and what lies before it.
+        sliding_window: A query sees no keys this far or farther before it; 0 for no limit.
+        geometry: The sizes.
+        tops: Bounds, both included, on the top levels of these blocks.
+    """
+    g, (batch, heads, blocks) = geometry, queries.shape[:3]
+    t0 = block * g.query_block
+    covered = g.covered(t0) if causal else g.complete(length)[:, None].expand(-1, blocks)
+    covered = covered[:, None].expand(-1, heads, -1)
+    top = g.top_level(covered)
+    kept = torch.full((batch, heads, blocks, g.beam), -1, device=queries.device)
+    for level in range(tops[1], 0, -1):
+        ids = g.coarse_ids(kept, covered, level)
+        allowed = ids >= 0
+        if sliding_window:
+            end = g.sink + (ids + 1) * g.span_size(level)
+            allowed = allowed & (end - 1 > (t0 - sliding_window)[:, None, :, None])
+        if level >= tops[0]:
+            votes = _prefix_votes(queries, prefixes[level], allowed, g)
+            if level < tops[1]:
+                votes = torch.where(
+                    (top == level)[..., None], votes, _span_votes(queries, nodes[level], ids, allowed)
+                )
+        else:
+            votes = _span_votes(queries, nodes[level], ids, allowed)
+        chosen = best(votes, allowed, g.beam)
+        kept = torch.where(chosen, ids, _LAST).sort(dim=-1).values[..., : g.beam]
+        kept = torch.where(kept == _LAST, -1, kept)
+    return kept.to(torch.int32)
+
+
+_LAST = 2**40
+
+
+def leaf_step(
+    queries: Tensor,
+    nodes: Rows,
+    leaves: Tensor,
+    position: Tensor,
+    low: Tensor,
+    high: Tensor,
+    first: Tensor,
+    *,
+    causal: bool,
+    sliding_window: int,
+    geometry: Geometry,
+) -> Tensor:
+    """Returns ``first`` with what the new queries choose: uint8 [B, Hkv, R, C].
+
+    Args:
+        queries: All places of the blocks, times the scale, [B, Hkv, R, G·query_block, D]; finite.
+        nodes: The leaves' nodes by leaf.
+        leaves: Leaf candidates of the blocks, int64 [B, Hkv, R, C].
+        position: Of each place, int64 [B, R, query_block].
+        low: First position of a new query in each row, int64 [B].
+        high: End of the new queries in each row, int64 [B].
+        first: Choices of the queries before ``low``, uint8 [B, Hkv, R, C].
+        causal: Whether a query sees only itself and what lies before it.
+        sliding_window: A query sees no keys this far or farther before it; 0 for no limit.
+        geometry: The sizes.
+    """
+    g, (batch, heads, blocks, width) = geometry, leaves.shape
+    each, rows = nodes.group, g.query_block
+    allowed = leaf_candidates(leaves, position, causal=causal, sliding_window=sliding_window, geometry=g)
+    outside = -torch.inf
+    if causal and not sliding_window:
+        # Children of kept spans are candidates for the whole block: only the right edge differs by query.
+        edge = width - g.beam * g.fanout
+        column = torch.where(leaves >= 0, 0.0, outside).to(queries.dtype)
+        bias = column.repeat_interleave(each, dim=-1).flatten(0, 2)[:, None]
+        scores = bias.expand(-1, queries.shape[3], -1).contiguous()
+        scores = scores.baddbmm_(queries.flatten(0, 2), _members(nodes, leaves, queries.dtype))
+        late = torch.where(allowed[..., -edge:], 0.0, outside).to(queries.dtype)
+        late = late.repeat_interleave(each, dim=-1).flatten(0, 2)[:, None]
+        scores.unflatten(1, (-1, rows))[..., -edge * each :] += late
+    else:
+        bias = torch.where(allowed, 0.0, outside).to(queries.dtype).repeat_interleave(each, dim=-1)
+        scores = bias.flatten(0, 2)[:, None].expand(-1, queries.shape[3] // rows, -1, -1).flatten(1, 2)
+        scores = torch.baddbmm(scores, queries.flatten(0, 2), _members(nodes, leaves, queries.dtype))
+    mass = scores.softmax(-1).unflatten(1, (-1, rows)).sum(1)
+    votes = mass.unflatten(-1, (width, each)).sum(-1).reshape(batch, heads, blocks, rows, width)
+    chosen = best(votes, allowed, g.leaves_per_query)
+    chosen = (
+        chosen & ((position >= low[:, None, None]) & (position < high[:, None, None]))[:, None, ..., None]
+    )
+    place = torch.arange(rows, dtype=torch.uint8, device=queries.device)[:, None]
+    when = torch.where(chosen, place, torch.full_like(place[:1], rows)).amin(-2)
+    return torch.minimum(first, when)
+
+
+def leaf_candidates(
+    leaves: Tensor, position: Tensor, *, causal: bool, sliding_window: int, geometry: Geometry
+) -> Tensor:
+    """Which leaves [B, Hkv, R, C] the queries at ``position`` [B, R, Q] may choose: bool [B, Hkv, R, Q, C]."""
+    g = geometry
+    at, t = leaves.to(torch.int32)[..., None, :], position[:, None].to(torch.int32)[..., None]
+    allowed = (at >= 0) & (at < g.covered(t))
+    begin = g.sink + at * g.block
+    if not causal:
+        allowed = (at >= 0) & ((begin < g.window_start(t)) | (begin >= g.window_end(t)))
+    if sliding_window:
+        allowed = allowed & (begin + g.block - 1 > t - sliding_window)
+    return allowed
+
+
+def best(votes: Tensor, allowed: Tensor, count: int) -> Tensor:
+    """The ``count`` highest votes among the allowed, ties to the lower index: bool [..., W]."""
+    if count >= votes.shape[-1]:
+        return allowed
+    votes = torch.where(allowed, votes, -1.0)
+    least = votes.topk(count, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    above, level = votes > least, votes == least
+    room = count - above.sum(-1, keepdim=True, dtype=torch.int32)
+    return (above | (level & (level.cumsum(-1, dtype=torch.int32) <= room))) & allowed
+
+
+def _members(nodes: Rows, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """Nodes of the spans [B, Hkv, R, W] as [B·Hkv·R, D, W·group]."""
+    return nodes.take(ids).to(dtype).transpose(1, 2)
+
+
+def _span_votes(queries: Tensor, nodes: Rows, ids: Tensor, allowed: Tensor) -> Tensor:
+    """Votes [B, Hkv, R, W] of the first queries for spans of their own."""
+    scores = torch.bmm(queries.flatten(0, 2), _members(nodes, ids, queries.dtype))
+    scores = scores.reshape(*ids.shape[:3], -1, ids.shape[3], nodes.group)
+    scores = scores.masked_fill(~allowed[..., None, :, None], -torch.inf)
+    return scores.flatten(-2).softmax(-1).sum(-2).reshape(*ids.shape, -1).sum(-1)
+
+
+def _prefix_votes(queries: Tensor, prefix: Tensor, allowed: Tensor, geometry: Geometry) -> Tensor:
+    """Votes [B, Hkv, R, W] of the first queries for spans 0, 1, …, which all blocks share."""
+    batch, heads, blocks, group, width = queries.shape
+    each, spans = geometry.nodes_per_span, geometry.beam * geometry.fanout
+    scores = torch.bmm(queries.reshape(batch * heads, blocks * group, width), prefix.transpose(1, 2))
+    scores = scores.reshape(batch, heads, blocks, group, spans, each)
+    scores = scores.masked_fill(~allowed[..., None, :spans, None], -torch.inf)
+    votes = scores.flatten(-2).softmax(-1).sum(-2).reshape(batch, heads, blocks, spans, each).sum(-1)
+    return F.pad(votes, (0, allowed.shape[-1] - spans))
