@@ -44,21 +44,7 @@ _FUNCTIONS = {
     "sliding": "create_sliding_window_causal_mask",
     "bidirectional sliding": "create_bidirectional_sliding_window_mask",
 }
-_PARTS = {
-    frozenset({"causal_mask_function"}): "causal",
-    frozenset({"bidirectional_mask_function"}): "bidirectional",
-    frozenset({"causal_mask_function", "sliding_window_overlay"}): "sliding",
-    frozenset(
-        {"bidirectional_mask_function", "sliding_window_bidirectional_overlay"}
-    ): "bidirectional sliding",
-}
-_REMEDIES = {
-    "packed_sequence_mask_function": "packed sequences (position_ids that start again within a row); "
-    "put each sequence in its own row and pad",
-    "chunked_overlay": "chunked attention; leave its layers out with where=…",
-    "blockwise_overlay": "bidirectional blocks; leave these layers out with where=…",
-}
-_ORIGINAL = "_retrofit_attn_implementation"
+_ORIGINAL = "retrofit_attn_implementation"
 _MASK_ARGUMENTS = ("attention_mask", "mask")
 
 
@@ -199,7 +185,15 @@ def _make(
         original: Implementation of the modules left dense; None if there are none.
     """
     try:
-        made = _kind_of(mask_function, use_vmap, batch_size, q_length, kv_length, device)
+        made = _kind_of(
+            mask_function,
+            use_vmap,
+            options.get("local_size"),
+            "allow_is_bidirectional_skip" in options,
+            batch_size,
+            torch.arange(q_length, device=device) + q_offset,
+            kv_length + kv_offset,
+        )
     except MaskError:
         if original is None:
             raise
@@ -238,53 +232,49 @@ def _make(
 def _kind_of(
     function: Callable[..., Any] | None,
     use_vmap: bool,
+    window: int | None,
+    bidirectional: bool,
     batch: int,
-    q_length: int,
-    kv_length: int,
-    device: torch.device | str,
+    queries: Tensor,
+    seen: int,
 ) -> str:
-    """Returns the kind of a mask function of transformers.
+    """Returns the kind of a mask function of transformers, after probing that it is that and nothing else.
+
+    Every query is asked about keys at distances 1, 4, 16, … from it on both sides. Packed sequences, chunks
+    and bidirectional blocks all differ there from the plain patterns.
 
     Raises:
-        MaskError: If it is none of those known.
+        MaskError: If it is none of the kinds known.
     """
+    made = ("bidirectional" if bidirectional else "causal") if window is None else "sliding"
+    if bidirectional and window is not None:
+        made = "bidirectional sliding"
+    message = (
+        f"converted attention does a {made} mask with padding at the ends, got another; put packed sequences "
+        "(position_ids that start again within a row) in rows of their own, leave layers with chunks or "
+        "bidirectional blocks out with where=…"
+    )
+    if use_vmap:
+        raise MaskError(message)
     if function is None:
-        return "causal"
-    parts = list(_parts(function))
-    names = frozenset(parts)
-    packed = "packed_sequence_mask_function"
-    if torch.compiler.is_compiling() and packed in names:
-        # While tracing, transformers cannot tell whether sequences are packed and always says so. The remapped
-        # function that comes with the packing holds the pattern.
-        index = torch.arange(1, kv_length, device=device)
-        rows = torch.arange(batch, device=device)[:, None]
-        together = function(rows, 0, index[None], index[None] - 1)
-        torch._assert_async(together.all(), f"converted attention does not do {_REMEDIES[packed]}")
-        names -= {packed}
-    found = None if use_vmap else _PARTS.get(names)
-    if found is None:
-        reason = next((text for name, text in _REMEDIES.items() if name in names), None)
-        raise MaskError(
-            f"converted attention does not do {reason}"
-            if reason
-            else f"mask must be causal, bidirectional or a sliding window, with padding at the ends, got one made of "
-            f"{', '.join(sorted(names))}{' and a function of the model' if use_vmap else ''}; "
-            "leave these layers out with where=…"
-        )
-    return found
-
-
-def _parts(function: Callable[..., Any]) -> Iterator[str]:
-    """Names the functions that transformers has put together, looking into the closures of its combinators."""
-    name = function.__qualname__.split(".")[0]
-    held = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
-    if name == "and_masks":
-        for part in held["mask_functions"].cell_contents:
-            yield from _parts(part)
-    elif name == "remap_positions_for_packed_sequence":
-        yield from _parts(held["mask_function"].cell_contents)
-    else:
-        yield name
+        return made
+    distance = torch.tensor(
+        [sign * 4**power for power in range(11) for sign in (1, -1)], device=queries.device
+    )
+    distance = distance[:, None, None]
+    rows = torch.arange(batch, device=queries.device)[:, None]
+    keys = queries - distance
+    inside = (keys >= 0) & (keys < seen)
+    got = function(rows, 0, queries.expand_as(keys), keys.clamp(0, seen - 1))
+    expected = torch.ones_like(inside) if bidirectional else distance > 0
+    if window is not None:
+        expected = expected & (distance.abs() <= window if bidirectional else distance < window)
+    same = (~inside | (got == expected)).all()
+    if torch.compiler.is_compiling():
+        torch._assert_async(same, message)
+    elif not bool(same):
+        raise MaskError(message)
+    return made
 
 
 def _attend(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
