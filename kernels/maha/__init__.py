@@ -1,0 +1,1 @@
+"""Multiscale attention: scales of growing cells partition the past of every query."""
