@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
@@ -56,4 +57,5 @@ def install() -> None:
 
 
 def _register() -> None:
-    pass
+    # Registers when it is imported; where its own import has led here, it does so when that ends.
+    import_module("retrofit.saving")

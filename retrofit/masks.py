@@ -33,8 +33,8 @@ ORIGINALS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_a
 KINDS = {
     "causal": torch.bool,
     "bidirectional": torch.int8,
-    "sliding": torch.uint8,
-    "bidirectional sliding": torch.int16,
+    "sliding": torch.int16,
+    "bidirectional sliding": torch.int32,
 }
 """The kinds of two-dimensional masks and the dtype that tells them apart; nonzero is a real token."""
 
@@ -95,6 +95,13 @@ def to_start_length(
         raise MaskError(
             f"attention_mask must be [batch={batch}, keys={key_length}] (with a cache it covers the cached tokens "
             f"as well), got {list(mask.shape)}"
+        )
+    made = kind(mask)
+    if (made == "bidirectional" and causal) or (made == "sliding" and not sliding_window):
+        expected = "causal" if causal else "bidirectional"
+        raise MaskError(
+            f"attention mask must be {expected}, which this site was verified for, got one that is {made}; "
+            "convert again with the configuration that the model now has"
         )
     return _extent(mask.to(device) != 0)
 
