@@ -1,14 +1,50 @@
-"""The module that takes an attention module's place, and what it hands to its target."""
+"""The module that takes an attention module's place, and what it hands to its target.
+
+    layer.self_attn = LlamaAttention(q_proj, k_proj, …)
+        →  RetrofittedAttention(q_proj, k_proj, …, retrofit=HSAAttention(…))
+
+It adopts the children, parameters and buffers of the original under the same names, so that state dicts,
+optimisers, PEFT and hooks find everything where it was. Its forward has the original's signature and runs the
+captured graph on itself; mask and cache go around the graph.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from retrofit.capture.call import CACHE_NAMES, is_cache, lookup, spelled
+from retrofit.capture.standin import is_tensor_slot
+from retrofit.capture.plan import SitePlan, compiled
+from retrofit.errors import CaptureError
+from retrofit.masks import to_start_length
+from retrofit.targets.base import TargetAttention
+from retrofit.targets.dense import attend_densely
 
 if TYPE_CHECKING:
     from retrofit.cache import RetrofitLayer
+
+TARGET = "retrofit"
+_SHARED_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+# Arguments that change what attention means; a call that brings them was not verified.
+_MEANINGFUL = ("is_causal", "position_bias", "softcap", "cu_seq_lens_q", "cu_seq_lens_k", "block_mask")
 
 
 @dataclass(frozen=True)
@@ -24,3 +60,217 @@ class AttentionCall:
     start: Tensor
     length: Tensor
     layer: RetrofitLayer | None = None
+
+
+@dataclass(frozen=True)
+class _Context:
+    """What goes around the graph: the mask as it came, and the cache layer."""
+
+    mask: Tensor | None
+    layer: RetrofitLayer | None
+
+
+class RetrofittedAttention(nn.Module):
+    """Runs a captured attention module with its attention exchanged.
+
+    Args:
+        original: The attention module whose place this takes.
+        path: Where it is in the model.
+        plan: What was found out about it.
+        target: The attention that serves it; its learned parameters are those of the model.
+
+    Attributes:
+        path: Where the site is in the model.
+        plan: What was found out about the original.
+        retrofit: The target.
+        dense_mode: While True, the site attends densely: the teacher in distillation.
+        tap: If set, is called with (q, k, v, call) before each attention; the cache is not yet updated.
+    """
+
+    retrofit: TargetAttention
+
+    def __init__(self, original: nn.Module, path: str, plan: SitePlan, target: TargetAttention) -> None:
+        super().__init__()
+        shared = vars(original)
+        # The dictionaries themselves are shared: what moves or replaces a parameter here does so there.
+        for name in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
+            vars(self)[name] = shared[name]
+        for name in _SHARED_HOOKS:
+            if name in shared:
+                vars(self)[name] = shared[name]
+        self._modules.update(original._modules)
+        self.retrofit = target
+        vars(self)["_original"] = (original,)
+        self.path = path
+        self.plan = plan
+        self.layer_idx = getattr(original, "layer_idx", None)
+        self.dense_mode = False
+        self.fingerprint: tuple[tuple[str, float], ...] = ()
+        self.tap: Callable[[Tensor, Tensor, Tensor, AttentionCall], None] | None = None
+        vars(self)["_constants"] = dict(plan.constants)
+        vars(self)["_run"] = compiled(plan.source)
+        self.training = original.training
+
+    @property
+    def original(self) -> nn.Module:
+        """The module whose place this took."""
+        module: nn.Module = vars(self)["_original"][0]
+        return module
+
+    def restored(self) -> nn.Module:
+        """Returns the original with the children as they are now."""
+        original = self.original
+        for name, child in self._modules.items():
+            if name != TARGET:
+                original._modules[name] = child
+        original.training = self.training
+        return original
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            constants = vars(self).get("_constants", {})
+            if name in constants:
+                return constants[name]
+            if "_original" in vars(self) and name in vars(self.original):
+                return vars(self.original)[name]
+            if "_original" in vars(self) and hasattr(type(self.original), name):
+                return getattr(self.original, name)
+            raise
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(vars(self))
+        state.pop("_run", None)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        vars(self)["_run"] = compiled(self.plan.source)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RetrofittedAttention:
+        super()._apply(fn, recurse)
+        constants = vars(self)["_constants"]
+        vars(self)["_constants"] = {name: fn(value) for name, value in constants.items()}
+        return self
+
+    def extra_repr(self) -> str:
+        """Names the class whose place this took."""
+        return f"{type(self.original).__name__}, mask={self.plan.mask}"
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Takes what the original took and returns what it returned; attention weights become None."""
+        plan = self.plan
+        values = plan.signature.bind(args, kwargs)
+        tensors = []
+        for path in plan.inputs:
+            tensor = lookup(values, path)
+            if tensor is None:
+                raise CaptureError(
+                    f"{self.path} needs {spelled(path)}, which it was captured with, got None; "
+                    "convert with an example that leaves it out"
+                )
+            tensors.append(tensor)
+        self._check_rest(values)
+        mask = lookup(values, plan.mask_argument) if plan.mask_argument is not None else None
+        results = iter(self._run(self, *tensors, _Context(mask, self._layer(values))))
+        return pytree.tree_map(lambda leaf: next(results) if is_tensor_slot(leaf) else leaf, plan.output)
+
+    def _check_rest(self, values: Mapping[str, Any]) -> None:
+        plan = self.plan
+        for path, recorded in plan.known:
+            if recorded is None and path[0] in plan.signature.names and path != plan.mask_argument:
+                value = lookup(values, path)
+                if isinstance(value, Tensor) and path not in plan.inputs:
+                    raise CaptureError(
+                        f"{self.path} was captured with {spelled(path)}=None, got a tensor; "
+                        "convert with an example that has it"
+                    )
+        for name in _MEANINGFUL:
+            if name in values and (name,) not in plan.inputs:
+                recorded = next((value for path, value in plan.known if path == (name,)), None)
+                if values[name] is not recorded and values[name] != recorded:
+                    raise CaptureError(
+                        f"{self.path} was captured with {name}={recorded}, got {values[name]!r}; leave it "
+                        "out, or leave this site out with where=…"
+                    )
+
+    def _layer(self, values: Mapping[str, Any]) -> RetrofitLayer | None:
+        for name in CACHE_NAMES:
+            cache = values.get(name)
+            if cache is not None and (is_cache(cache) or name in self.plan.signature.names):
+                from retrofit.cache import layer_for
+
+                if self.layer_idx is None:
+                    raise CaptureError(f"{self.path} got a cache but has no layer_idx to find its layer with")
+                return layer_for(cache, self.layer_idx, self.path)
+        return None
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, context: _Context, mask: Tensor | None = None
+    ) -> Tensor:
+        """What the captured graph calls in the place of attention.
+
+        Args:
+            q: Queries [B, Hq, T, D].
+            k: New keys [B, Hkv, T, D].
+            v: New values [B, Hkv, T, Dv].
+            context: What came around the graph.
+            mask: The mask the graph computed, where it does.
+        """
+        call = self._call(q, k, context.layer, context.mask if mask is None else mask)
+        if self.tap is not None:
+            self.tap(q, k, v, call)
+        if self.dense_mode:
+            return attend_densely(self.retrofit, q, k, v, call)
+        out: Tensor = self.retrofit(q, k, v, call)
+        return out
+
+    def _call(self, q: Tensor, k: Tensor, layer: RetrofitLayer | None, mask: Tensor | None) -> AttentionCall:
+        past = layer.get_seq_length() if layer is not None else 0
+        slots = past + k.shape[2]
+        if mask is not None and mask.dim() != 2:
+            mask = _of_rank_four(mask)
+        start, length = to_start_length(
+            mask,
+            q.shape[0],
+            slots,
+            q.shape[2],
+            q.device,
+            causal=self.plan.mask.causal,
+            sliding_window=self.plan.mask.sliding_window,
+        )
+        if layer is not None:
+            if layer.start is None:
+                layer.start = start
+            else:
+                length = start + length - layer.start
+                start = layer.start
+        return AttentionCall(start, length, layer)
+
+
+def _of_rank_four(mask: Tensor) -> Tensor:
+    """[…, T, N] → [B or 1, 1, T, N]."""
+    while mask.dim() < 4:
+        mask = mask.unsqueeze(0) if mask.dim() == 2 else mask.unsqueeze(1)
+    return mask
+
+
+def build_target(
+    plan: SitePlan, config: Any, like: Tensor, *, implementation: str = "auto"
+) -> TargetAttention:
+    """Makes the target of a site, on the device and in the dtype of ``like``."""
+    from retrofit.targets import target_class
+
+    target = target_class(config)(
+        config,
+        heads=plan.heads,
+        kv_heads=plan.kv_heads,
+        head_dim=plan.head_dim,
+        value_dim=plan.value_dim,
+        scale=plan.scale,
+        causal=plan.mask.causal,
+        sliding_window=plan.mask.sliding_window,
+        implementation=implementation,
+    )
+    return target.to(device=like.device, dtype=like.dtype if like.is_floating_point() else torch.float32)

@@ -1,0 +1,157 @@
+"""Classifies what a mask lets a query see, from the masks a module really got or built.
+
+masks on probes (lengths, padding, positions)  →  none | key padding | causal | … within a window  |  refused
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class MaskClass:
+    """What a site's mask lets a query see, besides hiding the row's padding.
+
+    Attributes:
+        causal: Keys after the query are hidden.
+        sliding_window: Keys this far back and further are hidden; 0 means none.
+        padding: Whether a mask for padding was seen to work.
+    """
+
+    causal: bool
+    sliding_window: int = 0
+    padding: bool = False
+
+    def __str__(self) -> str:
+        parts = []
+        if self.sliding_window:
+            parts.append(f"sliding window({self.sliding_window})")
+        elif self.causal:
+            parts.append("causal")
+        if self.padding:
+            parts.append("padding" if self.causal else "key padding")
+        return "+".join(parts) or "none"
+
+    def expected(self, keep: Tensor) -> Tensor:
+        """What the class shows: bool [B, N, N] for rows whose real tokens are ``keep`` [B, N]."""
+        n = keep.shape[1]
+        index = torch.arange(n, device=keep.device)
+        seen = keep[:, None, :].expand(-1, n, -1)
+        if self.causal:
+            seen = seen & (index <= index[:, None])
+        if self.sliding_window:
+            seen = seen & (index > index[:, None] - self.sliding_window)
+        return seen
+
+
+@dataclass(frozen=True)
+class MaskSample:
+    """A mask as one probe had it.
+
+    Attributes:
+        mask: [B or 1, H or 1, T or 1, N], bool or additive; None if the probe had none.
+        is_causal: Whether the attention itself hid later keys.
+        batch: Rows of the probe.
+        length: Tokens of the probe.
+        keep: bool [B, N], the real tokens; None if the probe does not say.
+    """
+
+    mask: Tensor | None
+    is_causal: bool
+    batch: int
+    length: int
+    keep: Tensor | None
+
+
+def classify(samples: Sequence[MaskSample]) -> MaskClass | str:
+    """Returns the one class all samples belong to, or the reason why there is none."""
+    if not samples:
+        return "no mask was observed"
+    seen: list[tuple[Tensor, Tensor]] = []
+    for sample in samples:
+        shown = _shown(sample)
+        if isinstance(shown, str):
+            return shown
+        keep = sample.keep if sample.keep is not None else _real_tokens(shown)
+        if keep is None:
+            return "the mask hides keys in the middle of a row, which is no padding"
+        seen.append((shown, keep))
+    padding = any(not bool(keep.all()) for _, keep in seen)
+    windows = {_window(shown, keep) for shown, keep in seen} - {0}
+    candidates = [MaskClass(False, 0, padding), MaskClass(True, 0, padding)]
+    candidates += [MaskClass(True, window, padding) for window in sorted(windows)]
+    for candidate in candidates:
+        if all(_agrees(candidate, shown, keep) for shown, keep in seen):
+            return candidate
+    return "the mask is none of none, causal, key padding or sliding window" + _example(seen)
+
+
+def _shown(sample: MaskSample) -> Tensor | str:
+    """Which keys each query sees: bool [B, T, N]."""
+    n = sample.length
+    if sample.mask is None:
+        shown = torch.ones(sample.batch, n, n, dtype=torch.bool)
+    else:
+        mask = sample.mask.detach().cpu()
+        if mask.dim() > 4:
+            return f"a mask of rank {mask.dim()}"
+        mask = mask[(None,) * (4 - mask.dim())]
+        visible = visible_keys(mask)
+        if isinstance(visible, str):
+            return visible
+        if visible.shape[1] > 1 and not bool((visible == visible[:, :1]).all()):
+            return "the mask differs between heads"
+        try:
+            shown = visible[:, 0].expand(sample.batch, n, n)
+        except RuntimeError:
+            return f"a mask of shape {list(mask.shape)} for {n} tokens"
+    if sample.is_causal:
+        shown = shown & torch.ones(n, n, dtype=torch.bool).tril()
+    return shown
+
+
+def visible_keys(mask: Tensor) -> Tensor | str:
+    """Turns a bool or additive mask into bool, True where visible; a reason if it is neither."""
+    if mask.dtype == torch.bool:
+        return mask
+    if not mask.is_floating_point():
+        return f"a mask of dtype {mask.dtype}"
+    hidden = mask <= max(torch.finfo(mask.dtype).min / 2, -1e30)
+    if bool(((mask != 0) & ~hidden & ~(mask <= -1e4)).any()):
+        return "the mask adds a bias to the scores"
+    return mask == 0
+
+
+def _real_tokens(shown: Tensor) -> Tensor | None:
+    """The keys the last query of each row sees that has any, if they are one run up to a window."""
+    keep = shown.any(dim=1)
+    runs = (keep[:, 1:] & ~keep[:, :-1]).sum(dim=1) + keep[:, 0].to(torch.int64)
+    return keep if bool((runs == 1).all()) else None
+
+
+def _window(shown: Tensor, keep: Tensor) -> int:
+    """Keys the last real query of the first whole row sees."""
+    row = int(keep.sum(dim=1).argmax())
+    last = int(keep[row].nonzero().max())
+    count = int(shown[row, last].sum())
+    return count if count < int(keep[row].sum()) else 0
+
+
+def _agrees(candidate: MaskClass, shown: Tensor, keep: Tensor) -> bool:
+    different = (candidate.expected(keep) != shown) & keep[:, :, None]
+    return not bool(different.any())
+
+
+def _example(seen: Sequence[tuple[Tensor, Tensor]]) -> str:
+    causal = MaskClass(True)
+    for shown, keep in seen:
+        different = ((causal.expected(keep) != shown) & keep[:, :, None]).nonzero()
+        if len(different):
+            row, query, key = different[0].tolist()
+            state = "visible" if shown[row, query, key] else "hidden"
+            return f": in a probe of {keep.shape[1]} tokens key {key} is {state} to query {query}"
+    return ""

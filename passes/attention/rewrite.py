@@ -1,0 +1,51 @@
+"""Turns the one canonical attention of a module into a call of its target.
+
+retrofit::attention(q, k, v, mask, …)   →   call_module "attend"(q, k, v, context[, mask])
+"""
+
+from __future__ import annotations
+
+from torch.fx import Graph, Node
+
+from retrofit.passes.attention.canonical import ATTENTION
+from retrofit.passes.attention.rule import PassReport, calls, remove_dead, run_rules
+from retrofit.passes.attention.spelled_eager import EagerSpelling
+from retrofit.passes.attention.spelled_sdpa import SdpaSpelling
+
+CONTEXT = "context"
+ATTEND = "attend"
+SPELLINGS = (SdpaSpelling(), EagerSpelling())
+
+
+def normalize(graph: Graph) -> PassReport:
+    """Rewrites every spelling of attention in ``graph`` to the canonical node."""
+    return run_rules(graph, SPELLINGS)
+
+
+def attentions(graph: Graph) -> list[Node]:
+    """The canonical nodes of ``graph``."""
+    return list(calls(graph, ATTENTION))
+
+
+def target_call(graph: Graph, node: Node, *, keep_mask: bool) -> Node:
+    """Replaces the canonical ``node`` by a call of the site's target; returns that call.
+
+    The graph gets a last placeholder, ``context``: what the site passes around it. The mask's own
+    computation becomes dead and is removed unless ``keep_mask``.
+    """
+    q, k, v, mask = node.args[:4]
+    last = [item for item in graph.nodes if item.op == "placeholder"][-1]
+    with graph.inserting_after(last):
+        context = graph.placeholder(CONTEXT)
+    with graph.inserting_before(node):
+        arguments = (q, k, v, context, mask) if keep_mask else (q, k, v, context)
+        call = graph.call_module(ATTEND, arguments)
+    call.meta = dict(node.meta)
+    node.replace_all_uses_with(call)
+    graph.erase_node(node)
+    remove_dead(graph)
+    for item in list(graph.nodes):
+        if item.op == "placeholder" and not item.users and item is not context:
+            graph.erase_node(item)
+    graph.lint()
+    return call

@@ -1,0 +1,110 @@
+"""What a rule is, and the runner that applies rules, counts them and keeps every refusal.
+
+pattern(graph) → matches;  check(match) → reason or None;  rewrite(graph, match)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from torch.fx import Graph, Node
+
+M = TypeVar("M")
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a rule left a node as it is."""
+
+    rule: str
+    node: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.reason} (at node {self.node})"
+
+
+class Reject(Exception):
+    """Raised by a pattern for a node that looks like its subject but is not; carries the reason."""
+
+    def __init__(self, node: Node, reason: str) -> None:
+        super().__init__(reason)
+        self.node = node
+        self.reason = reason
+
+
+class Rule(Generic[M]):
+    """One rewrite. Stateless; a match is a frozen dataclass."""
+
+    name: str
+
+    def anchors(self, graph: Graph) -> Iterable[Node]:
+        """The nodes at which the pattern may hold."""
+        raise NotImplementedError
+
+    def pattern(self, anchor: Node) -> M:
+        """Returns the match at ``anchor``.
+
+        Raises:
+            Reject: If it does not hold, with the reason.
+        """
+        raise NotImplementedError
+
+    def check(self, match: M) -> Refusal | None:
+        """Returns why a match must not be rewritten, or None."""
+        raise NotImplementedError
+
+    def rewrite(self, graph: Graph, match: M) -> None:
+        """Rewrites a checked match in place."""
+        raise NotImplementedError
+
+
+@dataclass
+class PassReport:
+    """What a run of rules did: how often each applied, and what was refused."""
+
+    counts: dict[str, int] = field(default_factory=dict)
+    refusals: list[Refusal] = field(default_factory=list)
+
+    @property
+    def total(self) -> int:
+        """Number of rewrites."""
+        return sum(self.counts.values())
+
+
+def run_rules(graph: Graph, rules: Sequence[Rule[M]]) -> PassReport:
+    """Applies each rule once to every anchor, in graph order, and removes what became dead."""
+    report = PassReport()
+    for rule in rules:
+        report.counts[rule.name] = 0
+        for anchor in list(rule.anchors(graph)):
+            try:
+                match = rule.pattern(anchor)
+            except Reject as reject:
+                report.refusals.append(Refusal(rule.name, reject.node.name, reject.reason))
+                continue
+            refusal = rule.check(match)
+            if refusal is not None:
+                report.refusals.append(refusal)
+                continue
+            rule.rewrite(graph, match)
+            report.counts[rule.name] += 1
+    remove_dead(graph)
+    graph.lint()
+    return report
+
+
+def remove_dead(graph: Graph) -> int:
+    """Erases the nodes nothing uses, calls of child modules included; returns how many."""
+    before = len(graph.nodes)
+    for node in reversed(graph.nodes):
+        if not node.users and node.op not in ("placeholder", "output"):
+            graph.erase_node(node)
+    return before - len(graph.nodes)
+
+
+def calls(graph: Graph, *targets: object) -> Iterator[Node]:
+    """Yields the nodes of ``graph`` that call one of ``targets``."""
+    return (node for node in graph.nodes if node.op == "call_function" and node.target in targets)

@@ -1,0 +1,237 @@
+"""Turns one recorded call of a module into a graph with its live children as ``call_module`` leaves.
+
+module + call  →  torch.export of flat tensors, dynamic batch and length, children opaque
+               →  Captured(graph, inputs, output)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.fx import Graph, Node
+from torch.utils import _pytree as pytree
+
+from retrofit.capture.call import (
+    CACHE_NAMES,
+    LeafPath,
+    Signature,
+    is_cache,
+    rebuild,
+    tensor_leaves,
+)
+from retrofit.capture.record import OwnerCall
+from retrofit.capture.standin import CHILD, TENSOR, TracedCalls, is_tensor_slot, stand_ins
+from retrofit.errors import CaptureError
+from retrofit.passes.attention.rule import remove_dead
+
+_CHECKS = (
+    torch.ops.aten._assert_tensor_metadata.default,
+    torch.ops.aten._assert_scalar.default,
+    torch.ops.aten._assert_async.msg,
+)
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A module's forward as a graph.
+
+    Attributes:
+        graph: Placeholders are tensors; ``get_attr`` and ``call_module`` name what lives on the module.
+        inputs: Where each placeholder's value is found in a call, by placeholder name.
+        output: The module's output, ``TENSOR`` where the graph's next output goes.
+        constants: Tensors the forward made once, by the attribute name the graph uses.
+    """
+
+    graph: Graph
+    inputs: Mapping[str, LeafPath]
+    output: Any
+    constants: Mapping[str, Tensor]
+
+
+class _FlatCall(nn.Module):
+    """Calls the module from a flat list of tensors and returns a flat list."""
+
+    def __init__(self, site: nn.Module, values: dict[str, Any], paths: list[LeafPath]) -> None:
+        super().__init__()
+        self.site = site
+        object.__setattr__(self, "_call", (values, paths))
+
+    def forward(self, *tensors: Tensor) -> list[Tensor]:
+        values, paths = self.__dict__["_call"]
+        found, spec = pytree.tree_flatten(
+            self.site(**rebuild(values, dict(zip(paths, tensors, strict=True))))
+        )
+        template = [TENSOR if isinstance(leaf, Tensor) else leaf for leaf in found]
+        self.__dict__["_returned"] = pytree.tree_unflatten(template, spec)
+        return [leaf for leaf in found if isinstance(leaf, Tensor)]
+
+
+def capture(module: nn.Module, call: OwnerCall) -> Captured:
+    """Exports ``module`` as it was called.
+
+    Raises:
+        CaptureError: If it cannot be exported, with the cause.
+    """
+    signature = Signature.of(module)
+    values = without_cache(signature.bind(call.args, call.kwargs))
+    tensors = tensor_leaves(values)
+    if not tensors:
+        raise CaptureError(f"{type(module).__name__} was called without tensors")
+    paths = list(tensors)
+    flat = _FlatCall(module, values, paths)
+    example = tuple(tensor.detach() for tensor in tensors.values())
+    training = [item for item in module.modules() if item.training]
+    try:
+        module.eval()
+        with torch.no_grad(), stand_ins(module, call.children) as traced:
+            program = torch.export.export(flat, example, dynamic_shapes=(_dynamic(example),), strict=False)
+    except CaptureError:
+        raise
+    except Exception as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CaptureError(f"torch.export of {type(module).__name__} failed: {first}") from error
+    finally:
+        for item in training:
+            item.training = True
+    returned = flat.__dict__["_returned"]
+    return _as_graph(program, module, paths, traced, returned)
+
+
+def without_cache(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Leaves caches out of a call; they are passed around the graph."""
+    kept = {name: None if name in CACHE_NAMES or is_cache(value) else value for name, value in values.items()}
+    if "use_cache" in kept:
+        kept["use_cache"] = False
+    return kept
+
+
+def _dynamic(example: tuple[Tensor, ...]) -> tuple[dict[int, Any], ...]:
+    """Marks batch and length: the sizes of the first tensor's dimension 0 and of its length dimension."""
+    first = example[0]
+    batch = first.shape[0]
+    length = first.shape[2] if first.dim() == 4 else first.shape[1] if first.dim() > 1 else 0
+    auto = torch.export.Dim.AUTO
+    return tuple(
+        {
+            dim: auto
+            for dim, size in enumerate(tensor.shape)
+            if size > 1 and ((dim == 0 and size == batch) or size == length)
+        }
+        for tensor in example
+    )
+
+
+def _as_graph(
+    program: torch.export.ExportedProgram,
+    module: nn.Module,
+    paths: list[LeafPath],
+    traced: TracedCalls,
+    returned: Any,
+) -> Captured:
+    signature = program.graph_signature
+    if any(spec.kind is not OutputKind.USER_OUTPUT for spec in signature.output_specs):
+        raise CaptureError(
+            f"{type(module).__name__}.forward changes a buffer, which a shared graph cannot do"
+        )
+    specs = {spec.arg.name: spec for spec in signature.input_specs}
+    graph = Graph()
+    copied: dict[Node, Node] = {}
+    inputs: dict[str, LeafPath] = {}
+    constants: dict[str, Tensor] = {}
+    user_inputs = iter(paths)
+    deferred: list[tuple[Node, Any]] = []
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            spec = specs[node.name]
+            if spec.kind is InputKind.USER_INPUT:
+                copied[node] = graph.placeholder(node.name)
+                inputs[copied[node].name] = next(user_inputs)
+                copied[node].meta = dict(node.meta)
+            else:
+                deferred.append((node, spec))
+    for node, spec in deferred:
+        target = str(spec.target)
+        if target.startswith("site."):
+            target = target[len("site.") :]
+        else:
+            value = program.constants[target]
+            target = _live_name(module, value) or f"constant_{len(constants)}"
+            if target.startswith("constant_"):
+                constants[target] = value
+        copied[node] = graph.get_attr(target)
+        copied[node].meta = dict(node.meta)
+        if target in constants and constants[target].numel() == 1:
+            copied[node].meta["constant"] = constants[target].item()
+    for node in program.graph.nodes:
+        if node.op == "placeholder" or (node.op == "call_function" and node.target in _CHECKS):
+            continue
+        if node.op == "get_attr":
+            raise CaptureError(
+                f"{type(module).__name__}.forward has a nested graph ({node.target}), as autocast or no_grad make"
+            )
+        if node.op == "output":
+            tensors = list(pytree.tree_map(lambda n: copied.get(n, n), list(node.args[0])))
+            copied[node] = graph.output(tuple(tensors))
+        elif node.op == "call_function" and node.target is CHILD:
+            copied[node] = _child_node(graph, module, node, copied, traced)
+        elif _is_single_child(node):
+            copied[node] = copied[node.args[0]]
+        else:
+            copied[node] = graph.node_copy(node, lambda n: copied[n])
+    _prefer_first(graph)
+    remove_dead(graph)
+    graph.lint()
+    return Captured(graph, inputs, returned, constants)
+
+
+def _live_name(module: nn.Module, value: Any) -> str | None:
+    named = [*module.named_parameters(), *module.named_buffers()]
+    return next((name for name, tensor in named if tensor is value), None)
+
+
+def _child_node(
+    graph: Graph, module: nn.Module, node: Node, copied: Mapping[Node, Node], traced: TracedCalls
+) -> Node:
+    path, spec, given = traced.calls[node.args[1]]  # type: ignore[index]
+    tensors = iter([copied[n] for n in node.args[0]])  # type: ignore[union-attr, index]
+    args, kwargs = pytree.tree_unflatten(
+        [next(tensors) if is_tensor_slot(leaf) else leaf for leaf in given], spec
+    )
+    call = graph.call_module(path, args, kwargs)
+    value = node.meta["val"]
+    call.meta = {**node.meta, "val": value[0] if len(value) == 1 else value}
+    call.meta["module_class"] = type(module.get_submodule(path))
+    return call
+
+
+def _is_single_child(node: Node) -> bool:
+    if node.op != "call_function" or getattr(node.target, "__name__", "") != "getitem":
+        return False
+    source = node.args[0]
+    return isinstance(source, Node) and source.target is CHILD and len(source.meta["val"]) == 1
+
+
+def _prefer_first(graph: Graph) -> None:
+    """Reads sizes from the first input where it has them, so that no other input is kept for its size."""
+    first = next(node for node in graph.nodes if node.op == "placeholder")
+    value = first.meta["val"]
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.target is not torch.ops.aten.sym_size.int:
+            continue
+        source, _ = node.args
+        if source is first:
+            continue
+        size = node.meta["val"]
+        for dim, own in enumerate(value.shape):
+            if not isinstance(own, int) and str(own) == str(size):
+                with graph.inserting_after(first):
+                    new = graph.call_function(torch.ops.aten.sym_size.int, (first, dim))
+                new.meta = dict(node.meta)
+                node.replace_all_uses_with(new)
+                graph.erase_node(node)
+                break

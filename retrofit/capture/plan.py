@@ -1,0 +1,320 @@
+"""Everything a site needs to run, found out from recorded calls of the module it replaces.
+
+calls of a module on the probes  →  one graph per spelling of the call  →  canonical attention, mask class
+                                 →  SitePlan, or the reason why the module is refused
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, Node
+from torch.fx.graph_module import _format_import_block
+from torch.package import sys_importer
+
+from retrofit.capture.call import CACHE_NAMES, LeafPath, Signature, is_cache, leaves, lookup
+from retrofit.capture.evaluate import ancestors, evaluate
+from retrofit.capture.export import Captured, capture
+from retrofit.capture.record import OwnerCall
+from retrofit.errors import CaptureError
+from retrofit.passes.attention.arguments import shape
+from retrofit.passes.attention.masks import MaskClass, MaskSample, classify
+from retrofit.passes.attention.rewrite import attentions, normalize, target_call
+from retrofit.passes.attention.rule import Refusal
+
+
+@dataclass(frozen=True)
+class ProbedCall:
+    """One call of a module, with what the probe says about its rows.
+
+    Attributes:
+        call: The call and its result.
+        keep: bool [B, N], the real tokens; None if the probe does not say.
+    """
+
+    call: OwnerCall
+    keep: Tensor | None
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """What a site runs.
+
+    Attributes:
+        source: Python source of ``forward(self, *tensors, context)``.
+        inputs: Where the tensors are found in a call.
+        signature: The original's parameters.
+        known: Leaves that were not tensors when the graph was made, by path.
+        output: The result with ``TENSOR`` in the place of tensors.
+        mask_argument: Where the mask is found in a call; None if there is none.
+        keep_mask: Whether the graph computes the mask and hands it to the target call.
+        spelling: Which rule recognised the attention.
+    """
+
+    source: str
+    inputs: tuple[LeafPath, ...]
+    signature: Signature
+    known: tuple[tuple[LeafPath, Any], ...]
+    output: Any
+    constants: tuple[tuple[str, Tensor], ...]
+    mask_argument: LeafPath | None
+    keep_mask: bool
+    mask: MaskClass
+    spelling: str
+    kind: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    scale: float
+    dropout: float
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SitePlan:
+        """A plan never changes; copies of a model share it."""
+        return self
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Why a module has no plan, and what is known of it anyway."""
+
+    reason: str
+    kind: str = "unknown"
+
+
+@dataclass(frozen=True)
+class _Normalized:
+    captured: Captured
+    attention: Node | None
+    reason: str
+
+
+class Planner:
+    """Makes plans; identical modules share one captured graph.
+
+    Args:
+        managed: Whether masks come through transformers' mask interface, so that a site gets the padding
+            itself and the mask's own computation can go.
+    """
+
+    def __init__(self, *, managed: bool) -> None:
+        self.managed = managed
+        self.captures = 0
+        self._graphs: dict[Any, _Normalized] = {}
+
+    def plan(self, module: nn.Module, calls: Sequence[ProbedCall]) -> SitePlan | Refused:
+        """Returns the plan for ``module``, or why there is none."""
+        signature = Signature.of(module)
+        samples: list[MaskSample] = []
+        mask_paths: set[LeafPath] = set()
+        primary: _Normalized | None = None
+        for probed in calls:
+            try:
+                normalized = self._normalized(module, probed.call, signature)
+            except CaptureError as error:
+                return Refused(str(error))
+            if normalized.attention is None:
+                return Refused(normalized.reason)
+            primary = primary or normalized
+            kind = _kind(normalized.attention)
+            if kind == "cross":
+                return Refused("cross-attention keeps its own attention", "cross")
+            try:
+                samples.append(_sample(module, normalized, probed, signature))
+            except CaptureError as error:
+                return Refused(str(error))
+            mask_paths |= _mask_paths(normalized)
+        assert primary is not None
+        assert primary.attention is not None
+        found = classify(samples)
+        if isinstance(found, str):
+            return Refused(found, "self")
+        if self.managed and len(mask_paths) > 1:
+            names = ", ".join(sorted(str(path[0]) for path in mask_paths))
+            return Refused(f"the mask is made from several inputs: {names}", "self")
+        return _plan(primary, found, signature, calls[0].call, mask_paths, managed=self.managed)
+
+    def _normalized(self, module: nn.Module, call: OwnerCall, signature: Signature) -> _Normalized:
+        key = _identity(module, call, signature)
+        if key not in self._graphs:
+            self.captures += 1
+            captured = capture(module, call)
+            report = normalize(captured.graph)
+            self._graphs[key] = _one_attention(captured, report.refusals)
+        return self._graphs[key]
+
+
+def _one_attention(captured: Captured, refusals: list[Refusal]) -> _Normalized:
+    found = attentions(captured.graph)
+    if refusals:
+        return _Normalized(captured, None, "; ".join(str(refusal) for refusal in refusals))
+    if len(found) != 1:
+        names = f" ({', '.join(node.name for node in found)})" if found else ""
+        return _Normalized(captured, None, f"{len(found)} attentions in one module{names}")
+    return _Normalized(captured, found[0], "")
+
+
+def _kind(attention: Node) -> str:
+    q, k = attention.args[0], attention.args[1]
+    assert isinstance(q, Node)
+    assert isinstance(k, Node)
+    tokens, slots = (
+        (shape(node) or (0, 0, 0))[2] if (node := q) is not None else 0,
+        (shape(k) or (0, 0, 0))[2],
+    )
+    if str(tokens) != str(slots):
+        return "cross"
+    if q.op == "placeholder":
+        return "self"
+    first = [node for node in ancestors(q, through_sizes=False) if node.op == "placeholder"]
+    hidden = max(first, key=lambda node: len(shape(node) or ()), default=None)
+    earlier = ancestors(k, through_sizes=False)
+    lead = min(first, key=lambda node: list(q.graph.nodes).index(node), default=None)
+    return "self" if lead is None or lead in earlier or hidden in earlier else "cross"
+
+
+def _values(captured: Captured, call: OwnerCall, signature: Signature) -> dict[str, Any]:
+    bound = signature.bind(call.args, call.kwargs)
+    return {name: lookup(bound, path) for name, path in captured.inputs.items()}
+
+
+def _sample(
+    module: nn.Module, normalized: _Normalized, probed: ProbedCall, signature: Signature
+) -> MaskSample:
+    attention = normalized.attention
+    assert attention is not None
+    mask, is_causal = attention.args[3], attention.args[4]
+    values = _values(normalized.captured, probed.call, signature)
+    graph, constants = normalized.captured.graph, normalized.captured.constants
+    value = None
+    with torch.no_grad():
+        if isinstance(mask, Node):
+            value = evaluate(graph, mask, module, values, constants)
+        first = next(iter(values.values()))
+        query = attention.args[0]
+        assert isinstance(query, Node)
+        dims = shape(query)
+        assert dims is not None
+    length = _length_of(first, value)
+    return MaskSample(value, bool(is_causal), first.shape[0], length, probed.keep)
+
+
+def _length_of(first: Tensor, mask: Tensor | None) -> int:
+    if mask is not None and mask.shape[-1] > 1:
+        return int(mask.shape[-1])
+    return int(first.shape[2] if first.dim() == 4 else first.shape[1])
+
+
+def _mask_paths(normalized: _Normalized) -> set[LeafPath]:
+    """The inputs whose values, not only sizes, make the mask."""
+    assert normalized.attention is not None
+    mask = normalized.attention.args[3]
+    if not isinstance(mask, Node):
+        return set()
+    inputs = normalized.captured.inputs
+    return {inputs[node.name] for node in ancestors(mask, through_sizes=False) if node.op == "placeholder"}
+
+
+def _plan(
+    normalized: _Normalized,
+    mask: MaskClass,
+    signature: Signature,
+    call: OwnerCall,
+    mask_paths: set[LeafPath],
+    *,
+    managed: bool,
+) -> SitePlan:
+    captured = normalized.captured
+    graph = Graph()
+    copied: dict[Node, Node] = {}
+    returned = graph.graph_copy(captured.graph, copied)
+    graph.output(returned)
+    assert normalized.attention is not None
+    attention = copied[normalized.attention]
+    attention.meta = dict(normalized.attention.meta)
+    q, k, v = (shape(node) for node in normalized.attention.args[:3])
+    assert q is not None
+    assert k is not None
+    assert v is not None
+    keep_mask = not managed and bool(_mask_paths(normalized))
+    target_call(graph, attention, keep_mask=keep_mask)
+    code = graph.python_code("self")
+    used = [node.name for node in graph.nodes if node.op == "placeholder"][:-1]
+    argument = next(iter(mask_paths), None) if managed else None
+    bound = leaves(signature.bind(call.args, call.kwargs))
+    known = tuple(
+        (path, value)
+        for path, value in bound.items()
+        if not isinstance(value, Tensor) and path[0] not in CACHE_NAMES and not is_cache(value)
+    )
+    return SitePlan(
+        source=_format_import_block(code.globals, sys_importer) + "\n" + code.src,
+        inputs=tuple(captured.inputs[name] for name in used),
+        signature=signature,
+        known=known,
+        output=captured.output,
+        constants=tuple(captured.constants.items()),
+        mask_argument=argument,
+        keep_mask=keep_mask,
+        mask=mask,
+        spelling=str(normalized.attention.meta.get("spelling")),
+        kind="self",
+        heads=q[1],
+        kv_heads=k[1],
+        head_dim=q[3],
+        value_dim=v[3],
+        scale=float(normalized.attention.args[5]),  # type: ignore[arg-type]
+        dropout=float(normalized.attention.args[6]),  # type: ignore[arg-type]
+    )
+
+
+def _identity(module: nn.Module, call: OwnerCall, signature: Signature) -> Any:
+    """What two modules and their calls must share to share a graph."""
+    parts = []
+    for name, part in module.named_modules():
+        shapes = [
+            (key, tuple(value.shape), value.dtype)
+            for key, value in part._parameters.items()
+            if value is not None
+        ]
+        shapes += [
+            (key, tuple(value.shape), value.dtype)
+            for key, value in part._buffers.items()
+            if value is not None
+        ]
+        parts.append((name, type(part), tuple(shapes), _plain_attributes(part)))
+    arguments = tuple(
+        (path, (tuple(leaf.shape), leaf.dtype)) if isinstance(leaf, Tensor) else (path, _plain(leaf))
+        for path, leaf in leaves(signature.bind(call.args, call.kwargs)).items()
+        if path[0] not in CACHE_NAMES and not is_cache(leaf)
+    )
+    return tuple(parts), arguments
+
+
+def _plain_attributes(module: nn.Module) -> tuple[tuple[str, Any], ...]:
+    return tuple(
+        (name, _plain(value))
+        for name, value in sorted(vars(module).items())
+        if not name.startswith("_") and name not in ("layer_idx", "layer_id", "training")
+    )
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device)):
+        return value
+    if isinstance(value, (tuple, list)):
+        return tuple(_plain(item) for item in value)
+    if isinstance(value, Mapping):
+        return tuple((str(key), _plain(item)) for key, item in value.items())
+    return (type(value).__qualname__, id(value))
+
+
+def compiled(source: str) -> Any:
+    """Compiles the source of a plan into its function."""
+    from torch.fx.graph_module import _forward_from_src
+
+    return _forward_from_src(source, {})

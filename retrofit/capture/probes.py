@@ -1,0 +1,147 @@
+"""The calls of a model by which its attention is observed.
+
+Hugging Face text model  →  made-up tokens, longer than any sliding window: plain, padded left, padded right
+example inputs           →  those; with token ids among them also padded
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from retrofit.errors import CaptureError
+
+ExampleInputs = Tensor | Sequence[Any] | Mapping[str, Any]
+TOKENS = 45
+BEYOND_WINDOW = 13
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One call of the model.
+
+    Attributes:
+        keep: bool [B, N], the real tokens; None if that is not known.
+    """
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    keep: Tensor | None
+
+
+def is_transformers(model: nn.Module) -> bool:
+    """Whether ``model`` is, or wraps, a model of transformers."""
+    return any(
+        base.__name__ == "PreTrainedModel" and base.__module__.startswith("transformers.")
+        for module in model.modules()
+        for base in type(module).__mro__
+    )
+
+
+def make_probes(model: nn.Module, example_inputs: ExampleInputs | None) -> list[Probe]:
+    """Returns the probes for ``model``; the first is the example itself.
+
+    Raises:
+        CaptureError: If there is no example and none can be made up.
+    """
+    if example_inputs is None:
+        if not is_transformers(model):
+            raise CaptureError(
+                f"example_inputs is needed for {type(model).__name__}, which is no transformers model; pass a "
+                "tuple or a dict of what its forward takes, two rows or more"
+            )
+        return _padded(_made_up(model))
+    if isinstance(example_inputs, Tensor):
+        example_inputs = (example_inputs,)
+    if isinstance(example_inputs, Mapping):
+        args, kwargs = (), {name: _two_rows(value) for name, value in example_inputs.items()}
+    elif isinstance(example_inputs, (tuple, list)):
+        args, kwargs = tuple(_two_rows(value) for value in example_inputs), {}
+    else:
+        raise CaptureError(
+            f"example_inputs must be a tuple or a dict, as for torch.export, got {type(example_inputs).__name__}"
+        )
+    if not is_transformers(model):
+        return [Probe("example", args, kwargs, None)]
+    if args and isinstance(args[0], Tensor) and "input_ids" not in kwargs and args[0].dim() == 2:
+        args, kwargs = args[1:], {"input_ids": args[0], **kwargs}
+    ids = kwargs.get("input_ids")
+    if args or not isinstance(ids, Tensor) or ids.dim() != 2:
+        return [Probe("example", args, kwargs, None)]
+    if "attention_mask" in kwargs:
+        keep = kwargs["attention_mask"].bool()
+        first = Probe("example", (), kwargs, keep)
+        plain = {name: value for name, value in kwargs.items() if name != "attention_mask"}
+        return [first, *_padded(plain)] if bool(keep.all()) else [*_padded(plain)[:1], first]
+    return _padded(kwargs)
+
+
+def _two_rows(value: Any) -> Any:
+    """A batch of one would be taken for a constant."""
+    if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == 1:
+        return torch.cat([value, value])
+    return value
+
+
+def _padded(kwargs: dict[str, Any]) -> list[Probe]:
+    ids = kwargs["input_ids"]
+    left, right = torch.ones_like(ids), torch.ones_like(ids)
+    pad = max(1, ids.shape[1] // 5)
+    left[0, :pad] = 0
+    right[-1, ids.shape[1] - pad :] = 0
+    whole = torch.ones_like(ids, dtype=torch.bool)
+    return [
+        Probe("plain", (), dict(kwargs), whole),
+        Probe("padded left", (), {**kwargs, "attention_mask": left}, left.bool()),
+        Probe("padded right", (), {**kwargs, "attention_mask": right}, right.bool()),
+    ]
+
+
+def _made_up(model: nn.Module) -> dict[str, Any]:
+    config: Any = model.config
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    name = getattr(model, "main_input_name", "input_ids")
+    vocabulary = getattr(text, "vocab_size", None)
+    if name != "input_ids" or not isinstance(vocabulary, int):
+        raise CaptureError(
+            f"example_inputs is needed for {type(model).__name__}, which does not take token ids alone; pass a "
+            "dict of what its forward takes"
+        )
+    length = _length(model, text)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocabulary, (2, length), generator=generator)
+    padding = getattr(text, "pad_token_id", None)
+    if isinstance(padding, int) and 0 <= padding < vocabulary:
+        ids = torch.where(ids == padding, (padding + 1) % vocabulary, ids)
+    inputs: dict[str, Any] = {"input_ids": ids.to(device)}
+    if getattr(config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = inputs["input_ids"][:, : length - 7]
+    return inputs
+
+
+def _length(model: nn.Module, config: Any) -> int:
+    """A length beyond every sliding window, within the positions, and unlike any size of the weights."""
+    windows = [0]
+    for module in model.modules():
+        window = getattr(module, "sliding_window", None)
+        if isinstance(window, int):
+            windows.append(window)
+    window = getattr(config, "sliding_window", None)
+    if isinstance(window, int) and getattr(config, "use_sliding_window", True):
+        windows.append(window)
+    length = max(TOKENS, max(windows) + BEYOND_WINDOW)
+    sizes = {size for parameter in model.parameters() for size in parameter.shape}
+    most = getattr(config, "max_position_embeddings", None)
+    while length in sizes:
+        length += 1
+    if isinstance(most, int) and length > most:
+        length = most
+        while length in sizes and length > 8:
+            length -= 1
+    return length

@@ -1,0 +1,128 @@
+"""Watches a real call of a model: which modules own attention, and with what they were called.
+
+model(**inputs)  →  Recording(owners={"model.layers.0.self_attn": [call]}, children of each call)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+_SDPA = (F.scaled_dot_product_attention,)
+_SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
+_PASSED_THROUGH = (nn.Softmax, nn.Dropout)
+
+
+@dataclass(frozen=True)
+class ChildCall:
+    """How a child was called: the shapes that went in and came out."""
+
+    path: str
+    inputs: tuple[tuple[int, ...], ...]
+    outputs: tuple[tuple[tuple[int, ...], torch.dtype], ...]
+    output: Any  # the output's structure, its tensors replaced by their number
+
+
+@dataclass
+class OwnerCall:
+    """One call of a module that owns attention."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any = None
+    sdpa: int = 0
+    softmax: int = 0
+    children: list[ChildCall] = field(default_factory=list)
+
+
+@dataclass
+class Recording:
+    """What one call of the model showed.
+
+    Attributes:
+        owners: The calls of each module that owns attention, by path, in order of the first call.
+        output: What the model returned.
+    """
+
+    owners: dict[str, list[OwnerCall]]
+    output: Any
+
+    @property
+    def observed(self) -> int:
+        """Number of modules in which an SDPA call or a softmax was seen."""
+        return len(self.owners)
+
+
+class _Frame:
+    def __init__(self, module: nn.Module, call: OwnerCall) -> None:
+        self.module = module
+        self.call = call
+
+
+class _Watch(TorchFunctionMode):
+    def __init__(self, stack: list[_Frame]) -> None:
+        super().__init__()
+        self.stack = stack
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func in _SDPA or func in _SOFTMAX:
+            owner = next((f for f in reversed(self.stack) if not isinstance(f.module, _PASSED_THROUGH)), None)
+            if owner is not None:
+                if func in _SDPA:
+                    owner.call.sdpa += 1
+                else:
+                    owner.call.softmax += 1
+        return func(*args, **(kwargs or {}))
+
+
+def record(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Recording:
+    """Calls ``model`` without gradients and returns what was seen."""
+    paths = {module: path for path, module in model.named_modules()}
+    stack: list[_Frame] = []
+    finished: dict[str, list[OwnerCall]] = {}
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        stack.append(_Frame(module, OwnerCall(args, kwargs)))
+
+    def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        frame = stack.pop()
+        call = frame.call
+        if stack and not isinstance(module, nn.Softmax):
+            stack[-1].call.children.append(_child_call(stack[-1].module, module, args, kwargs, output))
+        if call.sdpa or call.softmax:
+            call.output = output
+            finished.setdefault(paths[module], []).append(call)
+
+    handles = []
+    for module in paths:
+        handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+        handles.append(module.register_forward_hook(leave, with_kwargs=True))
+    try:
+        with torch.no_grad(), _Watch(stack):
+            output = model(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Recording(finished, output)
+
+
+def _child_call(parent: nn.Module, child: nn.Module, args: Any, kwargs: Any, output: Any) -> ChildCall:
+    path = next((name for name, module in parent.named_modules() if module is child), "")
+    tensors = [leaf for leaf in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    leaves, spec = torch.utils._pytree.tree_flatten(output)
+    results = tuple((tuple(leaf.shape), leaf.dtype) for leaf in leaves if isinstance(leaf, Tensor))
+    plain = bool(results) and len(results) == len(leaves)
+    return ChildCall(
+        path=path,
+        inputs=tuple(tuple(tensor.shape) for tensor in tensors),
+        outputs=results if plain and path and tensors else (),
+        output=spec,
+    )
