@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from retrofit.kernels.hsa.geometry import Geometry
+from retrofit.kernels.pyramid.blocked import crop_pyramid
 
 
 @dataclass(frozen=True)
@@ -47,15 +48,14 @@ class HSAState:
             tokens: Index slots to keep.
         """
         g = self.geometry
-        cells = [max(tokens - g.sink, 0) // size for size in g.node_sizes]
         blocks = min(g.blocks(tokens), self.spans.shape[2])
         begin = torch.arange(blocks, device=start.device) * g.query_block
         rows = ((tokens - start)[:, None] - begin)[:, None, :, None]  # queries left in each block
         spans, first = self.spans[:, :, :blocks], self.first[:, :, :blocks]
         return replace(
             self,
-            nodes=tuple(level[:, :, :count] for level, count in zip(self.nodes, cells, strict=True)),
-            value_nodes=tuple(level[:, :, :count] for level, count in zip(self.value_nodes, cells)),  # noqa: B905
+            nodes=tuple(crop_pyramid(self.nodes, tokens, ratios=g.ratios, offset=g.sink)),
+            value_nodes=tuple(crop_pyramid(self.value_nodes, tokens, ratios=g.ratios, offset=g.sink)),
             spans=torch.where(rows > 0, spans, -1),
             first=torch.where(first < rows, first, g.query_block),
         )

@@ -1,0 +1,224 @@
+"""Hierarchical sparse attention as the target of a site.
+
+q, k, v  →  cache  →  pyramid of the keys (and values)  →  retrofit::hsa_attention  →  out, and the next state
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from retrofit.configs import HSAConfig
+from retrofit.errors import CacheError, ConfigError
+from retrofit.kernels.hsa.account import count
+from retrofit.kernels.hsa.geometry import Geometry
+from retrofit.kernels.hsa.ops import hsa_attention
+from retrofit.kernels.hsa.selector import sample_positions, selector_loss
+from retrofit.kernels.hsa.state import HSAState
+from retrofit.kernels.pyramid.blocked import extend_pyramid
+from retrofit.targets.base import TargetAttention
+from retrofit.targets.dense import attend_densely
+
+if TYPE_CHECKING:
+    from retrofit.site import AttentionCall
+
+SAMPLES = 64
+"""Queries of a row that ``layer_loss`` looks at."""
+
+
+def geometry_of(config: HSAConfig) -> Geometry:
+    """Returns the sizes that ``config`` stands for, ``dense_until`` resolved."""
+    dense_until = config.dense_until
+    if dense_until is None:
+        reach = config.sink + config.window + config.budget
+        dense_until = -(-reach // config.query_block) * config.query_block
+    return Geometry(
+        window=config.window,
+        sink=config.sink,
+        budget=config.budget,
+        block=config.block,
+        node=config.node,
+        fanout=config.fanout,
+        nodes_per_span=config.nodes_per_span,
+        beam=config.beam,
+        query_block=config.query_block,
+        dense_until=dense_until,
+    )
+
+
+class HSAAttention(TargetAttention):
+    """Attends to sinks, window and the leaves that a top-down search finds.
+
+    A site whose sliding window lies within sink + window + budget attends densely: there is nothing to leave out.
+
+    Attributes:
+        geometry: The sizes.
+        key_pooling: What pools the keys, per level; empty for ``mean`` and ``max``.
+        value_pooling: What pools the values for the summaries, per level; empty without them. Where keys are
+            pooled by ``max``, values are pooled by their mean.
+        gate: Weight of the summaries of each query head, or None.
+    """
+
+    config: HSAConfig
+
+    def __init__(self, config: HSAConfig, *, heads: int, **options: Any) -> None:
+        super().__init__(config, heads=heads, **options)
+        self.geometry = geometry_of(config)
+        self.key_pooling = self._pooling_parameters(self.head_dim)
+        self.value_pooling = nn.ParameterList()
+        self.gate: nn.Parameter | None = None
+        if config.summaries:
+            self.value_pooling = self._pooling_parameters(self.value_dim)
+            self.gate = nn.Parameter(torch.zeros(heads))
+
+    @property
+    def always_dense(self) -> bool:
+        """Whether the sliding window leaves nothing to select."""
+        g = self.geometry
+        return 0 < self.sliding_window <= g.sink + g.window + g.budget
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
+        """See :meth:`TargetAttention.forward`."""
+        if self.always_dense:
+            return attend_densely(self, q, k, v, call)
+        new, layer, g = q.shape[2], call.layer, self.geometry
+        state: HSAState | None = None
+        if layer is not None:
+            k, v = layer.update(k, v)
+            state = layer.state
+            if state is None and k.shape[2] != new:
+                raise CacheError(
+                    f"the cache layer holds {k.shape[2] - new} tokens but not what this site selected for them; "
+                    "fill the cache through the converted model, or start from an empty one"
+                )
+        nodes = self._pool_keys(k, call.start, new, state)
+        value_nodes = self._pool_values(v, call.start, new, state)
+        out, spans, first = hsa_attention(
+            q,
+            k,
+            v,
+            call.start,
+            call.length,
+            nodes,
+            value_nodes,
+            self.gate,
+            None if state is None else state.spans,
+            None if state is None else state.first,
+            scale=self.scale,
+            causal=self.causal,
+            sliding_window=self.sliding_window,
+            geometry=g,
+            implementation=self.implementation,
+        )
+        if layer is not None:
+            layer.state = HSAState(tuple(nodes), tuple(value_nodes), spans, first, g)
+        if self.observer is not None:
+            self.observer(self._counts(spans, first, new, k.shape[2], call))
+        return out
+
+    def layer_loss(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
+        """Divergence of what the search would find from where the dense model's attention lies.
+
+        On some queries of the sparse part; 0 where there is none. Only the pooling of the keys gets gradients.
+        Values beyond what a score can hold are clamped.
+        """
+        if not len(self.key_pooling):
+            raise ConfigError(
+                f"pooling={self.config.pooling!r} has nothing to train; "
+                "convert with HSAConfig(pooling='learned') or 'attention'"
+            )
+        if self.always_dense:
+            return q.new_zeros(())
+        q, k = (_bounded(x.detach().to(torch.promote_types(x.dtype, torch.float32))) for x in (q, k))
+        at, real = sample_positions(
+            SAMPLES,
+            call.start,
+            call.length,
+            queries=q.shape[2],
+            tokens=k.shape[2],
+            causal=self.causal,
+            geometry=self.geometry,
+        )
+        return selector_loss(
+            q,
+            k,
+            self._pool_keys(k, call.start, k.shape[2], None),
+            call.start,
+            call.length,
+            at,
+            real,
+            scale=self.scale,
+            causal=self.causal,
+            sliding_window=self.sliding_window,
+            geometry=self.geometry,
+        )
+
+    def _pooling_parameters(self, dim: int) -> nn.ParameterList:
+        """Parameters with which pooling is the mean."""
+        if self.config.pooling == "attention":
+            return nn.ParameterList(torch.zeros(self.kv_heads, dim) for _ in self.geometry.ratios)
+        if self.config.pooling == "learned":
+            shape = (self.kv_heads, dim)
+            return nn.ParameterList(torch.full((*shape, r), 1 / r) for r in self.geometry.ratios)
+        return nn.ParameterList()
+
+    def _pool_keys(self, k: Tensor, start: Tensor, new: int, state: HSAState | None) -> list[Tensor]:
+        past = None if state is None else state.nodes
+        return self._pool(k, past, start, new, self.config.pooling, self.key_pooling)
+
+    def _pool_values(self, v: Tensor, start: Tensor, new: int, state: HSAState | None) -> list[Tensor]:
+        if self.gate is None:
+            return []
+        past = None if state is None else state.value_nodes
+        pooling = "mean" if self.config.pooling == "max" else self.config.pooling
+        return self._pool(v, past, start, new, pooling, self.value_pooling)
+
+    def _pool(
+        self,
+        x: Tensor,
+        past: Sequence[Tensor] | None,
+        start: Tensor,
+        new: int,
+        pooling: str,
+        weights: nn.ParameterList,
+    ) -> list[Tensor]:
+        g = self.geometry
+        return extend_pyramid(
+            x,
+            past,
+            start,
+            new=new,
+            ratios=g.ratios,
+            offset=g.sink,
+            pooling=pooling,
+            weights=list(weights) or [None] * g.levels,
+        )
+
+    @torch.no_grad()
+    def _counts(
+        self, spans: Tensor, first: Tensor, queries: int, tokens: int, call: AttentionCall
+    ) -> dict[str, Tensor]:
+        keys, nodes = count(
+            spans,
+            first,
+            call.start,
+            call.length,
+            queries=queries,
+            tokens=tokens,
+            causal=self.causal,
+            sliding_window=self.sliding_window,
+            summaries=self.gate is not None,
+            geometry=self.geometry,
+        )
+        position = torch.arange(tokens - queries, tokens, device=spans.device) - call.start[:, None]
+        valid = (position >= 0) & (position < call.length[:, None])
+        return {"keys": keys, "nodes": nodes, "valid": valid}
+
+
+def _bounded(x: Tensor) -> Tensor:
+    """x with its products over a head within the range of its dtype."""
+    limit = (torch.finfo(x.dtype).max / x.shape[-1]) ** 0.5 / 8
+    return x.nan_to_num(0.0, limit, -limit).clamp(-limit, limit)
