@@ -130,9 +130,11 @@ class RetrofitLoader(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        from retrofit import masks
         from retrofit.api import convert, sites
 
         self._disown(model)
+        masks.restore(model)
         configs: dict[str, TargetConfig] = {}
         loaded: dict[str, Mapping[str, torch.Tensor]] = {}
         for path, (config, _) in _sites(model).items():
