@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from retrofit.capture.call import CACHE_NAMES, is_cache, lookup, spelled
-from retrofit.capture.standin import is_tensor_slot
 from retrofit.capture.plan import SitePlan, compiled
+from retrofit.capture.standin import is_tensor_slot
 from retrofit.errors import CaptureError
 from retrofit.masks import to_start_length
 from retrofit.targets.base import TargetAttention
@@ -84,7 +84,7 @@ class RetrofittedAttention(nn.Module):
         plan: What was found out about the original.
         retrofit: The target.
         dense_mode: While True, the site attends densely: the teacher in distillation.
-        tap: If set, is called with (q, k, v, call) before each attention; the cache is not yet updated.
+        tap: If set, is called with (q, k, v, call, out) after each attention, dense or not.
     """
 
     retrofit: TargetAttention
@@ -106,7 +106,7 @@ class RetrofittedAttention(nn.Module):
         self.layer_idx = getattr(original, "layer_idx", None)
         self.dense_mode = False
         self.fingerprint: tuple[tuple[str, float], ...] = ()
-        self.tap: Callable[[Tensor, Tensor, Tensor, AttentionCall], None] | None = None
+        self.tap: Callable[[Tensor, Tensor, Tensor, AttentionCall, Tensor], None] | None = None
         vars(self)["_constants"] = dict(plan.constants)
         vars(self)["_run"] = compiled(plan.source)
         self.training = original.training
@@ -219,11 +219,11 @@ class RetrofittedAttention(nn.Module):
             mask: The mask the graph computed, where it does.
         """
         call = self._call(q, k, context.layer, context.mask if mask is None else mask)
+        out: Tensor = (
+            attend_densely(self.retrofit, q, k, v, call) if self.dense_mode else self.retrofit(q, k, v, call)
+        )
         if self.tap is not None:
-            self.tap(q, k, v, call)
-        if self.dense_mode:
-            return attend_densely(self.retrofit, q, k, v, call)
-        out: Tensor = self.retrofit(q, k, v, call)
+            self.tap(q, k, v, call, out)
         return out
 
     def _call(self, q: Tensor, k: Tensor, layer: RetrofitLayer | None, mask: Tensor | None) -> AttentionCall:

@@ -19,14 +19,14 @@ PRECISIONS = ("fp32", "bf16")
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig:
-    """Two stages; each is left out by ``stage``.
+    """Two stages; ``stage`` says which.
 
     Stage 1 trains the targets' own parameters, each site by itself, on the hidden states of the dense model.
     Stage 2 trains what ``trainable`` says, and the targets' own parameters with it, on the attention outputs and
     the logits of the dense model.
 
     Attributes:
-        stage: ``1``, ``2`` or ``both``.
+        stage: ``1``, ``2`` or ``both``; None means both if the targets have parameters that stage 1 trains, else 2.
         steps: Optimiser steps of stage 1.
         steps_2: Optimiser steps of stage 2; None means as many as ``steps``.
         learning_rate: Peak of stage 1.
@@ -60,7 +60,7 @@ class DistillConfig:
         ConfigError: If a value is out of its range or contradicts another.
     """
 
-    stage: str = "both"
+    stage: str | None = None
     steps: int = 300
     steps_2: int | None = None
     learning_rate: float = 1e-3
@@ -86,7 +86,8 @@ class DistillConfig:
     save_every: int = 50
 
     def __post_init__(self) -> None:
-        self._one_of("stage", STAGES)
+        if self.stage is not None:
+            self._one_of("stage", STAGES)
         self._one_of("trainable", TRAINABLE)
         self._one_of("teacher", TEACHERS)
         self._one_of("precision", PRECISIONS)
@@ -119,10 +120,6 @@ class DistillConfig:
                 f"teacher='logits' keeps no attention outputs, got attention_weight={self.attention_weight}; "
                 "set it to 0 or take teacher='copy'"
             )
-
-    def stages(self) -> tuple[int, ...]:
-        """The stages to run, in order."""
-        return {"1": (1,), "2": (2,), "both": (1, 2)}[self.stage]
 
     def steps_of(self, stage: int) -> int:
         """Optimiser steps of ``stage``."""

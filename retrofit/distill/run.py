@@ -12,8 +12,9 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,11 @@ from retrofit.data import DEFAULT_SOURCE, Source, batch, pack, tokens
 from retrofit.distill.adapters import Adapters
 from retrofit.distill.config import DistillConfig
 from retrofit.distill.files import RunFolder
-from retrofit.distill.stages import Engine, Sites, stage_1, stage_2, trained_in_stage_1
+from retrofit.distill.stages import Engine, Sites, nothing_to_train, stage_1, stage_2, trained_in_stage_1
 from retrofit.distill.teacher import CopiedTeacher, SharedTeacher, StoredTeacher, Teacher
 from retrofit.errors import ConfigError, DataError
 from retrofit.evaluate.account import dense_until
-from retrofit.evaluate.perplexity import positions_of
+from retrofit.evaluate.perplexity import device_of, positions_of
 from retrofit.progress import track
 
 Progress = Callable[[dict[str, Any]], None]
@@ -96,7 +97,7 @@ def distill(
     """Trains a converted model, in place, to do what its weights do with dense attention.
 
     Args:
-        model: Converted; moved to accelerate's device.
+        model: Converted. One process trains it where it lies; of several, each on accelerate's device.
         data: See ``retrofit.data.tokens``; or token ids.
         config: The settings; None means the defaults.
         tokenizer: The model's tokenizer; may be left out if ``data`` is token ids.
@@ -117,18 +118,20 @@ def distill(
     config = DistillConfig() if config is None else config
     found = _converted(model)
     _check_length(model, found, config)
-    if output is None and (resume or (config.teacher == "logits" and 2 in config.stages())):
+    if output is None and (resume or config.teacher == "logits"):
         what = "resume=True" if resume else "teacher='logits'"
         raise ConfigError(f"{what} needs a folder, got output=None; pass output=…")
     sequences = pack(tokens(data, tokenizer, field=field), config.length)
-    own = trained_in_stage_1(found) if 1 in config.stages() else {}
+    own, stages = _stages(found, config)
 
-    accelerator = Accelerator(mixed_precision={"fp32": "no", "bf16": "bf16"}[config.precision])
-    folder = _folder(accelerator, output, config, sequences, found, resume)
-    if getattr(model, "hf_device_map", None) is None:
+    # A process alone trains where the model lies; accelerate places the models of several.
+    accelerator = Accelerator(device_placement=False)
+    if accelerator.num_processes > 1:
         model.to(accelerator.device)
-    loop = _Loop(model, sequences, config, accelerator, folder, progress, own, found)
-    with _restored(model), _random_state(accelerator.device):
+    device = device_of(model)
+    folder = _folder(accelerator, output, config, sequences, found, resume)
+    loop = _Loop(model, sequences, config, accelerator, device, folder, progress, own, found, stages)
+    with _restored(model), _random_state(device):
         loop.run()
     return DistillReport(
         stages=tuple(loop.reports),
@@ -153,15 +156,19 @@ class _Loop:
         sequences: Tensor,
         config: DistillConfig,
         accelerator: Accelerator,
+        device: torch.device,
         folder: RunFolder | None,
         progress: Progress | None,
         own: dict[str, list[nn.Parameter]],
         found: Sites,
+        stages: tuple[int, ...],
     ) -> None:
         self.model = model
         self.sequences = sequences
         self.config = config
         self.accelerator = accelerator
+        self.device = device
+        self.stages = stages
         self.folder = folder
         self.progress = progress
         self.own = own
@@ -170,7 +177,9 @@ class _Loop:
         self.losses: list[dict[str, Any]] = []
         self.reports: list[StageReport] = []
         self.resumed_from: int | None = None
-        self.engine = Engine(accelerator.backward, accelerator.autocast, config.accumulation)
+        self.engine = Engine(
+            accelerator.backward, partial(_precision, device, config.precision), config.accumulation
+        )
 
     def run(self) -> None:
         """Runs the stages that are not done yet; adapters left by an error are taken off unmerged."""
@@ -180,7 +189,7 @@ class _Loop:
             self.resumed_from = len(self.losses)
         finished = False
         try:
-            for stage in self.config.stages():
+            for stage in self.stages:
                 if state is not None and stage < state["stage"]:
                     self._report(stage, [parameter for group in self.own.values() for parameter in group])
                     continue
@@ -282,7 +291,7 @@ class _Loop:
             for _, rows in self._batches(2, step)
             for row in rows.tolist()
         }
-        teacher.store(self.model, self.sequences, sorted(used), self.accelerator.device)
+        teacher.store(self.model, self.sequences, sorted(used), self.device)
         return teacher
 
     def _batches(self, stage: int, step: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -297,7 +306,7 @@ class _Loop:
         """Adds up a step's gradients; the mean of what its batches say."""
         said = []
         for ids, rows in self._batches(stage, step):
-            ids = ids.to(self.accelerator.device)
+            ids = ids.to(self.device)
             if teacher is None or stage == 1:
                 said.append(stage_1(self.model, ids, self.own, self.engine))
             else:
@@ -307,7 +316,7 @@ class _Loop:
         if bad:
             raise ConfigError(f"stage {stage} step {step}: {bad[0]} is not finite; lower the learning rate")
         if self.accelerator.num_processes > 1:
-            values = torch.tensor(list(means.values()), device=self.accelerator.device)
+            values = torch.tensor(list(means.values()), device=self.device)
             means = dict(zip(means, self.accelerator.reduce(values, "mean").tolist(), strict=True))
         return means
 
@@ -346,6 +355,25 @@ class _Loop:
         with torch.no_grad():
             for name, value in state["parameters"].items():
                 mine[name].copy_(value)
+
+
+def _stages(found: Sites, config: DistillConfig) -> tuple[dict[str, list[nn.Parameter]], tuple[int, ...]]:
+    """What stage 1 trains, and the stages to run."""
+    stages = {None: (1, 2), "both": (1, 2), "1": (1,), "2": (2,)}[config.stage]
+    if 1 not in stages:
+        return {}, stages
+    own = trained_in_stage_1(found)
+    if not own and config.stage is None:
+        return {}, (2,)
+    if not own:
+        raise nothing_to_train(found)
+    return own, stages
+
+
+def _precision(device: torch.device, precision: str) -> AbstractContextManager[object]:
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
 def _converted(model: nn.Module) -> Sites:
@@ -405,12 +433,15 @@ def _restored(model: nn.Module) -> Iterator[None]:
     """Puts modes, ``requires_grad`` and gradient checkpointing back afterwards."""
     training = {module: module.training for module in model.modules()}
     trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    checkpointing = getattr(model, "is_gradient_checkpointing", False)
+    checkpointing = _checkpoints_gradients(model)
     try:
         yield
     finally:
-        if getattr(model, "is_gradient_checkpointing", False) and not checkpointing:
-            model.gradient_checkpointing_disable()  # type: ignore[operator]
+        if _checkpoints_gradients(model) and not checkpointing:
+            if hasattr(model, "activation_checkpointing_disable"):
+                model.activation_checkpointing_disable()  # type: ignore[operator]
+            else:
+                model.gradient_checkpointing_disable()  # type: ignore[operator]
         for module, mode in training.items():
             module.training = mode
         for name, parameter in model.named_parameters():
@@ -426,14 +457,20 @@ def _random_state(device: torch.device) -> Iterator[None]:
         yield
 
 
+def _checkpoints_gradients(model: nn.Module) -> bool:
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
 def _checkpoint_gradients(model: nn.Module) -> None:
-    if not hasattr(model, "gradient_checkpointing_enable"):
+    options = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)  # type: ignore[operator]
+    elif hasattr(model, "gradient_checkpointing_enable"):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)  # type: ignore[operator]
+    else:
         raise ConfigError(
             f"gradient_checkpointing needs a Hugging Face model, got {type(model).__name__}; turn it off"
         )
-    model.gradient_checkpointing_enable(  # type: ignore[operator]
-        gradient_checkpointing_kwargs={"use_reentrant": False}
-    )
 
 
 def _schedule(step: int, steps: int, warmup: float) -> float:

@@ -38,22 +38,20 @@ class Engine:
 
 
 def trained_in_stage_1(sites: Sites) -> dict[str, list[nn.Parameter]]:
-    """The parameters of each site that stage 1 trains.
-
-    Raises:
-        ConfigError: If there are none at all; says what would have some.
-    """
+    """The parameters of each site that stage 1 trains; a site without any is left out."""
     found = {path: list(site.retrofit.parameters()) for path, site in sites if _has_layer_loss(site)}
-    found = {path: parameters for path, parameters in found.items() if parameters}
-    if not found:
-        path, site = sites[0]
-        config = site.retrofit.config
-        what = f"pooling={config.pooling!r}" if isinstance(config, HSAConfig) else f"target {config.target!r}"
-        raise ConfigError(
-            f"stage 1 trains the targets' own parameters, and {path} with {what} has none for it; convert with "
-            "HSAConfig(pooling='learned' or 'attention') or MAHAConfig, or take stage='2'"
-        )
-    return found
+    return {path: parameters for path, parameters in found.items() if parameters}
+
+
+def nothing_to_train(sites: Sites) -> ConfigError:
+    """The error of a stage 1 without parameters; says what would have some."""
+    path, site = sites[0]
+    config = site.retrofit.config
+    what = f"pooling={config.pooling!r}" if isinstance(config, HSAConfig) else f"target {config.target!r}"
+    return ConfigError(
+        f"stage 1 trains the targets' own parameters, and {path} with {what} has none for it; convert with "
+        "HSAConfig(pooling='learned' or 'attention') or MAHAConfig, or take stage='2'"
+    )
 
 
 def _has_layer_loss(site: RetrofittedAttention) -> bool:
