@@ -1,0 +1,282 @@
+"""Two-dimensional masks: what a site reads from them, what it refuses, and sites left dense beside it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import retrofit
+from retrofit import masks
+from retrofit.errors import MaskError, ModelLoadError
+from retrofit.masks import to_start_length
+
+
+def _read(mask: Tensor | None, queries: int | None = None, **options: Any) -> list[list[int]]:
+    batch, keys = (2, 6) if mask is None else (mask.shape[0], mask.shape[-1])
+    start, length = to_start_length(mask, batch, keys, queries or keys, "cpu", **options)
+    assert start.dtype == length.dtype == torch.int64
+    return [start.tolist(), length.tolist()]
+
+
+def test_no_mask_is_no_padding() -> None:
+    assert _read(None) == [[0, 0], [6, 6]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
+def test_padding_on_both_sides(dtype: torch.dtype) -> None:
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0], [0, 1, 1, 1, 1, 0], [0] * 6]).to(dtype)
+    assert _read(mask) == [[2, 0, 1, 0], [4, 3, 4, 0]]
+
+
+def test_holes_are_refused() -> None:
+    with pytest.raises(MaskError, match=r"padding between real tokens \(row 1\)"):
+        _read(torch.tensor([[1, 1, 1, 1], [1, 0, 1, 1]]))
+
+
+def test_a_mask_of_another_length_is_refused() -> None:
+    with pytest.raises(MaskError, match=r"keys=6\].*covers the cached tokens as well.*got \[2, 4\]"):
+        to_start_length(torch.ones(2, 4), 2, 6, 4, "cpu")
+
+
+def _whole(
+    start: list[int], length: list[int], keys: int, queries: int, causal: bool = True, window: int = 0
+) -> Tensor:
+    q = torch.arange(keys - queries, keys)[:, None]
+    k = torch.arange(keys)
+    rows = [
+        (k >= s) & (k < s + n) & ((k <= q) if causal else True) & ((q - k < window) if window else True)
+        for s, n in zip(start, length, strict=True)
+    ]
+    return torch.stack([row.expand(queries, keys) for row in rows])[:, None]
+
+
+@pytest.mark.parametrize("queries", [6, 2, 1])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("additive", [True, False])
+def test_a_whole_mask_is_read_if_it_says_the_same(queries: int, causal: bool, additive: bool) -> None:
+    mask = _whole([0, 3], [6, 3], 6, queries, causal)
+    if additive:
+        mask = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
+    assert _read(mask, queries, causal=causal) == [[0, 3], [6, 3]]
+
+
+def test_a_whole_mask_with_a_window() -> None:
+    assert _read(_whole([0, 1], [6, 5], 6, 6, window=3), sliding_window=3) == [[0, 1], [6, 5]]
+    assert _read(_whole([0], [6], 6, 1, window=3), 1, sliding_window=3) == [[0], [6]]
+
+
+def test_a_whole_mask_of_another_class_is_refused() -> None:
+    causal = _whole([0], [6], 6, 6)
+    for other in (
+        _whole([0], [6], 6, 6, causal=False),
+        _whole([0], [6], 6, 6, window=3),
+        causal & (torch.arange(6) // 3 == torch.arange(6)[:, None] // 3),
+    ):
+        with pytest.raises(MaskError):
+            _read(other)
+    with pytest.raises(MaskError, match="not bidirectional"):
+        _read(causal, causal=False)
+    with pytest.raises(MaskError, match="carries a bias"):
+        _read(torch.where(causal, 0.5, -torch.inf))
+
+
+# On models.
+
+
+class _Seen(nn.Module):
+    """Keeps the mask that a module was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mask: Any = "never called"
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.mask = kwargs.get("attention_mask")
+
+
+def _watch(model: nn.Module, path: str) -> _Seen:
+    seen = _Seen()
+    model.get_submodule(path).register_forward_pre_hook(seen, with_kwargs=True)
+    return seen
+
+
+def _padded(batch: int = 2, tokens: int = 40) -> dict[str, Tensor]:
+    mask = torch.ones(batch, tokens, dtype=torch.int64)
+    mask[0, :7] = 0
+    return {"input_ids": torch.randint(1, 128, (batch, tokens)), "attention_mask": mask}
+
+
+@pytest.fixture
+def converted(tiny_llama: Callable) -> Any:
+    model = tiny_llama()
+    retrofit.convert(model, retrofit.DenseConfig())
+    return model
+
+
+def _close(got: Tensor, expected: Tensor, mask: Tensor) -> None:
+    real = mask[:, -got.shape[1] :, None].bool()
+    torch.testing.assert_close(got * real, expected * real, atol=1e-5, rtol=1e-4)
+
+
+def test_a_converted_model_gets_two_dimensions_or_none(converted: Any) -> None:
+    seen = _watch(converted, "model.layers.1.self_attn")
+    inputs = _padded()
+    converted(**inputs)
+    assert seen.mask.dtype == torch.bool and torch.equal(seen.mask, inputs["attention_mask"].bool())
+    converted(input_ids=inputs["input_ids"])
+    assert seen.mask is None
+    converted(input_ids=inputs["input_ids"], attention_mask=torch.ones_like(inputs["attention_mask"]))
+    assert seen.mask is None
+
+
+def test_masks_longer_than_the_queries(tiny_llama: Callable, converted: Any) -> None:
+    dense, inputs = tiny_llama(), _padded()
+    expected = dense(**inputs).logits
+    first = {name: value[:, :33] for name, value in inputs.items()}
+    cache = converted(**first, use_cache=True).past_key_values
+    rest = converted(
+        input_ids=inputs["input_ids"][:, 33:],
+        attention_mask=inputs["attention_mask"],
+        position_ids=torch.arange(33, 40)[None],
+        past_key_values=cache,
+    )
+    _close(rest.logits, expected[:, 33:], inputs["attention_mask"])
+    with pytest.raises(MaskError, match="41 columns, one for each token, the cached ones included, got 1"):
+        converted(
+            input_ids=inputs["input_ids"][:, :1], attention_mask=torch.ones(2, 1), past_key_values=cache
+        )
+
+
+def test_packed_sequences_are_refused(converted: Any) -> None:
+    positions = torch.cat([torch.arange(12), torch.arange(8)])[None]
+    with pytest.raises(MaskError, match="packed sequences"):
+        converted(input_ids=torch.randint(1, 128, (1, 20)), position_ids=positions, use_cache=False)
+    converted(
+        input_ids=torch.randint(1, 128, (1, 20)), position_ids=torch.arange(5, 25)[None], use_cache=False
+    )
+
+
+def test_a_whole_mask_from_the_user(tiny_llama: Callable, converted: Any) -> None:
+    inputs = _padded()
+    mask = _whole([7, 0], [33, 40], 40, 40)
+    got = converted(input_ids=inputs["input_ids"], attention_mask=mask).logits
+    _close(got, tiny_llama()(**inputs).logits, inputs["attention_mask"])
+    with pytest.raises(MaskError, match="not causal"):
+        converted(input_ids=inputs["input_ids"], attention_mask=torch.ones_like(mask))
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_sites_left_dense_get_their_own_mask(tiny_llama: Callable, implementation: str) -> None:
+    dense = tiny_llama(attn_implementation=implementation)
+    model = copy.deepcopy(dense)
+    retrofit.convert(model, retrofit.DenseConfig(), where="model.layers.1.*")
+    inputs = _padded()
+    for given in (inputs, {"input_ids": inputs["input_ids"]}):
+        mask = given.get("attention_mask", torch.ones(2, 40))
+        _close(model(**given).logits, dense(**given).logits, mask)
+    seen = _watch(model, "model.layers.1.self_attn")
+    generated = [
+        each.generate(**inputs, max_new_tokens=6, do_sample=False, pad_token_id=0) for each in (dense, model)
+    ]
+    assert torch.equal(*generated)
+    assert seen.mask.dim() == 2
+    twin = copy.deepcopy(model)
+    retrofit.revert(model)
+    _close(twin(**inputs).logits, dense(**inputs).logits, inputs["attention_mask"])
+    retrofit.revert(twin)
+    assert twin.model.layers[0].self_attn.config is twin.config
+    assert torch.equal(twin(**inputs).logits, dense(**inputs).logits)
+
+
+def test_revert_restores_the_setting(tiny_llama: Callable) -> None:
+    model = tiny_llama()
+    before = model(**_padded()).logits.shape, model.config.to_dict(), model.config._attn_implementation
+    for where in ("*", "model.layers.0.*"):
+        retrofit.convert(model, retrofit.DenseConfig(), where=where)
+        assert model.config._attn_implementation != "sdpa"
+        retrofit.revert(model)
+        assert model.config._attn_implementation == "sdpa"
+        assert model.config.to_dict() == before[1]
+        attention = model.model.layers[1].self_attn
+        assert attention.config is model.config
+        assert not attention._forward_pre_hooks
+        assert not [name for name in vars(attention) if name.startswith("_retrofit")]
+
+
+@pytest.mark.parametrize("where", ["*", "model.layers.0.*"])
+def test_sliding_windows(where: str) -> None:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    dense = MistralForCausalLM(
+        MistralConfig(
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+            vocab_size=128,
+            sliding_window=9,
+        )
+    ).eval()
+    model = copy.deepcopy(dense)
+    retrofit.convert(model, retrofit.DenseConfig(), where=where)
+    inputs = _padded()
+    _close(model(**inputs).logits, dense(**inputs).logits, inputs["attention_mask"])
+    generated = [
+        each.generate(**inputs, max_new_tokens=12, do_sample=False, pad_token_id=0) for each in (dense, model)
+    ]
+    assert torch.equal(*generated)
+
+
+@pytest.mark.parametrize("where", ["*", "encoder.layer.0.*"])
+def test_encoders(where: str) -> None:
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    dense = BertModel(
+        BertConfig(
+            hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=128
+        )
+    ).eval()
+    model = copy.deepcopy(dense)
+    retrofit.convert(model, retrofit.DenseConfig(), where=where)
+    inputs = _padded()
+    inputs["attention_mask"] = inputs["attention_mask"].flip(1)
+    for given in (inputs, {"input_ids": inputs["input_ids"]}):
+        mask = given.get("attention_mask", torch.ones(2, 40))
+        _close(model(**given).last_hidden_state, dense(**given).last_hidden_state, mask)
+
+
+def test_an_unconverted_model_with_the_setting_says_so(converted: Any) -> None:
+    stranger = type(converted)(copy.deepcopy(converted.config))
+    with pytest.raises(ModelLoadError, match=r"LlamaAttention.*not converted.*retrofit\.from_pretrained"):
+        stranger(input_ids=torch.randint(1, 128, (1, 5)))
+
+
+def test_registering_twice_changes_nothing() -> None:
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    masks.register()
+    before = dict(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping)
+    masks.register()
+    after = ALL_MASK_ATTENTION_FUNCTIONS._global_mapping
+    assert before.keys() == after.keys()
+    assert before["sdpa"] is after["sdpa"]
+
+
+def test_compiled_models_check_packing_when_they_run(converted: Any) -> None:
+    compiled = torch.compile(converted.model, backend="eager")
+    ids = torch.randint(1, 128, (1, 20))
+    torch.testing.assert_close(
+        compiled(ids, use_cache=False).last_hidden_state,
+        converted.model(ids, use_cache=False).last_hidden_state,
+    )
+    with pytest.raises(RuntimeError, match="packed sequences"):
+        compiled(ids, position_ids=torch.arange(20)[None] % 11, use_cache=False)
