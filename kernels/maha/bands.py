@@ -11,8 +11,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import TypeVar
 
 from torch import Tensor
+
+Position = TypeVar("Position", int, Tensor)
 
 
 @dataclass(frozen=True)
@@ -46,17 +49,22 @@ class Bands:
         """Tokens of a cell."""
         return self.ratio**scale
 
-    def edge(self, scale: int, position: Tensor) -> Tensor:
-        """Returns e_scale for queries at ``position`` (int64, any shape); e_{−1} is the query's own end."""
+    def edge(self, scale: int, position: Position) -> Position:
+        """Returns e_scale for queries at ``position``; e_{−1} is the query's own end."""
         if scale < 0:
             return position + 1
         if scale >= len(self.reaches):
             return position * 0
         cell = self.ratio ** (scale + 1)
-        return (position + 1 - self.reaches[scale]).clamp(min=0) // cell * cell
+        return at_least(position + 1 - self.reaches[scale], 0) // cell * cell
 
     def count(self, scale: int, position: Tensor) -> Tensor:
         """Returns how many keys or cells of ``scale`` queries at ``position`` ≥ 0 attend to."""
         low = self.edge(scale, position).clamp(min=self.sink)
         cells = (self.edge(scale - 1, position) - low).clamp(min=0) // self.cell(scale)
         return cells + (position + 1).clamp(max=self.sink) if scale == 0 else cells
+
+
+def at_least(value: Position, least: int) -> Position:
+    """Returns the larger of the two."""
+    return max(value, least) if isinstance(value, int) else value.clamp(min=least)
