@@ -57,7 +57,10 @@ def nothing_to_train(sites: Sites) -> ConfigError:
 def _has_layer_loss(site: RetrofittedAttention) -> bool:
     config: TargetConfig = site.retrofit.config
     if isinstance(config, HSAConfig):
-        return config.pooling in ("attention", "learned")
+        always_dense = getattr(
+            site.retrofit, "always_dense", False
+        )  # a sliding window with nothing to leave out
+        return config.pooling in ("attention", "learned") and not always_dense
     return not isinstance(config, DenseConfig)
 
 
@@ -90,7 +93,7 @@ def stage_1(
             return
         # float32 whatever the forward ran in: selections and their targets are made in it.
         with torch.enable_grad(), torch.autocast(q.device.type, enabled=False):
-            loss = site.retrofit.layer_loss(*(x.detach().float() for x in (q, k, v)), call)
+            loss = site.retrofit.layer_loss(q.detach().float(), k.detach().float(), v.detach().float(), call)
             if not loss.requires_grad:
                 raise ConfigError(
                     f"the loss of {path} does not depend on its parameters at {q.shape[2]} tokens; pass a larger length"

@@ -95,5 +95,6 @@ def dense_until(config: Any) -> int:
     if isinstance(config, HSAConfig):
         if config.dense_until is not None:
             return config.dense_until
-        return config.sink + config.window + config.budget
+        reach = config.sink + config.window + config.budget
+        return -(-reach // config.query_block) * config.query_block
     return 0
