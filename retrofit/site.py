@@ -230,7 +230,7 @@ class RetrofittedAttention(nn.Module):
         past = layer.get_seq_length() if layer is not None else 0
         slots = past + k.shape[2]
         if mask is not None and mask.dim() != 2:
-            mask = _of_rank_four(mask)
+            mask = _of_rank_four(mask, q.shape[2])
         start, length = to_start_length(
             mask,
             q.shape[0],
@@ -249,11 +249,11 @@ class RetrofittedAttention(nn.Module):
         return AttentionCall(start, length, layer)
 
 
-def _of_rank_four(mask: Tensor) -> Tensor:
-    """[…, T, N] → [B or 1, 1, T, N]."""
+def _of_rank_four(mask: Tensor, tokens: int) -> Tensor:
+    """[…, T or 1, N] → [B or 1, 1, T, N]."""
     while mask.dim() < 4:
         mask = mask.unsqueeze(0) if mask.dim() == 2 else mask.unsqueeze(1)
-    return mask
+    return mask.expand(-1, -1, tokens, -1) if mask.shape[2] == 1 else mask
 
 
 def build_target(

@@ -5,6 +5,7 @@ retrofit::attention(q, k, v, mask, …)   →   call_module "attend"(q, k, v, co
 
 from __future__ import annotations
 
+import torch
 from torch.fx import Graph, Node
 
 from retrofit.passes.attention.canonical import ATTENTION
@@ -43,9 +44,26 @@ def target_call(graph: Graph, node: Node, *, keep_mask: bool) -> Node:
     call.meta = dict(node.meta)
     node.replace_all_uses_with(call)
     graph.erase_node(node)
+    _free_layout(call)
     remove_dead(graph)
     for item in list(graph.nodes):
         if item.op == "placeholder" and not item.users and item is not context:
             graph.erase_node(item)
     graph.lint()
     return call
+
+
+def _free_layout(call: Node) -> None:
+    """Turns views of what the target returns into reshapes: its strides are not those of SDPA.
+
+    Export drops a ``contiguous()`` where SDPA's own strides make it superfluous.
+    """
+    pending, seen = [call], {call}
+    while pending:
+        for user in pending.pop().users:
+            if user in seen:
+                continue
+            seen.add(user)
+            pending.append(user)
+            if user.op == "call_function" and user.target is torch.ops.aten.view.default:
+                user.target = torch.ops.aten.reshape.default

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.fx import Graph, Node
 
-from retrofit.passes.attention.arguments import arguments, is_call, shape
+from retrofit.passes.attention.arguments import is_call, shape
 from retrofit.passes.attention.heads import unrepeated
 from retrofit.passes.attention.rule import Refusal, Reject, Rule, calls
 from retrofit.passes.attention.spelled_sdpa import AttentionMatch, check_attention, insert_attention
