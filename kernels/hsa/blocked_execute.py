@@ -53,6 +53,12 @@ def exact_rows(geometry: Geometry, causal: bool) -> int:
     return geometry.sink // geometry.block + window_rows(geometry, causal) + (not causal)
 
 
+def widths(geometry: Geometry, causal: bool) -> tuple[int, int]:
+    """Keys before the list, and keys in a tile of it."""
+    g = geometry
+    return exact_rows(g, causal) * g.block, list_tile(g) * g.block
+
+
 def listed(leaves: Tensor, first: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
     """Chosen leaves by (first choosing query, index), and how many each query of the block may see.
 
@@ -69,8 +75,10 @@ def listed(leaves: Tensor, first: Tensor, geometry: Geometry) -> tuple[Tensor, T
     when = torch.where(leaves >= 0, first, rows).to(torch.int32)
     order = (when * width + slot).sort(dim=-1).values
     limit = (torch.arange(rows, dtype=torch.int32, device=leaves.device) + 1) * width
-    limit = limit.expand(*order.shape[:-1], rows).contiguous()
-    count = torch.searchsorted(order, limit)
+    if torch.compiler.is_exporting():  # ONNX has no searchsorted
+        count = (order[..., None, :] < limit[:, None]).sum(-1)
+    else:
+        count = torch.searchsorted(order, limit.expand(*order.shape[:-1], rows).contiguous())
     return leaves.gather(-1, (order % width).to(torch.int64)), count
 
 
@@ -133,7 +141,7 @@ def plan(
 
     slots = tiles * list_tile(g)
     chosen = F.pad(ordered, (0, max(0, slots - ordered.shape[-1])))[..., :slots]
-    if causal and not sliding_window:
+    if causal and not sliding_window and not torch.compiler.is_exporting():  # ONNX has no views
         # A query sees the first places of the list: its bias is a window onto one line 0 … 0 hidden … hidden.
         line = torch.zeros(2 * slots * g.block, dtype=dtype, device=device)
         line[slots * g.block :] = HIDDEN

@@ -37,10 +37,11 @@ class Rows(NamedTuple):
         index = index.clamp(min=0).minimum(self.last.reshape(-1, 1, *extra))
         return (self.base.reshape(*self.base.shape, *extra) + index * self.step).flatten()
 
-    def take(self, index: Tensor) -> Tensor:
-        """Rows ``index`` [B, Hkv, R, S] as [B·Hkv·R, S·group, D]."""
-        found = self.table.index_select(0, self.flat(index))
-        return found.reshape(-1, index.shape[-1] * self.group, self.table.shape[1] // self.group)
+    def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows of the table for ``index`` [B, Hkv, R, S], flat, and what is in them, [B·Hkv·R, S·group, D]."""
+        flat = self.flat(index)
+        found = self.table.index_select(0, flat)
+        return flat, found.reshape(-1, index.shape[-1] * self.group, self.table.shape[1] // self.group)
 
 
 def padded_rows(x: Tensor, group: int) -> Rows:

@@ -107,7 +107,7 @@ def leaf_step(
     each, rows = nodes.group, g.query_block
     allowed = leaf_candidates(leaves, position, causal=causal, sliding_window=sliding_window, geometry=g)
     outside = -torch.inf
-    if causal and not sliding_window:
+    if causal and not sliding_window and not torch.compiler.is_exporting():  # ONNX has no views
         # Children of kept spans are candidates for the whole block: only the right edge differs by query.
         edge = width - g.beam * g.fanout
         column = torch.where(leaves >= 0, 0.0, outside).to(queries.dtype)
@@ -160,7 +160,7 @@ def best(votes: Tensor, allowed: Tensor, count: int) -> Tensor:
 
 def _members(nodes: Rows, ids: Tensor, dtype: torch.dtype) -> Tensor:
     """Nodes of the spans [B, Hkv, R, W] as [B·Hkv·R, D, W·group]."""
-    return nodes.take(ids).to(dtype).transpose(1, 2)
+    return nodes.take(ids)[1].to(dtype).transpose(1, 2)
 
 
 def _span_votes(queries: Tensor, nodes: Rows, ids: Tensor, allowed: Tensor) -> Tensor:

@@ -1,0 +1,136 @@
+"""The backward pass of hierarchical sparse attention: fetch again, attend again, one chunk at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from retrofit.kernels.dense import blocked as dense
+from retrofit.kernels.hsa import blocked_tile as executed
+from retrofit.kernels.hsa.blocked_call import Call, block_leaves
+from retrofit.kernels.hsa.geometry import Geometry
+
+
+def hsa_attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Tensor,
+    length: Tensor,
+    nodes: Sequence[Tensor],
+    value_nodes: Sequence[Tensor],
+    gate: Tensor | None,
+    spans: Tensor,
+    first: Tensor,
+    *,
+    scale: float,
+    causal: bool,
+    sliding_window: int,
+    geometry: Geometry,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor], Tensor | None]:
+    """Returns the gradients of q, k, v, nodes, value_nodes and gate; the selection itself has none.
+
+    Args:
+        grad: Gradient of the output, [B, Hq, T, Dv].
+        q: As in the forward pass, and so all that follow.
+        k: Keys.
+        v: Values.
+        start: Index of each row's first real token.
+        length: Number of real tokens of each row.
+        nodes: Pooled keys per level.
+        value_nodes: Pooled values per level.
+        gate: Weight of the summaries, or None.
+        spans: As the forward pass returned it.
+        first: As the forward pass returned it.
+        scale: Factor on the scores.
+        causal: Whether a query sees only itself and what lies before it.
+        sliding_window: A query sees no keys this far or farther before it; 0 for no limit.
+        geometry: The sizes.
+    """
+    call = Call.of(q, k, start, length, scale, causal, sliding_window, geometry)
+    grad_q = torch.zeros_like(q)
+    grad_k, grad_v = (torch.zeros_like(x, dtype=call.dtype) for x in (k, v))
+    for rows, queries, keys, *at in call.dense_parts():
+        parts = dense.dense_attention_backward(
+            grad[rows, :, queries],
+            q[rows, :, queries],
+            k[rows, :, keys],
+            v[rows, :, keys],
+            *at,
+            scale=scale,
+            causal=causal,
+            sliding_window=sliding_window,
+        )
+        grad_q[rows, :, queries] = parts[0]
+        grad_k[rows, :, keys] += parts[1]
+        grad_v[rows, :, keys] += parts[2]
+    grad_nodes, grad_value_nodes = ([torch.zeros_like(x) for x in levels] for levels in (nodes, value_nodes))
+    grad_gate = None if gate is None else torch.zeros_like(gate)
+    if not call.is_dense:
+        _sparse_backward(
+            call,
+            grad,
+            (q, k, v),
+            (nodes, value_nodes, gate),
+            (spans, first),
+            (grad_q, grad_k, grad_v),
+            (grad_nodes, grad_value_nodes, grad_gate),
+        )
+    return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), grad_nodes, grad_value_nodes, grad_gate
+
+
+def _sparse_backward(
+    call: Call,
+    grad: Tensor,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    pooled: tuple[Sequence[Tensor], Sequence[Tensor], Tensor | None],
+    selection: tuple[Tensor, Tensor],
+    grads: tuple[Tensor, Tensor, Tensor],
+    pooled_grads: tuple[list[Tensor], list[Tensor], Tensor | None],
+) -> None:
+    """Adds the gradients of the query blocks that are not dense."""
+    q, k, v = inputs
+    sources = call.sources(k, v, *pooled, copy=True)
+    sums = [torch.zeros_like(rows.table, dtype=call.dtype) for rows in sources.tables]
+    gate = None if sources.gate is None else sources.gate.detach().requires_grad_()
+    for block in call.chunks(call.sparse, call.chunk_size(gate is not None)):
+        spans, first = (call.pick(x, block) for x in selection)
+        tile = executed.fetch(
+            sources,
+            block_leaves(spans, block, call.length, call.causal, call.geometry),
+            spans,
+            first,
+            block,
+            call.length,
+            tiles=None,
+            dtype=call.dtype,
+            **call.rules,
+        )
+        queries = call.queries(q, call.places(block)).detach().requires_grad_()
+        members = [x.detach().requires_grad_() for x in tile.members]
+        wanted = [queries, *members] if gate is None else [queries, *members, gate]
+        with torch.enable_grad():
+            out = executed.attend(
+                queries,
+                tile._replace(members=members),
+                gate,
+                causal=call.causal,
+                geometry=call.geometry,
+            )
+            given = call.by_block(grad, call.places(block)).to(call.dtype)
+            found = torch.autograd.grad(out, wanted, given)
+        call.write(grads[0], block, found[0] * call.scale)
+        for total, at, part in zip(sums, tile.rows, found[1 : len(sums) + 1], strict=True):
+            total.index_add_(0, at, part.reshape(-1, total.shape[1]))
+        if gate is not None and pooled_grads[2] is not None:
+            pooled_grads[2].add_(found[-1])
+
+    call.add_by_index(grads[1], sums[0])
+    call.add_by_index(grads[2], sums[1])
+    levels = len(sources.nodes)
+    targets = [*pooled_grads[0][:levels], *pooled_grads[1][:levels]]
+    for x, total in zip(targets, sums[2:], strict=True):
+        x += total.reshape(*x.shape[:2], -1, x.shape[3])[:, :, : x.shape[2]]

@@ -1,0 +1,155 @@
+"""Execution of a few query blocks, from the selection to the output; the forward and the backward pass share it.
+
+sources  tables of keys, values and, with summaries, pooled keys and values
+fetch    selection  →  tile: who sees what, and the members fetched from the sources
+attend   queries, tile  →  [B, Hkv, R, G·query_block, Dv], differentiable in the queries and the members
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from retrofit.kernels.hsa import blocked_execute as execute
+from retrofit.kernels.hsa import blocked_summaries as summaries
+from retrofit.kernels.hsa.blocked_rows import Rows
+from retrofit.kernels.hsa.geometry import Geometry
+
+
+class Sources(NamedTuple):
+    """What the executed rows are fetched from.
+
+    Attributes:
+        keys: Keys by position, ``block`` tokens (or one) to a row.
+        values: Values likewise.
+        nodes: Per level, nodes by span; empty without summaries.
+        value_nodes: Likewise.
+        gate: Weight of the summaries, [Hq]; None without.
+    """
+
+    keys: Rows
+    values: Rows
+    nodes: tuple[Rows, ...] = ()
+    value_nodes: tuple[Rows, ...] = ()
+    gate: Tensor | None = None
+
+    @property
+    def tables(self) -> list[Rows]:
+        """All of them, in the order of ``Tile.members``."""
+        return [self.keys, self.values, *self.nodes, *self.value_nodes]
+
+
+class Tile(NamedTuple):
+    """What R query blocks of each row execute; X = B·Hkv·R.
+
+    Attributes:
+        bias: [X, query_block, W].
+        node_bias: [X, query_block, M]; None without summaries.
+        rows: Per source, the rows of its table that were fetched.
+        members: Per source, what was fetched, [X, ·, D].
+    """
+
+    bias: Tensor
+    node_bias: Tensor | None
+    rows: list[Tensor]
+    members: list[Tensor]
+
+
+def fetch(
+    sources: Sources,
+    leaves: Tensor,
+    spans: Tensor,
+    first: Tensor,
+    block: Tensor,
+    length: Tensor,
+    *,
+    tiles: int | None,
+    causal: bool,
+    sliding_window: int,
+    geometry: Geometry,
+    dtype: torch.dtype,
+) -> Tile:
+    """Looks up what the selection executes.
+
+    Args:
+        sources: The tables.
+        leaves: Leaf candidates of the blocks, int64 [B, Hkv, R, C].
+        spans: Kept spans of the blocks, [B, Hkv, R, beam].
+        first: Row that first chose each leaf candidate, uint8 [B, Hkv, R, C].
+        block: Number of each query block, int64 [B, R].
+        length: Number of real tokens of each row, int64 [B].
+        tiles: Tiles of the list of leaves to execute; None for as many as the longest list needs.
+        causal: Whether a query sees only itself and what lies before it.
+        sliding_window: A query sees no keys this far or farther before it; 0 for no limit.
+        geometry: The sizes.
+        dtype: Of the scores.
+    """
+    g = geometry
+    ordered, count = execute.listed(leaves, first, g)
+    if tiles is None:
+        tiles = -(-int(count.max()) // execute.list_tile(g))
+    rows, bias = execute.plan(
+        ordered,
+        count,
+        block,
+        length,
+        tiles,
+        causal=causal,
+        sliding_window=sliding_window,
+        geometry=g,
+        dtype=dtype,
+    )
+    wanted, node_bias = [(sources.keys, rows), (sources.values, rows)], None
+    if sources.gate is not None:
+        levels = summaries.cover(
+            leaves,
+            spans,
+            first,
+            block,
+            length,
+            len(sources.nodes) - 1,
+            causal=causal,
+            sliding_window=sliding_window,
+            geometry=g,
+        )
+        node_bias = summaries.cover_bias(levels, g, dtype)
+        for tables in (sources.nodes, sources.value_nodes):
+            wanted += [(table, ids) for table, (ids, _) in zip(tables, levels, strict=True)]
+    found = [_take(table, index, g.block) for table, index in wanted]
+    return Tile(bias.flatten(0, 2), node_bias, [at for at, _ in found], [x.to(dtype) for _, x in found])
+
+
+def _take(table: Rows, index: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Rows of the table, and what is in them, for numbers of rows [B, Hkv, R, S]."""
+    if table.group == 1 != block:
+        index = (index[..., None] * block + torch.arange(block, device=index.device)).flatten(-2)
+    return table.take(index)
+
+
+def attend(queries: Tensor, tile: Tile, gate: Tensor | None, *, causal: bool, geometry: Geometry) -> Tensor:
+    """One softmax over the members of the tile.
+
+    Args:
+        queries: Times the scale, [B, Hkv, R, G·query_block, D].
+        tile: From ``fetch``.
+        gate: [Hq] in the dtype of the scores; None without summaries.
+        causal: Whether a query sees only itself and what lies before it.
+        geometry: The sizes.
+
+    Returns:
+        [B, Hkv, R, G·query_block, Dv].
+    """
+    keys, values = tile.members[:2]
+    parts = (queries.flatten(0, 2), tile.bias, keys, values, *execute.widths(geometry, causal))
+    if gate is None or tile.node_bias is None:
+        return execute.attend(*parts).unflatten(0, queries.shape[:3])
+    batch, heads, blocks = queries.shape[:3]
+    levels = len(tile.members) // 2
+    nodes, value_nodes = torch.cat(tile.members[2 : levels + 1], 1), torch.cat(tile.members[levels + 1 :], 1)
+    by_head = gate.reshape(1, heads, 1, -1, 1).expand(batch, -1, blocks, -1, geometry.query_block)
+    out = summaries.attend_with_cover(
+        *parts, tile.node_bias, nodes, value_nodes, by_head.reshape(len(keys), -1, 1)
+    )
+    return out.unflatten(0, queries.shape[:3])
