@@ -21,7 +21,6 @@ from torch import Tensor
 from retrofit.cache import RetrofitLayer
 from retrofit.configs import HSAConfig, MAHAConfig
 from retrofit.errors import ExportError
-from retrofit.masks import to_start_length
 
 FIRST_SIZES = {"batch": 3, "sequence": 150, "past": 210}
 """Sizes of the example: none of them 0 or 1, which tracing would take for constants, and no two equal."""
@@ -164,10 +163,9 @@ class CallModel(torch.nn.Module):
         """A cache of the model's own kind that holds the inputs."""
         cache = copy.copy(self.cache)
         cache.layers = []
-        mask = inputs["attention_mask"]
         for i, layer in enumerate(self.cache.layers):
             given = [inputs[f"past_key_values.{name}"] for name in self._names(i)]
-            cache.layers.append(_with_tensors(layer, given, mask))
+            cache.layers.append(_with_tensors(layer, given))
         return cache
 
     def _prefill(self, tokens: int, batch: int = 2) -> Any:
@@ -204,7 +202,7 @@ def _tensors(layer: Any) -> list[Tensor]:
     return tensors
 
 
-def _with_tensors(layer: Any, tensors: Sequence[Tensor], mask: Tensor) -> Any:
+def _with_tensors(layer: Any, tensors: Sequence[Tensor]) -> Any:
     """A layer like ``layer`` that holds ``tensors``, in the order of ``_tensor_names``."""
     if not isinstance(layer, RetrofitLayer):
         plain = copy.copy(layer)
@@ -212,7 +210,6 @@ def _with_tensors(layer: Any, tensors: Sequence[Tensor], mask: Tensor) -> Any:
         return plain
     filled = RetrofitLayer()
     filled.update(*tensors[:2])
-    filled.start, _ = to_start_length(mask, mask.shape[0], mask.shape[1], mask.shape[1], mask.device)
     if layer.state is not None:
         changes: dict[str, Any] = {}
         for name, tensor in zip(_tensor_names(layer)[2:], tensors[2:], strict=True):

@@ -5,10 +5,16 @@ from __future__ import annotations
 import torch
 
 from retrofit.kernels.dense import ops as _dense_ops  # noqa: F401  registers the operator
+from retrofit.kernels.maha import ops as _maha_ops  # noqa: F401
 from retrofit.onnx.bodies.dense import dense_attention
+from retrofit.onnx.bodies.maha import maha_attention
 from retrofit.onnx.nodes import CustomNode
 
 
 def custom_nodes() -> list[CustomNode]:
     """Returns the custom nodes of an exported model."""
-    return [CustomNode(torch.ops.retrofit.dense_attention.default, "DenseAttention", dense_attention)]
+    ops = torch.ops.retrofit
+    return [
+        CustomNode(ops.dense_attention.default, "DenseAttention", dense_attention),
+        CustomNode(ops.maha_attention.default, "MAHAAttention", maha_attention),
+    ]

@@ -116,7 +116,7 @@ def _op_type(node: CustomNode) -> values.Op:
     """The node's type as the exporter wants it: any inputs, the operator's attributes and outputs."""
     schema = node.op._schema
     parameter = onnx.defs.OpSchema.FormalParameter
-    kinds = {"int": "INT", "float": "FLOAT", "bool": "INT", "str": "STRING", "List[int]": "INTS"}
+    kinds = {"int": "INT", "float": "FLOAT", "bool": "INT", "str": "STRING", "List[int": "INTS"}
     kind = onnx.defs.OpSchema.AttrType
     return values.Op(
         values.Opset(DOMAIN, VERSION),
@@ -140,7 +140,10 @@ def _op_type(node: CustomNode) -> values.Op:
             ],
             attributes=[
                 onnx.defs.OpSchema.Attribute(
-                    argument.name, getattr(kind, kinds[str(argument.type)]), "", required=False
+                    argument.name,
+                    getattr(kind, kinds[str(argument.type).removeprefix("Optional[").removesuffix("]")]),
+                    "",
+                    required=False,
                 )
                 for argument in schema.arguments
                 if not _is_tensor(argument) and argument.name not in node.hidden
@@ -186,7 +189,7 @@ def _attributes(node: CustomNode, arguments: Mapping[str, Any]) -> dict[str, Any
         if isinstance(value, list | tuple):
             if value:
                 attributes[argument.name] = tuple(value)
-        else:
+        elif value is not None:
             attributes[argument.name] = int(value) if isinstance(value, bool) else value
     return attributes
 

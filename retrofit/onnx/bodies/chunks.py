@@ -1,11 +1,11 @@
 """A loop over chunks that becomes a Scan node.
 
-[step(x[i], …, *captured) for i in range(chunks)]  →  one graph of the step, run once per chunk
+[step(x[i], …, held) for i in range(chunks)]  →  one graph of the step, run once per chunk
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch._higher_order_ops.scan import scan_op
 
 
 def scan_chunks(
-    step: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], captured: Sequence[Tensor]
+    step: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], held: Mapping[str, Tensor]
 ) -> list[Tensor]:
     """Applies ``step`` along the first axis of ``inputs``.
 
@@ -21,10 +21,10 @@ def scan_chunks(
     plain tracing takes any Python and is quicker.
 
     Args:
-        step: Takes the members of ``inputs`` without their first axis, then ``captured``. Every tensor and
-            every size that it uses must come from its arguments. No result may be one of them.
+        step: Takes the members of ``inputs`` without their first axis, then ``held``. Every tensor and every
+            size that it uses must come from its arguments. No result may be one of them.
         inputs: Tensors [chunks, …].
-        captured: Tensors that each step reads whole.
+        held: Tensors that each step reads whole, by name.
 
     Returns:
         Each result of the step, stacked: [chunks, …].
@@ -32,9 +32,10 @@ def scan_chunks(
 
     def combine(carry: Tensor, *arguments: Tensor) -> list[Tensor]:
         # The operator wants something to carry.
-        return [carry + 1, *step(*arguments)]
+        members, whole = arguments[: len(inputs)], arguments[len(inputs) :]
+        return [carry + 1, *step(*members, dict(zip(held, whole, strict=True)))]
 
-    _, *outputs = scan_op(combine, [torch.zeros((), dtype=torch.int64)], list(inputs), tuple(captured))
+    _, *outputs = scan_op(combine, [torch.zeros((), dtype=torch.int64)], list(inputs), tuple(held.values()))
     return list(outputs)
 
 

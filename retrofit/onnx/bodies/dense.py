@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -30,9 +30,8 @@ def dense_attention(
     chunks = split(q, size)
     indices = torch.arange(chunks.shape[0] * size, device=q.device).unflatten(0, (-1, size)) + slots - tokens
 
-    def step(
-        queries: Tensor, index: Tensor, k: Tensor, v: Tensor, start: Tensor, length: Tensor
-    ) -> Sequence[Tensor]:
+    def step(queries: Tensor, index: Tensor, held: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        k, v, start, length = held["k"], held["v"], held["start"], held["length"]
         group = queries.shape[1] // k.shape[1]
         key, first, end = torch.arange(k.shape[2], device=k.device), start[:, None], (start + length)[:, None]
         seen = ((key >= first) & (key < end))[:, None, :]
@@ -47,4 +46,6 @@ def dense_attention(
         valid = (index >= first) & (index < end)
         return [out.masked_fill(~valid[:, None, :, None], 0)]
 
-    return join(scan_chunks(step, [chunks, indices], [k, v, start, length])[0], tokens)
+    return join(
+        scan_chunks(step, [chunks, indices], {"k": k, "v": v, "start": start, "length": length})[0], tokens
+    )
