@@ -68,8 +68,25 @@ def track(items: Iterable[Item], description: str, *, total: int | None = None) 
         bars.advance(task)
 
 
+def count(what: str, done: int, total: int) -> None:
+    """Sets a bar to ``done`` of ``total`` where bars are shown; for functions that take a ``progress`` callback.
+
+    Args:
+        what: The work and its object, as in ``verify model.layers.0``; the first word names the bar.
+        done: Finished parts.
+        total: Number of parts.
+    """
+    bars = _bars.get()
+    if bars is None:
+        return
+    bars.start()
+    name = what.split(" ", 1)[0]
+    task = next((task.id for task in bars.tasks if task.description == name), None)
+    bars.update(bars.add_task(name) if task is None else task, completed=done, total=total)
+
+
 def tell(message: str) -> None:
     """Prints ``message`` above the bars where bars are shown."""
     bars = _bars.get()
     if bars is not None:
-        bars.console.print(message)
+        bars.console.print(message, highlight=False)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
+from retrofit.cli.inspect import fold
 from retrofit.cli.options import (
     Device,
     Dtype,
@@ -19,8 +20,10 @@ from retrofit.cli.options import (
     assignments,
     read_json,
 )
-from retrofit.cli.output import Shown, command
+from retrofit.cli.output import Shown, command, plain
+from retrofit.configs import TargetConfig, config_from_dict, config_to_dict
 from retrofit.errors import ConfigError
+from retrofit.progress import count
 
 
 @command
@@ -43,32 +46,23 @@ def convert(
     trust_remote_code: TrustRemoteCode = False,
 ) -> Shown:
     """Rewrite the attention of MODEL, verify every site, and save the converted model in OUTPUT."""
-    from retrofit.configs import config_from_dict, config_to_dict
-
-    if config is None:
-        wanted: Any = config_from_dict({"target": target, **assignments(set_)})
-        document: dict[str, Any] = {"config": config_to_dict(wanted)}
-    else:
-        wanted = _read(config)
-        document = {"config": str(config)}
+    wanted = _read(config) if config else config_from_dict({"target": target, **assignments(set_)})
 
     from retrofit.api import convert as convert_model
     from retrofit.loading import load_model
-    from retrofit.saving import check_output, save_pretrained
+    from retrofit.saving import check_folder, save_pretrained
 
     # Before minutes of work, not after them.
-    check_output(output)
+    check_folder(output)
     loaded = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    report = convert_model(loaded.model, wanted, where=where)
+    done = convert_model(loaded.model, wanted, where=where, progress=count)
     save_pretrained(loaded.model, output, tokenizer=loaded.tokenizer)
-    document |= {"model": model, "output": output, "converted": report.converted, "skipped": report.skipped}
-    return Shown(document, [_table(report, output)], f"retrofit eval {output} --against {model}")
+    document = {"model": model, "output": output, "config": _plain(wanted), **plain(done)}
+    return Shown(document, _screen(done, output), f"retrofit eval {output} --against {model}")
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path) -> TargetConfig | dict[str, TargetConfig]:
     """Returns the configuration in a JSON file, or the dictionary of configurations by pattern."""
-    from retrofit.configs import config_from_dict
-
     record = read_json(path)
     if "target" in record:
         return config_from_dict(record)
@@ -79,12 +73,29 @@ def _read(path: Path) -> Any:
     )
 
 
-def _table(report: Any, output: Path) -> Table:
-    table = Table(title=f"{len(report.converted)} sites converted → {output}", title_justify="left")
-    table.add_column("site", overflow="fold")
-    table.add_column("outcome", overflow="fold")
-    for site in report.converted:
-        table.add_row(str(getattr(site, "path", site)), "converted")
-    for site in report.skipped:
-        table.add_row(site.path, f"left as it is: {site.reason}")
-    return table
+def _plain(config: TargetConfig | dict[str, TargetConfig]) -> dict[str, Any]:
+    if isinstance(config, dict):
+        return {pattern: config_to_dict(value) for pattern, value in config.items()}
+    return config_to_dict(config)
+
+
+def _screen(done: Any, output: Path) -> list[str]:
+    """Returns the lines of the summary; sites left for one reason share a line."""
+    checked = done.verification
+    targets = Counter(site.target for site in done.converted)
+    number = len(done.converted)
+    lines = [
+        f"converted {number} of {number + len(done.skipped)} sites to "
+        + ", ".join(f"{target} ({count})" for target, count in targets.items()),
+        f"dense round trip, largest relative difference: sites {max(checked.sites.values()):.1e}"
+        + "".join(
+            f", {name} {error:.1e}"
+            for name, error in (("prefill", checked.prefill), ("cached decode", checked.decode))
+            if error is not None
+        ),
+    ]
+    reasons: dict[str, list[str]] = {}
+    for path, reason in done.skipped.items():
+        reasons.setdefault(reason, []).append(path)
+    lines += [f"left as they are: {fold(paths)} ({reason})" for reason, paths in reasons.items()]
+    return [*lines, f"saved in {output}"]

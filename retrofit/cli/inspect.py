@@ -9,8 +9,9 @@ from rich.table import Table
 
 from retrofit.cli.options import Device, Dtype, Model, TrustRemoteCode
 from retrofit.cli.output import Shown, command
+from retrofit.progress import count
 
-COLUMNS = ("heads", "kv_heads", "head_dim", "mask", "spelling", "convertible", "reason")
+COLUMNS = ("heads", "kv_heads", "head_dim", "mask", "spelling", "target", "convertible", "reason")
 
 
 @command
@@ -25,7 +26,7 @@ def inspect(
     from retrofit.loading import load_model
 
     loaded = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    found = inspect_model(loaded.model)
+    found = inspect_model(loaded.model, progress=count)
     sites = list(found.sites)
     convertible = sum(site.convertible for site in sites)
     document = {
@@ -42,11 +43,12 @@ def inspect(
 def _table(title: str, sites: list[Any]) -> Table:
     """Returns one row per run of neighbouring sites that differ in nothing but their path."""
     table = Table(title=title, title_justify="left")
-    table.add_column("sites", justify="right")
+    table.add_column("sites", justify="right", no_wrap=True)
     table.add_column("path", overflow="fold")
-    for column in COLUMNS:
-        table.add_column(column.replace("_", " "), overflow="fold")
-    for values, run in groupby(sites, key=lambda site: tuple(_cell(getattr(site, name)) for name in COLUMNS)):
+    columns = [name for name in COLUMNS if any(_cell(getattr(site, name)) for site in sites)]
+    for name in columns:
+        table.add_column(name.replace("_", " "), overflow="fold", no_wrap=name != "reason")
+    for values, run in groupby(sites, key=lambda site: tuple(_cell(getattr(site, name)) for name in columns)):
         paths = [site.path for site in run]
         table.add_row(str(len(paths)), fold(paths), *values)
     return table

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 import typer
 
 from retrofit.cli.bench import bench
@@ -34,4 +37,7 @@ for function, name in (
 
 def main() -> None:
     """Runs the command line."""
+    if not sys.stderr.isatty():
+        # Before any library reads it: their bars would fill a log with one line a step.
+        os.environ.setdefault("TQDM_DISABLE", "1")
     app(prog_name="retrofit")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -72,6 +73,20 @@ def assignments(texts: list[str] | None) -> dict[str, Any]:
         if name in values:
             raise ConfigError(f"--set {name} is given twice; leave one out")
         values[name] = tuple(map(_value, value.split(","))) if "," in value else _value(value)
+    return values
+
+
+def known(option: str, values: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    """Returns ``values``, if all its keys are among ``names``.
+
+    Raises:
+        ConfigError: If one is not, with the nearest names.
+    """
+    for name in values:
+        if name not in names:
+            near = get_close_matches(name, names, n=2)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise ConfigError(f"{option} must name one of {', '.join(names)}, got {name}{hint}")
     return values
 
 

