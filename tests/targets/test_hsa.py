@@ -120,12 +120,12 @@ def test_the_observer_hears_the_cost_of_each_query(tiny_hsa: HSAConfig) -> None:
 def test_training_the_pooling_lowers_the_layer_loss(tiny_hsa: HSAConfig, pooling: str, causal: bool) -> None:
     target = HSAAttention(replace(tiny_hsa, pooling=pooling, summaries=True), **{**SHAPE, "causal": causal})
     q, k, v = (x.requires_grad_() for x in qkv(300, batch=2))
-    k.data[..., 0] += 3 * (torch.arange(300) % 2)[:, None].T  # every second key stands out
-    optimizer = torch.optim.Adam(target.key_pooling.parameters(), lr=0.02)
+    k.data[:, :, ::2] *= 0.1  # the mean hides half of the other keys
+    optimizer = torch.optim.Adam(target.key_pooling.parameters(), lr=0.05)
     losses = []
-    for _ in range(15):
+    for _ in range(12):
         torch.manual_seed(0)
-        loss = target.layer_loss(q, k, v, call(300, [0, 21]))
+        loss = target.layer_loss(q, k, v, call(300, [0, 20]))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from retrofit.kernels.hsa import reference
+from retrofit.kernels.hsa import blocked, reference
 from retrofit.kernels.hsa.geometry import Geometry
 from retrofit.kernels.pyramid.blocked import extend_pyramid
 
-IMPLEMENTATIONS = {"reference": reference.hsa_attention}
+IMPLEMENTATIONS = {"reference": reference.hsa_attention, "blocked": blocked.hsa_attention}
 
 TINY = Geometry(
     window=32,
