@@ -11,11 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from retrofit.kernels.hsa import blocked, reference
+from retrofit.kernels.hsa import ops
 from retrofit.kernels.hsa.geometry import Geometry
 from retrofit.kernels.pyramid.blocked import extend_pyramid
-
-IMPLEMENTATIONS = {"reference": reference.hsa_attention, "blocked": blocked.hsa_attention}
 
 TINY = Geometry(
     window=32,
@@ -79,21 +77,22 @@ class Case:
         end = self.tokens if end is None else end
         k, v = self.k[:, :, :end], self.v[:, :, :end]
         return Result(
-            *IMPLEMENTATIONS[self.implementation](
+            *ops.hsa_attention(
                 self.q[:, :, begin:end],
                 k,
                 v,
-                self.start,
-                torch.minimum(self.length, end - self.start).clamp(min=0),
-                self.pool(k),
-                self.pool(v) if self.gate is not None else [],
-                self.gate,
-                past.spans if past else None,
-                past.first if past else None,
+                start=self.start,
+                length=torch.minimum(self.length, end - self.start).clamp(min=0),
+                nodes=self.pool(k),
+                value_nodes=self.pool(v) if self.gate is not None else [],
+                gate=self.gate,
+                past_spans=past.spans if past else None,
+                past_first=past.first if past else None,
                 scale=self.scale,
                 causal=self.causal,
                 sliding_window=self.sliding_window,
                 geometry=self.geometry,
+                implementation=self.implementation,
             )
         )
 
@@ -121,7 +120,7 @@ class Case:
         )
 
 
-@pytest.fixture(params=[*IMPLEMENTATIONS])
+@pytest.fixture(params=["reference", "blocked"])
 def implementation(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
