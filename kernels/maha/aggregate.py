@@ -106,8 +106,8 @@ def payoffs(lse: Tensor, outputs: Tensor, offsets: Tensor) -> tuple[Tensor, Tens
     present = ~lse.isinf()
     outputs = torch.where(present[..., None], outputs, 0.0)
     gram = outputs @ outputs.transpose(-1, -2)
-    norms = gram.diagonal(dim1=-2, dim2=-1).sum(-1) / present.sum(-1)
-    gram = gram / (norms + torch.finfo(gram.dtype).tiny)[..., None, None]
+    norms = gram.diagonal(dim1=-2, dim2=-1).sum(-1) / present.sum(-1) + torch.finfo(gram.dtype).tiny
+    gram = gram / norms[..., None, None]
     claims = (lse + offsets[:, None]).softmax(-1)
     target = (gram @ lse.softmax(-1)[..., None])[..., 0] + claims
     return gram + torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device), target
@@ -118,6 +118,55 @@ def best_response(game: Tensor, target: Tensor, point: Tensor) -> Tensor:
     diagonal = game.diagonal(dim1=-2, dim2=-1)
     others = (game * point[..., None, :]).sum(-1) - diagonal * point
     return ((target - others) / diagonal).clamp(min=0)
+
+
+def scale_weights_backward(
+    grad: Tensor, lse: Tensor, outputs: Tensor, offsets: Tensor, *, aggregation: str, regularizer: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the gradients of lse, outputs and offsets for the gradient ``grad`` [B, H, T, L] of the weights.
+
+    What autograd would give through :func:`scale_weights`, for use where there is no autograd.
+    """
+    scores = lse + offsets[:, None]
+    if aggregation == "nash":
+        return _equilibrium_backward(grad, lse, outputs, offsets)
+    if regularizer == "entropy":
+        found = _softmax_backward(grad, scores.softmax(-1))
+    else:
+        inside = project_on_simplex(scores) > 0
+        mean = torch.where(inside, grad, 0.0).sum(-1, keepdim=True) / inside.sum(-1, keepdim=True)
+        found = torch.where(inside, grad - mean, 0.0)
+    return found, torch.zeros_like(outputs), found.sum((0, 2))
+
+
+def _softmax_backward(grad: Tensor, shares: Tensor) -> Tensor:
+    return shares * (grad - (grad * shares).sum(-1, keepdim=True))
+
+
+def _equilibrium_backward(
+    grad: Tensor, lse: Tensor, outputs: Tensor, offsets: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    game, target = payoffs(lse, outputs, offsets)
+    point = _best_responses(game, target)
+    total = point.sum(-1, keepdim=True)
+    grad = (grad - (grad * point).sum(-1, keepdim=True) / total) / total
+    identity = torch.eye(point.shape[-1], dtype=point.dtype, device=point.device)
+    active = point > 0
+    system = torch.where(active[..., :, None] & active[..., None, :], game, identity)
+    of_target = torch.linalg.solve(system, torch.where(active, grad, 0.0)[..., None])[..., 0]
+    # Through x = (G + I)⁻¹ b, b = G a + p and G = O Oᵀ/ν².
+    present = ~lse.isinf()
+    shares, claims = lse.softmax(-1), (lse + offsets[:, None]).softmax(-1)
+    gram = game - identity
+    of_gram = of_target[..., :, None] * (shares - point)[..., None, :]
+    outputs = torch.where(present[..., None], outputs, 0.0)
+    norms = outputs.square().sum((-1, -2)) / present.sum(-1) + torch.finfo(gram.dtype).tiny
+    of_norms = -(of_gram * gram).sum((-1, -2)) / norms
+    of_products = of_gram / norms[..., None, None] + (of_norms / present.sum(-1))[..., None, None] * identity
+    of_outputs = (of_products + of_products.transpose(-1, -2)) @ outputs
+    of_scores = _softmax_backward(of_target, claims)
+    of_lse = of_scores + _softmax_backward((gram @ of_target[..., None])[..., 0], shares)
+    return of_lse, of_outputs, of_scores.sum((0, 2))
 
 
 def _best_responses(game: Tensor, target: Tensor) -> Tensor:

@@ -2,8 +2,7 @@
 
 Queries [a, a+C)  →  scale 0: sinks and tokens [e_0(a), a+C), scale l: cells [e_l(a), e_{l−1}(a+C)), last: a prefix
 
-Memory is linear in n: of a chunk, only the logits of its own ranges exist at a time. The backward pass computes
-each chunk again and adds its gradients into the ranges it read.
+Memory is linear in n: of a chunk, only the logits of its own ranges exist at a time.
 """
 
 from __future__ import annotations
@@ -109,69 +108,6 @@ def maha_attention(
     return out
 
 
-def maha_attention_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    start: Tensor,
-    length: Tensor,
-    keys: Sequence[Tensor],
-    values: Sequence[Tensor],
-    offsets: Tensor,
-    *,
-    scale: float,
-    bands: Bands,
-    aggregation: str,
-    regularizer: str,
-) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
-    """Returns the gradients of q, of [k, *keys], of [v, *values] and of the offsets."""
-    wide = torch.promote_types(k.dtype, torch.float32)
-    grad_q = torch.empty_like(q)
-    grad_keys = [torch.zeros_like(x, dtype=wide) for x in (k, *keys)]
-    grad_values = [torch.zeros_like(x, dtype=wide) for x in (v, *values)]
-    grad_offsets = torch.zeros_like(offsets)
-    shared = common_start(start)
-    levels = [(k, v), *zip(keys, values, strict=True)]
-    for begin in range(0, q.shape[2], CHUNK):
-        chunk = q[:, :, begin : begin + CHUNK].detach().requires_grad_()
-        index = k.shape[2] - q.shape[2] + begin
-        ranges = plan(index, chunk.shape[2], [x.shape[2] for x, _ in levels], start, shared, bands)
-        seen, real = visible(ranges, index, chunk.shape[2], start, length, bands)
-        part_keys = [r.take(levels[r.scale][0]).detach().requires_grad_() for r in ranges]
-        part_values = [r.take(levels[r.scale][1]).detach().requires_grad_() for r in ranges]
-        own = offsets.detach().requires_grad_()
-        with torch.enable_grad():
-            out = attend(
-                chunk,
-                part_keys,
-                part_values,
-                own,
-                list(zip([r.scale for r in ranges], seen, strict=True)),
-                real,
-                scale=scale,
-                ratio=bands.ratio,
-                aggregation=aggregation,
-                regularizer=regularizer,
-            )
-        found = torch.autograd.grad(
-            out, [chunk, own, *part_keys, *part_values], grad[:, :, begin : begin + CHUNK]
-        )
-        grad_q[:, :, begin : begin + CHUNK] = found[0]
-        grad_offsets += found[1]
-        for r, grad_key, grad_value in zip(
-            ranges, found[2 : 2 + len(ranges)], found[2 + len(ranges) :], strict=True
-        ):
-            r.add(grad_keys[r.scale], grad_key)
-            r.add(grad_values[r.scale], grad_value)
-    return (
-        grad_q,
-        [x.to(k.dtype) for x in grad_keys],
-        [x.to(v.dtype) for x in grad_values],
-        grad_offsets,
-    )
-
-
 def common_start(start: Tensor) -> int | None:
     """Returns the start of all rows if they share it: their ranges are then views and not copies."""
     starts = set(start.tolist())
@@ -209,7 +145,7 @@ def plan(
 
     # Position of the chunk's first query, where that is real, and the largest of its last one's in any row.
     origin: int | Tensor = max(index - shared, 0) if shared is not None else (index - start).clamp(min=0)
-    end = index + queries - (shared or 0)
+    end = max(1, index + queries - (shared or 0))
     if bands.sink:
         add(0, origin * 0, bands.sink)
     for scale in range(bands.scales):
@@ -293,7 +229,7 @@ class InnerBias:
             zero = torch.tensor([self._start], device=self._offsets.device)
             seen, _ = visible(fixed, index, queries, zero, zero * 0 + self._tokens, bands)
             cells = self._tokens // bands.cell(bands.scales - 1)
-            prefix = seen[0].new_ones(1, 1, 1).expand(1, queries, cells)
+            prefix = torch.ones(1, 1, 1, dtype=torch.bool, device=zero.device).expand(1, queries, cells)
             pairs = [*zip([r.scale for r in fixed], seen, strict=True), (ranges[-1].scale, prefix)]
             self._found[tuple(key)] = softmax_bias(
                 self._offsets, pairs, kv_heads=self._kv_heads, ratio=bands.ratio
@@ -343,9 +279,36 @@ def attend(
         bias = softmax_bias(offsets, seen, kv_heads=kv_heads, ratio=ratio)
         out = softmax(q, torch.cat(list(keys), 2), torch.cat(list(values), 2), bias, scale)
         return torch.where(real[:, None, :, None], out, 0.0).to(q.dtype)
+    lses, outputs, _ = attend_scales(
+        q, keys, values, seen, real, scales=offsets.shape[1], scale=scale, ratio=ratio
+    )
+    weights = scale_weights(lses, outputs, offsets, aggregation=aggregation, regularizer=regularizer)
+    out = (weights[..., None] * outputs).sum(-2)
+    return torch.where(real[:, None, :, None], out, 0.0).to(q.dtype)
+
+
+def attend_scales(
+    q: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    seen: Sequence[tuple[int, Tensor]],
+    real: Tensor,
+    *,
+    scales: int,
+    scale: float,
+    ratio: int,
+) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
+    """Attends to each scale for itself; arguments as in :func:`attend`.
+
+    Returns:
+        Each scale's log-mass [B, Hq, C, L], −∞ where it is empty; its output [B, Hq, C, L, Dv], zero where it is
+        empty; and per scale with ranges its softmax [B, Hkv, G·C, M] over them, zero where it is empty.
+    """
+    kv_heads = keys[0].shape[1]
+    wide = torch.promote_types(q.dtype, torch.float32)
     folded = (q.to(wide) * scale).reshape(q.shape[0], kv_heads, -1, q.shape[3])
-    lses, outputs = [], []
-    for level in range(offsets.shape[1]):
+    lses, outputs, softmaxes = [], [], {}
+    for level in range(scales):
         chosen = [i for i, (of, _) in enumerate(seen) if of == level]
         if not chosen:
             lses.append(folded.new_full((*q.shape[:3],), -torch.inf))
@@ -358,15 +321,10 @@ def attend(
         logits = (folded @ key.transpose(2, 3)).view(*q.shape[:3], -1) + level * log(ratio)
         logits = logits.masked_fill((~mask & some[..., None])[:, None], -torch.inf)
         lse = logits.logsumexp(-1)
-        shares = (logits - lse[..., None]).exp().view(*folded.shape[:3], -1)
+        shares = (logits - lse[..., None]).exp() * some[:, None, :, None]
+        softmaxes[level] = shares.view(*folded.shape[:3], -1)
+        outputs.append((softmaxes[level] @ value).view(*q.shape[:3], -1))
         if level == 0:
             some = some | ~real  # some scale must have weight, also where there is no query
         lses.append(lse.masked_fill(~some[:, None], -torch.inf))
-        output = (shares @ value).view(*q.shape[:3], -1)
-        outputs.append(torch.where(some[:, None, :, None], output, 0.0))
-    stacked = torch.stack(outputs, -2)
-    weights = scale_weights(
-        torch.stack(lses, -1), stacked, offsets, aggregation=aggregation, regularizer=regularizer
-    )
-    out = (weights[..., None] * stacked).sum(-2)
-    return torch.where(real[:, None, :, None], out, 0.0).to(q.dtype)
+    return torch.stack(lses, -1), torch.stack(outputs, -2), softmaxes

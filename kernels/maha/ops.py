@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
 from retrofit.errors import ConfigError
-from retrofit.kernels.maha import blocked, reference
+from retrofit.kernels.maha import backward, blocked, reference
 from retrofit.kernels.maha.account import visible_pairs
 from retrofit.kernels.maha.bands import Bands
 
@@ -98,7 +98,7 @@ def _maha_attention_backward(
     aggregation: str,
     regularizer: str,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
-    return blocked.maha_attention_backward(
+    return backward.maha_attention_backward(
         grad,
         q,
         k,
