@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 
 from retrofit.kernels.dense import blocked as dense
+from retrofit.kernels.hsa import blocked_execute as execute
+from retrofit.kernels.hsa import blocked_summaries as summaries
 from retrofit.kernels.hsa import blocked_tile as executed
 from retrofit.kernels.hsa.blocked_call import Call, block_leaves
+from retrofit.kernels.hsa.blocked_tile import Tile, opened
 from retrofit.kernels.hsa.geometry import Geometry
 
 
@@ -95,8 +98,7 @@ def _sparse_backward(
     q, k, v = inputs
     sources = call.sources(k, v, *pooled, copy=True)
     sums = [torch.zeros_like(rows.table, dtype=call.dtype) for rows in sources.tables]
-    gate = None if sources.gate is None else sources.gate.detach().requires_grad_()
-    for block in call.chunks(call.sparse, call.chunk_size(gate is not None)):
+    for block in call.chunks(call.sparse, call.chunk_size(sources.gate is not None)):
         spans, first = (call.pick(x, block) for x in selection)
         tile = executed.fetch(
             sources,
@@ -109,24 +111,21 @@ def _sparse_backward(
             dtype=call.dtype,
             **call.rules,
         )
-        queries = call.queries(q, call.places(block)).detach().requires_grad_()
-        members = [x.detach().requires_grad_() for x in tile.members]
-        wanted = [queries, *members] if gate is None else [queries, *members, gate]
-        with torch.enable_grad():
-            out = executed.attend(
-                queries,
-                tile._replace(members=members),
-                gate,
-                causal=call.causal,
-                geometry=call.geometry,
-            )
-            given = call.by_block(grad, call.places(block)).to(call.dtype)
-            found = torch.autograd.grad(out, wanted, given)
-        call.write(grads[0], block, found[0] * call.scale)
+        queries = call.queries(q, call.places(block))
+        given = call.by_block(grad, call.places(block)).to(call.dtype)
+        found = _tile_backward(
+            given.flatten(0, 2),
+            queries.flatten(0, 2),
+            tile,
+            opened(sources.gate, queries),
+            execute.widths(call.geometry, call.causal),
+        )
+        call.write(grads[0], block, found[0].view_as(queries) * call.scale)
         for total, at, part in zip(sums, tile.rows, found[1 : len(sums) + 1], strict=True):
             total.index_add_(0, at, part.reshape(-1, total.shape[1]))
-        if gate is not None and pooled_grads[2] is not None:
-            pooled_grads[2].add_(found[-1])
+        if pooled_grads[2] is not None:
+            by_head = found[-1].unflatten(0, queries.shape[:3]).unflatten(3, (-1, call.geometry.query_block))
+            pooled_grads[2].add_(by_head.sum((0, 2, 4, 5)).flatten())
 
     call.add_by_index(grads[1], sums[0])
     call.add_by_index(grads[2], sums[1])
@@ -134,3 +133,46 @@ def _sparse_backward(
     targets = [*pooled_grads[0][:levels], *pooled_grads[1][:levels]]
     for x, total in zip(targets, sums[2:], strict=True):
         x += total.reshape(*x.shape[:2], -1, x.shape[3])[:, :, : x.shape[2]]
+
+
+def _tile_backward(
+    grad: Tensor, queries: Tensor, tile: Tile, gate: Tensor | None, widths: tuple[int, int]
+) -> list[Tensor]:
+    """Gradients of the queries [X, G·Q, D], of each member of the tile and, per query, of the gate.
+
+    Args:
+        grad: Gradient of the output, [X, G·Q, Dv].
+        queries: Times the scale, [X, G·Q, D].
+        tile: What the blocks execute.
+        gate: Weight of the summaries per query, at least 0, [X, G·Q, 1]; None without.
+        widths: Keys before the list, and in a tile of it.
+    """
+    keys, values = tile.members[:2]
+    logits = execute.scores(queries, tile.bias, keys)
+    if gate is None or tile.node_bias is None:
+        weights = logits.softmax(-1)
+        products = torch.bmm(grad, values.transpose(1, 2))
+        slopes = weights * (products - (weights * products).sum(-1, keepdim=True))
+        return [
+            torch.bmm(slopes, keys),
+            torch.bmm(slopes.transpose(1, 2), queries),
+            torch.bmm(weights.transpose(1, 2), grad),
+        ]
+    levels = len(tile.members) // 2
+    nodes, value_nodes = torch.cat(tile.members[2 : levels + 1], 1), torch.cat(tile.members[levels + 1 :], 1)
+    weights, pooled = summaries.shares(logits, execute.scores(queries, tile.node_bias, nodes), gate, *widths)
+    products, pooled_products = (torch.bmm(grad, x.transpose(1, 2)) for x in (values, value_nodes))
+    mean = (weights * products).sum(-1, keepdim=True)
+    mean = mean + gate * (pooled * pooled_products).sum(-1, keepdim=True)
+    slopes, pooled_slopes = weights * (products - mean), pooled * (pooled_products - mean)
+    grad_gate = pooled_slopes.sum(-1, keepdim=True)
+    pooled_slopes, pooled = gate * pooled_slopes, gate * pooled
+    lengths = [x.shape[1] for x in tile.members[2 : levels + 1]]
+    return [
+        torch.bmm(slopes, keys) + torch.bmm(pooled_slopes, nodes),
+        torch.bmm(slopes.transpose(1, 2), queries),
+        torch.bmm(weights.transpose(1, 2), grad),
+        *torch.bmm(pooled_slopes.transpose(1, 2), queries).split(lengths, 1),
+        *torch.bmm(pooled.transpose(1, 2), grad).split(lengths, 1),
+        grad_gate,
+    ]

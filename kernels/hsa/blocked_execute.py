@@ -163,7 +163,7 @@ def plan(
 
 
 def attend(queries: Tensor, bias: Tensor, keys: Tensor, values: Tensor, exact: int, tile: int) -> Tensor:
-    """One softmax over the fetched keys; differentiable.
+    """One softmax over the fetched keys.
 
     Args:
         queries: Times the scale, [X, G·Q, D].
@@ -183,8 +183,8 @@ def attend(queries: Tensor, bias: Tensor, keys: Tensor, values: Tensor, exact: i
 def scores(queries: Tensor, bias: Tensor, keys: Tensor) -> Tensor:
     """queries·keys + bias, [X, G·Q, W]."""
     group = queries.shape[1] // bias.shape[1]
-    start = bias[:, None].expand(-1, group, -1, -1).reshape(queries.shape[0], queries.shape[1], -1)
-    return torch.baddbmm(start, queries, keys.transpose(1, 2))
+    start = bias[:, None].expand(-1, group, -1, -1).contiguous().flatten(1, 2)
+    return start.baddbmm_(queries, keys.transpose(1, 2))
 
 
 def accumulate(weights: Tensor, values: Tensor, exact: int, tile: int) -> Tensor:
@@ -192,5 +192,5 @@ def accumulate(weights: Tensor, values: Tensor, exact: int, tile: int) -> Tensor
     out = torch.bmm(weights[..., :exact], values[:, :exact])
     for begin in range(exact, weights.shape[-1], tile):
         end = begin + tile
-        out = torch.baddbmm(out, weights[..., begin:end], values[:, begin:end])
+        out.baddbmm_(weights[..., begin:end], values[:, begin:end])
     return out

@@ -141,7 +141,7 @@ def attend_with_cover(
     value_nodes: Tensor,
     gate: Tensor,
 ) -> Tensor:
-    """One softmax over the fetched keys and, times the gate, the nodes of the cover; differentiable.
+    """One softmax over the fetched keys and, times the gate, the nodes of the cover.
 
     Args:
         queries: Times the scale, [X, G·Q, D].
@@ -153,18 +153,23 @@ def attend_with_cover(
         node_bias: [X, Q, M].
         nodes: [X, M, D].
         value_nodes: [X, M, Dv].
-        gate: Not clamped, [X, G·Q, 1].
+        gate: At least 0, [X, G·Q, 1].
 
     Returns:
         [X, G·Q, Dv].
     """
-    gate = gate + (gate.clamp(min=0) - gate).detach()
-    logits, summaries = scores(queries, bias, keys), scores(queries, node_bias, nodes)
-    opened = summaries.detach().amax(-1, keepdim=True) + gate.detach().log()
-    top = torch.maximum(logits.detach().amax(-1, keepdim=True), opened)
-    weights, pooled = (logits - top).exp(), gate * (summaries - top).clamp(max=80.0).exp()
+    logits, scored = scores(queries, bias, keys), scores(queries, node_bias, nodes)
+    weights, pooled = shares(logits, scored, gate, exact, tile)
+    return accumulate(weights, values, exact, tile) + torch.bmm(gate * pooled, value_nodes)
+
+
+def shares(logits: Tensor, summaries: Tensor, gate: Tensor, exact: int, tile: int) -> tuple[Tensor, Tensor]:
+    """Shares of the keys [X, G·Q, W] and, not yet times the gate, of the nodes [X, G·Q, M] in the softmax."""
+    highest = summaries.amax(-1, keepdim=True) + gate.log()
+    top = torch.maximum(logits.amax(-1, keepdim=True), highest)
+    weights, pooled = (logits - top).exp(), (summaries - top).clamp(max=80.0).exp()
     total = weights[..., :exact].sum(-1, keepdim=True)
     for begin in range(exact, weights.shape[-1], tile):
         total = total + weights[..., begin : begin + tile].sum(-1, keepdim=True)
-    total = total + pooled.sum(-1, keepdim=True)
-    return (accumulate(weights, values, exact, tile) + torch.bmm(pooled, value_nodes)) / total
+    total = total + gate * pooled.sum(-1, keepdim=True)
+    return weights / total, pooled / total

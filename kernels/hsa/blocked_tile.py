@@ -7,7 +7,7 @@ attend   queries, tile  →  [B, Hkv, R, G·query_block, Dv], differentiable in 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -145,11 +145,26 @@ def attend(queries: Tensor, tile: Tile, gate: Tensor | None, *, causal: bool, ge
     parts = (queries.flatten(0, 2), tile.bias, keys, values, *execute.widths(geometry, causal))
     if gate is None or tile.node_bias is None:
         return execute.attend(*parts).unflatten(0, queries.shape[:3])
-    batch, heads, blocks = queries.shape[:3]
     levels = len(tile.members) // 2
     nodes, value_nodes = torch.cat(tile.members[2 : levels + 1], 1), torch.cat(tile.members[levels + 1 :], 1)
-    by_head = gate.reshape(1, heads, 1, -1, 1).expand(batch, -1, blocks, -1, geometry.query_block)
-    out = summaries.attend_with_cover(
-        *parts, tile.node_bias, nodes, value_nodes, by_head.reshape(len(keys), -1, 1)
-    )
+    weights = opened(gate, queries)
+    out = summaries.attend_with_cover(*parts, tile.node_bias, nodes, value_nodes, weights)
     return out.unflatten(0, queries.shape[:3])
+
+
+@overload
+def opened(gate: Tensor, queries: Tensor) -> Tensor: ...
+
+
+@overload
+def opened(gate: None, queries: Tensor) -> None: ...
+
+
+def opened(gate: Tensor | None, queries: Tensor) -> Tensor | None:
+    """The gate [Hq] clamped at 0, for each of the queries [B, Hkv, R, G·Q, D]: [X, G·Q, 1]."""
+    if gate is None:
+        return None
+    batch, heads, blocks, places = queries.shape[:4]
+    by_head = gate.clamp(min=0).reshape(1, heads, 1, -1, 1)
+    by_head = by_head.expand(batch, -1, blocks, -1, places // by_head.shape[3])
+    return by_head.reshape(-1, places, 1)

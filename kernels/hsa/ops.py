@@ -1,0 +1,406 @@
+"""``retrofit::hsa_attention``: schema, fake, autograd and flop formulas.
+
+hsa_attention(q, k, v, nodes=…, scale=…, geometry=…)  →  out, spans, first
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.flop_counter import register_flop_formula
+
+from retrofit.errors import ConfigError
+from retrofit.kernels.dense.ops import visible_pairs
+from retrofit.kernels.hsa import account, blocked, reference
+from retrofit.kernels.hsa.geometry import Geometry
+
+IMPLEMENTATIONS = ("auto", "reference", "blocked")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+_SIZES = (
+    "window",
+    "sink",
+    "budget",
+    "block",
+    "node",
+    "fanout",
+    "nodes_per_span",
+    "beam",
+    "query_block",
+    "dense_until",
+)
+
+
+@torch.library.custom_op("retrofit::hsa_attention", mutates_args=())
+def _hsa_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Tensor,
+    length: Tensor,
+    nodes: Sequence[Tensor],
+    value_nodes: Sequence[Tensor],
+    gate: Tensor | None,
+    past_spans: Tensor | None,
+    past_first: Tensor | None,
+    *,
+    scale: float,
+    causal: bool,
+    sliding_window: int,
+    window: int,
+    sink: int,
+    budget: int,
+    block: int,
+    node: int,
+    fanout: int,
+    nodes_per_span: int,
+    beam: int,
+    query_block: int,
+    dense_until: int,
+    implementation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    run = reference.hsa_attention if implementation == "reference" else blocked.hsa_attention
+    return run(
+        q,
+        k,
+        v,
+        start,
+        length,
+        nodes,
+        value_nodes,
+        gate,
+        past_spans,
+        past_first,
+        scale=scale,
+        causal=causal,
+        sliding_window=sliding_window,
+        geometry=Geometry(
+            window, sink, budget, block, node, fanout, nodes_per_span, beam, query_block, dense_until
+        ),
+    )
+
+
+@_hsa_attention.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Tensor,
+    length: Tensor,
+    nodes: Sequence[Tensor],
+    value_nodes: Sequence[Tensor],
+    gate: Tensor | None,
+    past_spans: Tensor | None,
+    past_first: Tensor | None,
+    *,
+    scale: float,
+    causal: bool,
+    sliding_window: int,
+    window: int,
+    sink: int,
+    budget: int,
+    block: int,
+    node: int,
+    fanout: int,
+    nodes_per_span: int,
+    beam: int,
+    query_block: int,
+    dense_until: int,
+    implementation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    g = Geometry(window, sink, budget, block, node, fanout, nodes_per_span, beam, query_block, dense_until)
+    shape = (k.shape[0], k.shape[1], g.blocks(k.shape[2]))
+    return (
+        q.new_empty(q.shape[0], q.shape[1], q.shape[2], v.shape[3]),
+        q.new_empty((*shape, g.beam), dtype=torch.int32),
+        q.new_empty((*shape, g.leaf_width), dtype=torch.uint8),
+    )
+
+
+@torch.library.custom_op("retrofit::hsa_attention_backward", mutates_args=())
+def _hsa_attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Tensor,
+    length: Tensor,
+    nodes: Sequence[Tensor],
+    value_nodes: Sequence[Tensor],
+    gate: Tensor | None,
+    spans: Tensor,
+    first: Tensor,
+    *,
+    scale: float,
+    causal: bool,
+    sliding_window: int,
+    window: int,
+    sink: int,
+    budget: int,
+    block: int,
+    node: int,
+    fanout: int,
+    nodes_per_span: int,
+    beam: int,
+    query_block: int,
+    dense_until: int,
+) -> list[Tensor]:
+    """Gradients of q, k, v, the nodes, the value nodes and, if there is one, the gate."""
+    grad_q, grad_k, grad_v, grad_nodes, grad_value_nodes, grad_gate = blocked.hsa_attention_backward(
+        grad,
+        q,
+        k,
+        v,
+        start,
+        length,
+        nodes,
+        value_nodes,
+        gate,
+        spans,
+        first,
+        scale=scale,
+        causal=causal,
+        sliding_window=sliding_window,
+        geometry=Geometry(
+            window, sink, budget, block, node, fanout, nodes_per_span, beam, query_block, dense_until
+        ),
+    )
+    gates = [] if grad_gate is None else [grad_gate]
+    return [grad_q, grad_k, grad_v, *grad_nodes, *grad_value_nodes, *gates]
+
+
+@_hsa_attention_backward.register_fake
+def _(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Tensor,
+    length: Tensor,
+    nodes: Sequence[Tensor],
+    value_nodes: Sequence[Tensor],
+    gate: Tensor | None,
+    *_: Any,
+    **__: Any,
+) -> list[Tensor]:
+    gates = [] if gate is None else [gate]
+    return [torch.empty_like(x) for x in (q, k, v, *nodes, *value_nodes, *gates)]
+
+
+def _setup_context(
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any
+) -> None:
+    q, k, v, start, length, nodes, value_nodes, gate, _, _ = inputs
+    _, spans, first = output
+    ctx.counts = len(nodes), len(value_nodes)
+    ctx.save_for_backward(q, k, v, start, length, *nodes, *value_nodes, gate, spans, first)
+    ctx.options = {name: value for name, value in keyword_only_inputs.items() if name != "implementation"}
+    ctx.mark_non_differentiable(spans, first)
+
+
+def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+    q, k, v, start, length, *rest = ctx.saved_tensors
+    levels, value_levels = ctx.counts
+    nodes, value_nodes = rest[:levels], rest[levels : levels + value_levels]
+    gate, spans, first = rest[levels + value_levels :]
+    grads = _hsa_attention_backward(
+        grad, q, k, v, start, length, nodes, value_nodes, gate, spans, first, **ctx.options
+    )
+    pooled = list(grads[3 : 3 + levels]), list(grads[3 + levels : 3 + levels + value_levels])
+    return (*grads[:3], None, None, *pooled, None if gate is None else grads[-1], None, None)
+
+
+_hsa_attention.register_autograd(_backward, setup_context=_setup_context)
+
+
+def hsa_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    start: Tensor | None = None,
+    length: Tensor | None = None,
+    nodes: Sequence[Tensor],
+    value_nodes: Sequence[Tensor] = (),
+    gate: Tensor | None = None,
+    past_spans: Tensor | None = None,
+    past_first: Tensor | None = None,
+    scale: float,
+    causal: bool = True,
+    sliding_window: int = 0,
+    geometry: Geometry,
+    implementation: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Hierarchical sparse attention over each row's real tokens.
+
+    Args:
+        q: Queries, the last T of the N index slots, [B, Hq, T, D].
+        k: Keys, [B, Hkv, N, D].
+        v: Values, [B, Hkv, N, Dv].
+        start: Index of each row's first real token, int64 [B]; None for 0.
+        length: Number of real tokens of each row, int64 [B]; None for all from ``start`` on.
+        nodes: Pooled keys per level, [B, Hkv, M_level, D], as ``extend_pyramid`` makes them with
+            ``geometry.ratios`` and ``geometry.sink``.
+        value_nodes: Pooled values per level, [B, Hkv, M_level, Dv]; empty without summaries.
+        gate: Weight of the summaries, [Hq], clamped at 0 with a straight-through gradient; None without.
+        past_spans: ``spans`` of the call before; None at the start of a row.
+        past_first: ``first`` of the call before; None at the start of a row.
+        scale: Factor on the scores.
+        causal: Whether a query sees only itself and what lies before it.
+        sliding_window: A query sees no keys this far or farther before it; 0 for no limit.
+        geometry: The sizes.
+        implementation: ``auto``, ``reference`` or ``blocked``.
+
+    Returns:
+        The output [B, Hq, T, Dv], zero for padding; per query block the kept spans of level 1, int32
+        [B, Hkv, NB, beam]; and per leaf candidate the row within the block that chose it first, uint8
+        [B, Hkv, NB, C], ``query_block`` for none. Differentiable in q, k, v, nodes, value_nodes and gate.
+
+    Raises:
+        ConfigError: If an argument does not fit the others, or the dtype or implementation is unknown.
+    """
+    _check(q, k, v, nodes, value_nodes, gate, past_spans, past_first, geometry, implementation)
+    if start is None:
+        start = torch.zeros(q.shape[0], dtype=torch.int64, device=q.device)
+    if length is None:
+        length = k.shape[2] - start
+    result: tuple[Tensor, Tensor, Tensor] = _hsa_attention(
+        q,
+        k,
+        v,
+        start,
+        length,
+        list(nodes),
+        list(value_nodes),
+        gate,
+        past_spans,
+        past_first,
+        scale=scale,
+        causal=causal,
+        sliding_window=sliding_window,
+        implementation=implementation,
+        **{name: getattr(geometry, name) for name in _SIZES},
+    )
+    return result
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    nodes: Sequence[Tensor],
+    value_nodes: Sequence[Tensor],
+    gate: Tensor | None,
+    past_spans: Tensor | None,
+    past_first: Tensor | None,
+    geometry: Geometry,
+    implementation: str,
+) -> None:
+    if implementation not in IMPLEMENTATIONS:
+        raise ConfigError(
+            f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}"
+        )
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dtype not in DTYPES:
+            raise ConfigError(
+                f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}; "
+                f"convert it with {name}.to(torch.float32)"
+            )
+        if x.dtype != q.dtype:
+            raise ConfigError(
+                f"{name} must have the dtype of q, {q.dtype}, got {x.dtype}; convert one of them"
+            )
+    if q.shape[1] % k.shape[1]:
+        raise ConfigError(f"query heads must be a multiple of the {k.shape[1]} kv heads, got {q.shape[1]}")
+    if len(nodes) != geometry.levels:
+        raise ConfigError(
+            f"nodes must have the {geometry.levels} levels of the geometry, got {len(nodes)}; "
+            "make them with extend_pyramid and geometry.ratios"
+        )
+    if gate is not None and len(value_nodes) != len(nodes):
+        raise ConfigError(
+            f"value_nodes must have {len(nodes)} levels as nodes have when there is a gate, "
+            f"got {len(value_nodes)}; pass gate=None to leave summaries out"
+        )
+    if (past_spans is None) != (past_first is None):
+        raise ConfigError("past_spans and past_first come from the same call: pass both or neither")
+
+
+def _work(
+    k: Tensor,
+    queries: int,
+    selection: tuple[Tensor, Tensor, Tensor, Tensor],
+    options: dict[str, Any],
+    gate: Any,
+) -> tuple[float, float, float]:
+    """Keys executed, nodes scored and nodes of the cover, summed over batch, kv heads and queries.
+
+    Without values (fake or meta tensors) nothing is selected: counted as dense, the upper bound.
+    """
+    spans, first, start, length = selection
+    causal, sliding_window, slots = options["causal"], options["sliding_window"], k.shape[2]
+    if any(isinstance(x, FakeTensor) or x.is_meta for x in selection):
+        pairs = visible_pairs(queries, slots, start, length, causal=causal, sliding_window=sliding_window)
+        return float(pairs * k.shape[1]), 0.0, 0.0
+
+    def total(summaries: bool) -> tuple[float, float]:
+        keys, nodes = account.count(
+            spans,
+            first,
+            start,
+            length,
+            queries=queries,
+            tokens=slots,
+            causal=causal,
+            sliding_window=sliding_window,
+            summaries=summaries,
+            geometry=Geometry(**{name: options[name] for name in _SIZES}),
+        )
+        return float(keys.sum(dtype=torch.float64)), float(nodes.sum(dtype=torch.float64))
+
+    keys, scored = total(False)
+    return keys, scored, 0.0 if gate is None else total(True)[1] - scored
+
+
+@register_flop_formula(torch.ops.retrofit.hsa_attention, get_raw=True)
+def _flops(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Tensor,
+    length: Tensor,
+    nodes: Sequence[Tensor],
+    value_nodes: Sequence[Tensor],
+    gate: Tensor | None,
+    *_: Any,
+    out_val: tuple[Tensor, Tensor, Tensor],
+    **options: Any,
+) -> int:
+    selection = (out_val[1], out_val[2], start, length)
+    keys, scored, cover = _work(k, q.shape[2], selection, options, gate)
+    group, width, value_width = q.shape[1] // k.shape[1], q.shape[3], v.shape[3]
+    return round(2 * group * ((keys + cover) * (width + value_width) + scored * width))
+
+
+@register_flop_formula(torch.ops.retrofit.hsa_attention_backward, get_raw=True)
+def _backward_flops(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Tensor,
+    length: Tensor,
+    nodes: Sequence[Tensor],
+    value_nodes: Sequence[Tensor],
+    gate: Tensor | None,
+    spans: Tensor,
+    first: Tensor,
+    **options: Any,
+) -> int:
+    keys, _, cover = _work(k, q.shape[2], (spans, first, start, length), options, gate)
+    group, width, value_width = q.shape[1] // k.shape[1], q.shape[3], v.shape[3]
+    return round(2 * group * (keys + cover) * (3 * width + 2 * value_width))
