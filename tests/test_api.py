@@ -13,6 +13,7 @@ from retrofit import api
 from retrofit.configs import DenseConfig
 from retrofit.errors import CaptureError, ConfigError, MaskError, NoAttentionFound, VerificationError
 from retrofit.site import RetrofittedAttention
+from retrofit.verify import ModelCheck
 
 SHAPE = {
     "hidden_size": 64,
@@ -329,7 +330,7 @@ def test_convert_is_atomic(tiny_llama, monkeypatch):
     model = tiny_llama()
     modules = list(model.modules())
     settings = model.config.to_dict()
-    monkeypatch.setattr(api, "_compare", _refuse)
+    monkeypatch.setattr(ModelCheck, "compare", _refuse)
     with pytest.raises(VerificationError):
         api.convert(model, DenseConfig())
     assert list(model.modules()) == modules
@@ -337,7 +338,7 @@ def test_convert_is_atomic(tiny_llama, monkeypatch):
     monkeypatch.undo()
     api.convert(model, DenseConfig(), where="*.0.*")
     before = api.sites(model)
-    monkeypatch.setattr(api, "_compare", _refuse)
+    monkeypatch.setattr(ModelCheck, "compare", _refuse)
     with pytest.raises(VerificationError):
         api.convert(model, DenseConfig())
     assert api.sites(model) == before

@@ -90,6 +90,14 @@ def classify(samples: Sequence[MaskSample]) -> MaskClass | str:
     return "the mask is none of none, causal, key padding or sliding window" + _example(seen)
 
 
+def real_tokens(sample: MaskSample) -> Tensor | None:
+    """The real tokens of a probe, bool [B, N]: as it says, or as its mask shows; None if it hides a middle."""
+    if sample.keep is not None:
+        return sample.keep
+    shown = _shown(sample)
+    return None if isinstance(shown, str) else _real_tokens(shown)
+
+
 def _shown(sample: MaskSample) -> Tensor | str:
     """Which keys each query sees: bool [B, T, N]."""
     n = sample.length

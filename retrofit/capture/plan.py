@@ -22,7 +22,7 @@ from retrofit.capture.export import Captured, capture
 from retrofit.capture.record import OwnerCall
 from retrofit.errors import CaptureError
 from retrofit.passes.attention.arguments import shape
-from retrofit.passes.attention.masks import MaskClass, MaskSample, classify
+from retrofit.passes.attention.masks import MaskClass, MaskSample, classify, real_tokens
 from retrofit.passes.attention.rewrite import attentions, normalize, target_call
 from retrofit.passes.attention.rule import Refusal
 
@@ -106,10 +106,23 @@ class Planner:
         self.captures = 0
         self._graphs: dict[Any, _Normalized] = {}
 
-    def plan(self, module: nn.Module, calls: Sequence[ProbedCall]) -> SitePlan | Refused:
-        """Returns the plan for ``module``, or why there is none."""
-        signature = Signature.of(module)
+    def plan(
+        self, module: nn.Module, calls: Sequence[ProbedCall]
+    ) -> tuple[SitePlan | Refused, list[ProbedCall]]:
+        """Returns the plan for ``module``, or why there is none, and the calls with their real tokens."""
         samples: list[MaskSample] = []
+        plan = self._plan(module, calls, samples)
+        if isinstance(plan, Refused):
+            return plan, list(calls)
+        return plan, [
+            ProbedCall(probed.call, real_tokens(sample))
+            for probed, sample in zip(calls, samples, strict=True)
+        ]
+
+    def _plan(
+        self, module: nn.Module, calls: Sequence[ProbedCall], samples: list[MaskSample]
+    ) -> SitePlan | Refused:
+        signature = Signature.of(module)
         mask_paths: set[LeafPath] = set()
         primary: _Normalized | None = None
         for probed in calls:
@@ -195,10 +208,6 @@ def _sample(
         if isinstance(mask, Node):
             value = evaluate(graph, mask, module, values, constants)
         first = next(iter(values.values()))
-        query = attention.args[0]
-        assert isinstance(query, Node)
-        dims = shape(query)
-        assert dims is not None
     length = _length_of(first, value)
     return MaskSample(value, bool(is_causal), first.shape[0], length, probed.keep)
 

@@ -1,0 +1,115 @@
+"""Finds the attention of a whole model: probes it, and plans each module that owns attention.
+
+model  →  recorded calls on every probe  →  one Found per owner, convertible or refused with the reason
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from retrofit.capture.plan import Planner, ProbedCall, Refused, SitePlan
+from retrofit.capture.probes import ExampleInputs, Probe, is_transformers, make_probes
+from retrofit.capture.record import OwnerCall, Recording, record
+from retrofit.errors import CaptureError
+
+Progress = Callable[[str, int, int], None]
+"""Called as progress(what, done, total)."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """One module that owns attention, with its calls on the probes."""
+
+    path: str
+    module: nn.Module
+    plan: SitePlan | Refused
+    calls: Sequence[ProbedCall]
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What the probes showed.
+
+    Attributes:
+        probes: The calls of the model.
+        outputs: What the model returned on each.
+        found: The modules that own attention, in order of their first call.
+    """
+
+    probes: Sequence[Probe]
+    outputs: Sequence[Any]
+    found: Sequence[Found]
+
+
+def analyse(
+    model: nn.Module, example_inputs: ExampleInputs | None, progress: Progress | None = None
+) -> Analysis:
+    """Probes ``model``, which has its original attention, and plans what can be converted."""
+    probes = make_probes(model, example_inputs)
+    calls: dict[str, list[ProbedCall]] = {}
+    outputs = []
+    with evaluating(model):
+        for probe in probes:
+            recording = _recorded(model, probe)
+            outputs.append(recording.output)
+            for path, of_path in recording.owners.items():
+                first = of_path[0]
+                calls.setdefault(path, []).append(ProbedCall(first, _keep(probe, first)))
+    planner = Planner(managed=is_transformers(model))
+    found = []
+    for done, (path, of_owner) in enumerate(calls.items()):
+        module = model.get_submodule(path)
+        inner = next((p for p in calls if p != path and p.startswith(f"{path}." if path else "")), None)
+        plan: SitePlan | Refused
+        with_keep: Sequence[ProbedCall] = of_owner
+        if inner is not None:
+            plan = Refused(f"it has a softmax of its own around the attention of {inner}")
+        elif not path:
+            plan = Refused("the attention is the whole model; wrap it in a module that holds it")
+        else:
+            plan, with_keep = planner.plan(module, of_owner)
+        found.append(Found(path, module, plan, with_keep))
+        if progress is not None:
+            progress(f"capture {path}", done + 1, len(calls))
+    return Analysis(probes, outputs, found)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Has ``model`` in evaluation mode for a while."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _recorded(model: nn.Module, probe: Probe) -> Recording:
+    try:
+        return record(model, probe.args, probe.kwargs)
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CaptureError(
+            f"{type(model).__name__} cannot be called with the example ({probe.name}): {first}; pass "
+            "example_inputs that its forward takes"
+        ) from error
+
+
+def _keep(probe: Probe, call: OwnerCall) -> Tensor | None:
+    """The probe's padding, if the call is about the same tokens."""
+    if probe.keep is None:
+        return None
+    values = (*call.args, *call.kwargs.values())
+    first = next((value for value in values if isinstance(value, Tensor) and value.dim() > 2), None)
+    if first is None or first.shape[0] != probe.keep.shape[0]:
+        return None
+    length = first.shape[2] if first.dim() == 4 else first.shape[1]
+    return probe.keep.cpu() if length == probe.keep.shape[1] else None

@@ -1,0 +1,163 @@
+"""The dense round trip: a rewritten site, and the whole model, against the original.
+
+Each site on its own recorded calls, relative error at most 1e-5; then the model's outputs on every probe and
+the logits of cached steps. Only real tokens count: rows that are padding mean nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from retrofit.capture.analyse import Found, evaluating
+from retrofit.capture.call import is_cache
+from retrofit.capture.plan import ProbedCall
+from retrofit.capture.probes import Probe
+from retrofit.errors import VerificationError
+from retrofit.site import RetrofittedAttention
+
+SITE_TOLERANCE = 1e-5
+MODEL_TOLERANCE = 1e-4
+STEPS = (4, 1, 1)  # tokens of each call after the prompt's
+
+
+def verify_site(found: Found, site: RetrofittedAttention) -> float:
+    """Runs the dense ``site`` on every recorded call; returns the largest relative error.
+
+    Raises:
+        VerificationError: If it is above the tolerance of the dtype.
+    """
+    worst = 0.0
+    for probed in found.calls:
+        with torch.no_grad(), evaluating(site):
+            got = first_tensor(site(**_as_converted(site, probed)))
+        expected = first_tensor(probed.call.output)
+        worst = max(worst, relative_error(got, expected, probed.keep))
+        tolerance = max(SITE_TOLERANCE, 8 * torch.finfo(expected.dtype).eps)
+        if not worst <= tolerance:
+            raise VerificationError(
+                f"{found.path} differs from the original by {worst:.1e} relative after rewriting, at most "
+                f"{tolerance:.0e} is allowed; leave it out with where=… and report it"
+            )
+    return worst
+
+
+def _as_converted(site: RetrofittedAttention, probed: ProbedCall) -> dict[str, Any]:
+    """The recorded call as a converted model makes it: padding in the place of the mask, no cache."""
+    plan, call = site.plan, probed.call
+    bound = plan.signature.bind(call.args, call.kwargs)
+    values = {name: None if is_cache(value) else value for name, value in bound.items()}
+    if plan.mask_argument is not None and probed.keep is not None:
+        device = next(value.device for value in values.values() if isinstance(value, Tensor))
+        whole = bool(probed.keep.all())
+        values[str(plan.mask_argument[0])] = None if whole else probed.keep.to(device)
+    return values
+
+
+class ModelCheck:
+    """Holds what the original model gives, to compare the rewritten one with.
+
+    Args:
+        model: The model with its original attention.
+        probes: The calls it was analysed with.
+        outputs: What it returned on each.
+        keep: The real tokens of each probe, where they are known.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        probes: Sequence[Probe],
+        outputs: Sequence[Any],
+        keep: Sequence[Tensor | None],
+    ) -> None:
+        self.probes = probes
+        self.outputs = [first_tensor(output) for output in outputs]
+        self.keep = keep
+        self.steps = cached_steps(model, probes)
+
+    def compare(self, model: nn.Module) -> tuple[float, float | None]:
+        """Returns the relative errors of the outputs and of cached steps; None without a cache.
+
+        Raises:
+            VerificationError: If one is above the tolerance of the dtype.
+        """
+        with torch.no_grad(), evaluating(model):
+            got = [first_tensor(model(*probe.args, **probe.kwargs)) for probe in self.probes]
+        prefill = max(
+            relative_error(a, b, keep) for a, b, keep in zip(got, self.outputs, self.keep, strict=True)
+        )
+        steps = cached_steps(model, self.probes) if self.steps else []
+        decode = max(
+            (relative_error(a, b, None) for a, b in zip(steps, self.steps, strict=True)), default=None
+        )
+        tolerance = max(MODEL_TOLERANCE, 32 * torch.finfo(got[0].dtype).eps)
+        for name, error in (("output", prefill), ("cached decode", decode)):
+            if error is not None and not error <= tolerance:
+                raise VerificationError(
+                    f"the whole model's {name} differs from the original by {error:.1e} relative after "
+                    f"rewriting, at most {tolerance:.0e} is allowed; leave sites out with where=… to find the cause"
+                )
+        return prefill, decode
+
+
+def cached_steps(model: nn.Module, probes: Sequence[Probe]) -> list[Tensor]:
+    """Logits of a prompt and some cached steps, on the probe that pads left; empty without a cache."""
+    can_generate = getattr(model, "can_generate", None)
+    config = getattr(model, "config", None)
+    probe = next((probe for probe in probes if probe.name == "padded left"), None)
+    if probe is None or not callable(can_generate) or not can_generate():
+        return []
+    if getattr(config, "is_encoder_decoder", False):
+        return []
+    ids, mask = probe.kwargs["input_ids"], probe.kwargs["attention_mask"]
+    rest = {
+        name: value
+        for name, value in probe.kwargs.items()
+        if name not in ("input_ids", "attention_mask", "position_ids", "past_key_values", "labels")
+    }
+    logits: list[Tensor] = []
+    cache, position = None, 0
+    with torch.no_grad(), evaluating(model):
+        for tokens in (ids.shape[1] - sum(STEPS), *STEPS):
+            stop = position + tokens
+            output = model(
+                input_ids=ids[:, position:stop],
+                attention_mask=mask[:, :stop],
+                past_key_values=cache,
+                **{**rest, "use_cache": True},
+            )
+            cache = getattr(output, "past_key_values", None)
+            if cache is None:
+                return []
+            logits.append(first_tensor(output.logits) * mask[:, position:stop, None])
+            position = stop
+    return logits
+
+
+def first_tensor(output: Any) -> Tensor:
+    """The first tensor of a module's output; of a model's, its logits or hidden states."""
+    if isinstance(output, Mapping):
+        for name in ("logits", "last_hidden_state"):
+            if isinstance(output.get(name), Tensor):
+                tensor: Tensor = output[name]
+                return tensor
+    return next(leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor))
+
+
+def relative_error(got: Tensor, expected: Tensor, keep: Tensor | None) -> float:
+    """‖got − expected‖ / ‖expected‖ over the real tokens; infinite if either is not finite there."""
+    got, expected = got.detach().double(), expected.detach().double()
+    if keep is not None and got.dim() >= 3 and got.shape[0] == keep.shape[0]:
+        dim = 1 if got.shape[1] == keep.shape[1] else 2
+        if got.shape[dim] == keep.shape[1]:
+            shape = [1] * got.dim()
+            shape[0], shape[dim] = keep.shape
+            real = keep.to(got.device).view(shape)
+            got, expected = torch.where(real, got, 0), torch.where(real, expected, 0)
+    error = (got - expected).norm() / expected.norm().clamp(min=1e-30)
+    return float(error) if bool(torch.isfinite(error)) else float("inf")
