@@ -32,14 +32,24 @@ def configs(tiny_hsa: HSAConfig, tiny_maha: MAHAConfig) -> dict[str, Any]:
     }
 
 
+@pytest.fixture(scope="module")
+def cache() -> dict[str, Any]:
+    """Converted models by name; only copies are handed out."""
+    return {}
+
+
 @pytest.fixture
-def build(tiny_llama: Callable[..., Any], configs: dict[str, Any]) -> Callable[[str], Any]:
-    """A model whose attention matters to its logits."""
+def build(
+    tiny_llama: Callable[..., Any], configs: dict[str, Any], cache: dict[str, Any]
+) -> Callable[[str], Any]:
+    """A factory of converted models whose attention matters to their logits."""
 
     def built(name: str) -> Any:
-        model = tiny_llama(initializer_range=0.2)
-        convert(model, configs[name])
-        return model
+        if name not in cache:
+            model = tiny_llama(initializer_range=0.2)
+            convert(model, configs[name])
+            cache[name] = model
+        return copy.deepcopy(cache[name])
 
     return built
 
@@ -70,7 +80,7 @@ def test_stage_1_lowers_its_loss_and_trains_only_the_targets(
 ) -> None:
     model = build(name)
     before = copy.deepcopy(model.state_dict())
-    report = distill(model, ids, settings(stage="1", steps=16, learning_rate=1e-2))
+    report = distill(model, ids, settings(stage="1", steps=12, learning_rate=1e-2, batch_size=4))
     (stage,) = report.stages
     assert stage.stage == 1
     assert stage.last_loss < stage.first_loss

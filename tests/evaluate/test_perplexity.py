@@ -32,11 +32,18 @@ def original(tiny_llama: Callable[..., Any]) -> Any:
     return tiny_llama(initializer_range=0.2)
 
 
+@pytest.fixture(scope="module")
+def cache() -> dict[str, Any]:
+    return {}
+
+
 @pytest.fixture
-def converted(original: Any, tiny_hsa: HSAConfig) -> Any:
-    model = copy.deepcopy(original)
-    convert(model, tiny_hsa)
-    return model
+def converted(original: Any, tiny_hsa: HSAConfig, cache: dict[str, Any]) -> Any:
+    if "model" not in cache:
+        model = copy.deepcopy(original)
+        convert(model, tiny_hsa)
+        cache["model"] = model
+    return copy.deepcopy(cache["model"])
 
 
 @torch.no_grad()
@@ -96,10 +103,9 @@ def test_strides_score_each_token_once_with_the_most_before_it(converted: Any, i
     assert evaluate(converted, ids, length=LENGTH, stride=100, sequences=2).sequences == 2
 
 
-def test_keys_are_those_that_the_output_depends_on(original: Any, tiny_hsa: HSAConfig, ids: Tensor) -> None:
+def test_keys_are_those_that_the_output_depends_on(converted: Any, ids: Tensor) -> None:
     """Counts by gradient: a key is executed for a query if the query's output depends on its value."""
-    model = copy.deepcopy(original)
-    convert(model, tiny_hsa)
+    model = converted
     window = ids[None, :LENGTH]
     caught: dict[str, Any] = {}
     for path, site in sites(model):
