@@ -113,9 +113,13 @@ def _padded(batch: int = 2, tokens: int = 40) -> dict[str, Tensor]:
 
 @pytest.fixture
 def converted(tiny_llama: Callable) -> Any:
-    model = tiny_llama()
-    retrofit.convert(model, retrofit.DenseConfig())
-    return model
+    if not _made:
+        _made.append(tiny_llama())
+        retrofit.convert(_made[0], retrofit.DenseConfig())
+    return copy.deepcopy(_made[0])
+
+
+_made: list[Any] = []
 
 
 def _close(got: Tensor, expected: Tensor, mask: Tensor) -> None:

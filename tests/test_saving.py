@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -23,9 +24,7 @@ IDS = torch.arange(1, 101)[None] % 127 + 1
 
 @pytest.fixture(params=["hsa", "maha"])
 def converted(request: pytest.FixtureRequest, tiny_llama: Callable) -> Any:
-    config = request.getfixturevalue(f"tiny_{request.param}")
-    model = tiny_llama()
-    retrofit.convert(model, config)
+    model = _converted(tiny_llama, request.getfixturevalue(f"tiny_{request.param}"))
     _stir(model)
     return model
 
@@ -33,9 +32,19 @@ def converted(request: pytest.FixtureRequest, tiny_llama: Callable) -> Any:
 @pytest.fixture
 def dense(tiny_llama: Callable) -> Any:
     """A model converted to the identity target, which is quick to make."""
-    model = tiny_llama()
-    retrofit.convert(model, retrofit.DenseConfig())
-    return model
+    return _converted(tiny_llama, retrofit.DenseConfig())
+
+
+_made: dict[str, Any] = {}
+
+
+def _converted(tiny_llama: Callable, config: Any) -> Any:
+    """A fresh copy of a model that is converted once."""
+    if repr(config) not in _made:
+        model = tiny_llama()
+        retrofit.convert(model, config)
+        _made[repr(config)] = model
+    return copy.deepcopy(_made[repr(config)])
 
 
 def _stir(model: Any) -> None:
