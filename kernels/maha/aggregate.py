@@ -31,6 +31,8 @@ from torch import Tensor
 from retrofit.errors import ConfigError
 
 ROUNDS = 1000
+EXPORTED_ROUNDS = 64
+"""Rounds in an exported graph, which cannot stop early."""
 
 
 def scale_weights(
@@ -49,12 +51,13 @@ def scale_weights(
         ConfigError: If ``aggregation`` or ``regularizer`` is unknown.
     """
     if aggregation == "nash":
-        return _shares(equilibrium(lse, outputs, offsets))
+        choices = equilibrium(lse, outputs, offsets)
+        return choices / choices.sum(-1, keepdim=True)
     if aggregation != "convex":
         raise ConfigError(f"aggregation must be convex or nash, got {aggregation!r}")
     scores = lse + offsets[:, None]
     if regularizer == "entropy":
-        return scores.softmax(-1)
+        return torch.softmax(scores, -1)
     if regularizer == "euclidean":
         return project_on_simplex(scores)
     raise ConfigError(f"regularizer must be entropy or euclidean, got {regularizer!r}")
@@ -96,7 +99,7 @@ def equilibrium(lse: Tensor, outputs: Tensor, offsets: Tensor) -> Tensor:
     both = active[..., :, None] & active[..., None, :]
     system = torch.where(both, game.detach(), identity)
     residual = torch.where(active, target - (game @ point[..., None])[..., 0], 0.0)
-    step = torch.linalg.solve(system, residual[..., None])[..., 0]
+    step: Tensor = torch.linalg.solve(system, residual[..., None])[..., 0]
     # The value is that of the point: a row's bits must not depend on how a batched solver treats the others.
     return point + (step - step.detach())
 
@@ -117,7 +120,8 @@ def best_response(game: Tensor, target: Tensor, point: Tensor) -> Tensor:
     """Returns each player's best choice if all others stay at ``point``."""
     diagonal = game.diagonal(dim1=-2, dim2=-1)
     others = (game * point[..., None, :]).sum(-1) - diagonal * point
-    return ((target - others) / diagonal).clamp(min=0)
+    response: Tensor = (target - others) / diagonal
+    return response.clamp(min=0)
 
 
 def scale_weights_backward(
@@ -174,14 +178,11 @@ def _best_responses(game: Tensor, target: Tensor) -> Tensor:
     point = target.clamp(min=0) / game.diagonal(dim1=-2, dim2=-1)
     tolerance = 1e-6 if point.dtype == torch.float32 else 1e-11
     damping = 1 / point.shape[-1]
-    for _ in range(ROUNDS):
+    exporting = torch.compiler.is_exporting()
+    for _ in range(EXPORTED_ROUNDS if exporting else ROUNDS):
         response = best_response(game, target, point)
         moving = (response - point).abs().amax(-1, keepdim=True) > tolerance
-        if not moving.any():
+        if not exporting and not moving.any():
             break
         point = torch.where(moving, point + damping * (response - point), point)
     return point
-
-
-def _shares(point: Tensor) -> Tensor:
-    return point / point.sum(-1, keepdim=True)

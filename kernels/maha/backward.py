@@ -63,7 +63,9 @@ def maha_attention_backward(
         if whole:
             bias = softmax_bias(offsets.to(wide), seen, kv_heads=k.shape[1], ratio=bands.ratio)
             logits = (folded * scale) @ torch.cat(part_keys, 2).transpose(2, 3) + bias
-            groups = [(list(range(len(ranges))), logits.softmax(-1), own, None)]
+            groups: list[tuple[list[int], Tensor, Tensor, Tensor | None]] = [
+                (list(range(len(ranges))), logits.softmax(-1), own, None)
+            ]
         else:
             lse, outputs, shares = attend_scales(
                 chunk,
@@ -103,9 +105,9 @@ def maha_attention_backward(
             of_logits = softmax * (of_shares + rest)
             grad_chunk += of_logits @ key * scale
             sizes = [ranges[i].count for i in members]
-            of_keys = (of_logits.transpose(2, 3) @ folded * scale).split(sizes, 2)
-            of_values = (softmax.transpose(2, 3) @ above).split(sizes, 2)
-            columns = of_logits.split(sizes, 3)
+            of_keys = torch.split(of_logits.transpose(2, 3) @ folded * scale, sizes, 2)
+            of_values = torch.split(softmax.transpose(2, 3) @ above, sizes, 2)
+            columns = torch.split(of_logits, sizes, 3)
             for i, of_key, of_value, column in zip(members, of_keys, of_values, columns, strict=True):
                 ranges[i].add(grad_keys[ranges[i].scale], of_key)
                 ranges[i].add(grad_values[ranges[i].scale], of_value)

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from torch import Tensor
 
-Position = TypeVar("Position", int, Tensor)
+Position = TypeVar("Position", bound="int | Tensor")
 
 
 @dataclass(frozen=True)
@@ -47,16 +47,18 @@ class Bands:
 
     def cell(self, scale: int) -> int:
         """Tokens of a cell."""
-        return self.ratio**scale
+        size: int = self.ratio**scale
+        return size
 
     def edge(self, scale: int, position: Position) -> Position:
         """Returns e_scale for queries at ``position``; e_{−1} is the query's own end."""
         if scale < 0:
-            return position + 1
+            return cast(Position, position + 1)
         if scale >= len(self.reaches):
-            return position * 0
+            return cast(Position, position * 0)
         cell = self.ratio ** (scale + 1)
-        return at_least(position + 1 - self.reaches[scale], 0) // cell * cell
+        past = cast(Position, position + 1 - self.reaches[scale])
+        return cast(Position, at_least(past, 0) // cell * cell)
 
     def count(self, scale: int, position: Tensor) -> Tensor:
         """Returns how many keys or cells of ``scale`` queries at ``position`` ≥ 0 attend to."""
@@ -67,4 +69,5 @@ class Bands:
 
 def at_least(value: Position, least: int) -> Position:
     """Returns the larger of the two."""
-    return max(value, least) if isinstance(value, int) else value.clamp(min=least)
+    larger = value.clamp(min=least) if isinstance(value, Tensor) else max(value, least)
+    return cast(Position, larger)
