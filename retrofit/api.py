@@ -21,7 +21,7 @@ from retrofit import masks
 from retrofit.capture.analyse import Analysis, Found, Progress, analyse
 from retrofit.capture.plan import Refused, SitePlan
 from retrofit.capture.probes import ExampleInputs, is_transformers
-from retrofit.configs import DenseConfig, TargetConfig
+from retrofit.configs import DenseConfig, HSAConfig, TargetConfig
 from retrofit.errors import ConfigError, NoAttentionFound
 from retrofit.site import RetrofittedAttention, build_target
 from retrofit.verify import ModelCheck, verify_site
@@ -201,7 +201,7 @@ def convert(
             elif isinstance(item.plan, Refused):
                 skipped[item.path] = item.plan.reason
             else:
-                chosen.append((item, item.plan, target))
+                chosen.append((item, item.plan, _worth(item.plan, target)))
         if not chosen:
             raise NoAttentionFound(
                 f"no site that was asked for can be converted: {_reasons(skipped)}; "
@@ -344,6 +344,14 @@ def _info(item: Found, target: str | None) -> SiteInfo:
         convertible=True,
         target=target,
     )
+
+
+def _worth(plan: SitePlan, target: TargetConfig) -> TargetConfig:
+    """Leaves a layer dense whose sliding window lies within what the target would attend to anyway."""
+    window = plan.mask.sliding_window
+    if isinstance(target, HSAConfig) and 0 < window <= target.sink + target.window + target.budget:
+        return DenseConfig()
+    return target
 
 
 def _chooser(

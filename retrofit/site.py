@@ -145,11 +145,11 @@ class RetrofittedAttention(nn.Module):
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         vars(self)["_run"] = compiled(self.plan.source)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RetrofittedAttention:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         constants = vars(self)["_constants"]
         vars(self)["_constants"] = {name: fn(value) for name, value in constants.items()}
         return self

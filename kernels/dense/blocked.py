@@ -98,7 +98,8 @@ def dense_attention_backward(
 
 def _grouped(x: Tensor, group: int) -> Tensor:
     """[B, Hq, T, D] → [B, Hkv, G, T, D]."""
-    return x.unflatten(1, (x.shape[1] // group, group))
+    batch, heads, tokens, width = x.shape
+    return x.reshape(batch, heads // group, group, tokens, width)
 
 
 __all__ = ["Tile", "dense_attention", "dense_attention_backward"]

@@ -6,6 +6,7 @@ unsqueeze(2) → expand(group) → reshape, or repeat_interleave(group, 1)   →
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -27,7 +28,7 @@ def unrepeated(node: Node) -> Node:
     if is_call(node, aten.repeat_interleave.self_int):
         given = arguments(node)
         return given["self"] if given["dim"] in (1, -3) and len(shape(node) or ()) == 4 else node
-    current = node
+    current: Any = node
     while is_call(current, *_RESHAPES):
         current = current.args[0]
     if not is_call(current, aten.expand.default):
@@ -47,7 +48,7 @@ def _same(a: object, b: object) -> bool:
     return str(a) == str(b)
 
 
-def _without_slices(node: Node) -> Node:
+def _without_slices(node: Any) -> Node:
     """Skips slices that take a whole dimension."""
     while is_call(node, aten.slice.Tensor):
         given = arguments(node)
@@ -55,4 +56,5 @@ def _without_slices(node: Node) -> Node:
         if not whole:
             break
         node = given["self"]
+    assert isinstance(node, Node)
     return node

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.fx import Graph, Node
 
-from retrofit.passes.attention.arguments import is_call, shape
+from retrofit.passes.attention.arguments import arguments, is_call, shape
 from retrofit.passes.attention.heads import unrepeated
 from retrofit.passes.attention.rule import Refusal, Reject, Rule, calls
 from retrofit.passes.attention.spelled_sdpa import AttentionMatch, check_attention, insert_attention
@@ -80,7 +80,9 @@ def _with_mask_node(graph: Graph, match: AttentionMatch) -> AttentionMatch:
         if not is_call(spelled, aten.where.self, aten.where.ScalarOther):
             return match
         assert spelled is not None
-        return replace(match, mask=spelled.args[0])
+        shown = spelled.args[0]
+        assert isinstance(shown, Node)
+        return replace(match, mask=shown)
     assert spelled is not None
     hidden = spelled.args[1]
     assert isinstance(hidden, Node)
@@ -108,7 +110,8 @@ def _follow_weights(softmax: Node) -> tuple[tuple[Node, ...], float, Node]:
             raise Reject(current, f"the attention weights are used elsewhere, by {users[1].name}")
         (user,) = users
         if is_call(user, _DROPOUT):
-            dropout_p = float(user.args[1]) if user.args[2] else 0.0
+            given = arguments(user)
+            dropout_p = float(given["p"]) if given["train"] else 0.0
         elif user.op == "call_module" and issubclass(user.meta.get("module_class", object), nn.Dropout):
             dropout_p = 0.0
         elif not is_call(user, *_CASTS, *_SAME):
@@ -120,7 +123,9 @@ def _follow_weights(softmax: Node) -> tuple[tuple[Node, ...], float, Node]:
 
 def _follow_scores(softmax: Node, scores: Node) -> tuple[Node, float, Node | None]:
     """Walks from the softmax's input up to q·kᵀ: that product, the factor, and the mask's spelling."""
-    factor, mask, current = 1.0, None, scores
+    factor = 1.0
+    mask: Node | None = None
+    current: Any = scores
     while True:
         if is_call(current, *_MATMUL):
             return current, factor, mask

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
@@ -123,5 +124,12 @@ def insert_attention(graph: Graph, match: AttentionMatch) -> Node:
     leaving = next(item for item in graph.nodes if item.op == "output")
     for weights in match.weights:
         if leaving in weights.users:
-            leaving.args = torch.fx.map_arg(leaving.args, lambda n, w=weights: None if n is w else n)
+            leaving.args = (tuple(None if item is weights else item for item in _returned(leaving)),)
     return node
+
+
+def _returned(output: Node) -> tuple[Any, ...]:
+    """The values a graph returns, as a flat tuple."""
+    (values,) = output.args
+    assert isinstance(values, tuple)
+    return values

@@ -45,7 +45,7 @@ def evaluate(
         elif current.op == "call_module":
             results[current] = module.get_submodule(str(current.target))(*args, **kwargs)
         else:
-            results[current] = current.target(*args, **kwargs)  # type: ignore[operator]
+            results[current] = current.target(*args, **kwargs)
     return results[node]
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 from torch.fx.graph_module import _format_import_block
-from torch.package import sys_importer
+from torch.package.importer import sys_importer
 
 from retrofit.capture.call import CACHE_NAMES, LeafPath, Signature, is_cache, leaves, lookup
 from retrofit.capture.evaluate import ancestors, evaluate
