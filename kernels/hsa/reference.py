@@ -170,7 +170,7 @@ class _Row:
         t0 = torch.tensor(block * g.query_block, device=q0.device)
         covered = torch.full((heads,), self.covered(block), device=q0.device)
         kept = torch.full((heads, g.beam), -1, device=q0.device)
-        for level in range(g.levels - 1, 0, -1):
+        for level in range(g.top_level(self.covered(block)), 0, -1):
             ids = g.coarse_ids(kept, covered, level)
             valid = (ids >= 0) & self.in_reach(ids, g.span_size(level), t0)
             votes = self.votes(q0[:, :, None], level, ids, valid[:, None])[:, 0]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 quick = settings(
     deadline=None,
-    max_examples=8,
+    max_examples=5,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
@@ -96,17 +96,17 @@ def test_prefill_chunks_and_decode_agree(
 def test_padding_is_inert(
     build: Callable[..., Any], tokens: int, option: dict[str, Any], causal: bool, data: st.DataObject
 ) -> None:
-    start = [0, data.draw(st.integers(1, 60)), 0, data.draw(st.integers(1, 9))]
-    right = [0, 0, data.draw(st.integers(1, 60)), 5]
+    start = [data.draw(st.integers(1, 60)), 0, data.draw(st.integers(1, 9))]
+    right = [0, data.draw(st.integers(1, 60)), 5]
     length = [tokens - a - b for a, b in zip(start, right, strict=True)]
-    case = build(tokens, batch=4, start=start, length=length, causal=causal, **option)
+    case = build(tokens, batch=3, start=start, length=length, causal=causal, **option)
     index = torch.arange(tokens)
     padding = (index < case.start[:, None]) | (index >= (case.start + case.length)[:, None])
     for x in (case.q, case.k, case.v):
         x.masked_fill_(padding[:, None, :, None], 1e4)
     batch = case.run()
     assert (batch.out.masked_select(padding[:, None, :, None]) == 0).all()
-    for row in range(4):
+    for row in range(3):
         alone = case.alone(row).run()
         real = ~padding[row]
         torch.testing.assert_close(batch.out[row, :, real], alone.out[0], **CLOSE)

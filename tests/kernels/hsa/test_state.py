@@ -19,7 +19,7 @@ def state_of(case: Any, tokens: int) -> HSAState:
 def test_a_cropped_state_is_that_of_the_shorter_sequence(build: Callable[..., Any], start: list[int]) -> None:
     case = build(260, batch=2, start=start, gate=0.3)
     whole = state_of(case, 260)
-    for tokens in (9, 40, 97, 128, 199, 200, 201, 259, 260):
+    for tokens in (9, 97, 199, 200, 201, 259):
         cropped, shorter = whole.crop(case.start, tokens), state_of(case, tokens)
         assert torch.equal(cropped.spans, shorter.spans)
         assert torch.equal(cropped.first, shorter.first)
