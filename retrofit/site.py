@@ -218,6 +218,10 @@ class RetrofittedAttention(nn.Module):
             context: What came around the graph.
             mask: The mask the graph computed, where it does.
         """
+        device = q.device.type
+        if torch.is_autocast_enabled(device):
+            # As autocast does to SDPA; rotary embeddings leave q and k wider than v.
+            q, k, v = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (q, k, v))
         call = self._call(q, k, context.layer, context.mask if mask is None else mask)
         out: Tensor = (
             attend_densely(self.retrofit, q, k, v, call) if self.dense_mode else self.retrofit(q, k, v, call)
