@@ -220,8 +220,13 @@ class RetrofittedAttention(nn.Module):
         """
         device = q.device.type
         if torch.is_autocast_enabled(device):
-            # As autocast does to SDPA; rotary embeddings leave q and k wider than v.
+            # As autocast does to SDPA; inside, the targets choose the width of each step themselves.
             q, k, v = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (q, k, v))
+            with torch.autocast(device, enabled=False):
+                return self._attend(q, k, v, context, mask)
+        return self._attend(q, k, v, context, mask)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: _Context, mask: Tensor | None) -> Tensor:
         call = self._call(q, k, context.layer, context.mask if mask is None else mask)
         out: Tensor = (
             attend_densely(self.retrofit, q, k, v, call) if self.dense_mode else self.retrofit(q, k, v, call)
