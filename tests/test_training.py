@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import retrofit
-from retrofit.configs import HSAConfig
+from retrofit.configs import HSAConfig, MAHAConfig
 
 IDS = torch.arange(2 * 96).view(2, 96) % 97 + 1
 
@@ -187,5 +188,26 @@ def test_compile(model: Any) -> None:
 def test_casting(model: Any) -> None:
     logits = model.to(torch.bfloat16)(IDS).logits
     assert logits.dtype == torch.bfloat16 and bool(logits.isfinite().all())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"summaries": True, "pooling": "learned"},
+        {"pooling": "attention"},
+        {"aggregation": "nash", "dilated_branch": True},
+    ],
+    ids=str,
+)
+def test_autocast(
+    tiny_llama: Callable, tiny_hsa: HSAConfig, tiny_maha: MAHAConfig, config: dict[str, Any]
+) -> None:
+    model = tiny_llama().train()
+    retrofit.convert(model, replace(tiny_maha if "aggregation" in config else tiny_hsa, **config))
+    expected = model(IDS, use_cache=False).logits
     with torch.autocast("cpu", torch.bfloat16):
-        assert bool(model.float()(IDS).logits.isfinite().all())
+        output = model(IDS, labels=IDS, use_cache=False)
+    output.loss.backward()
+    error = (output.logits.float() - expected).norm() / expected.norm()
+    assert float(error.detach()) < 0.05
+    assert all(p.grad is None or p.grad.dtype == torch.float32 for p in model.parameters())
