@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import groupby
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from retrofit.cli.options import Device, Dtype, Model, TrustRemoteCode
@@ -57,7 +58,8 @@ def _table(title: str, sites: list[Any]) -> Table:
 def _cell(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return "" if value is None else str(value)
+    # A reason may hold [n, n], which rich would take for markup.
+    return "" if value is None else escape(str(value))
 
 
 def fold(paths: list[str]) -> str:

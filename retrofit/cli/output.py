@@ -130,7 +130,10 @@ def _show(outcome: Shown, *, as_json: bool) -> None:
     if not console.is_terminal:
         console.width = max(console.width, WIDTH)
     for part in outcome.screen:
-        console.print(part)
+        if isinstance(part, str):
+            console.print(part, markup=False, highlight=False, soft_wrap=True)
+        else:
+            console.print(part)
     console.print(f"next: {outcome.next}", style="dim", markup=False, soft_wrap=True)
 
 

@@ -78,3 +78,36 @@ def test_eval_on_screen(retrofit: Run, converted_folder: Path) -> None:
     assert result.exit_code == 0, result.stderr
     assert "keys per query" in result.stdout
     assert "next: retrofit" in result.stdout
+
+
+def test_distill_saves_a_converted_model(retrofit: Run, converted_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    document = _document(
+        retrofit("distill", converted_folder, out, "--steps", 2, "--length", 128, "--json", "--set", "seed=3")
+    )
+    assert len(document["losses"]) == 2
+    assert "retrofit" in json.loads((out / "config.json").read_text())
+    assert (tmp_path / "out.checkpoints" / "losses.jsonl").exists()
+
+
+def test_bench_and_report_work_together(retrofit: Run, converted_folder: Path, tmp_path: Path) -> None:
+    timed = retrofit("bench", converted_folder, "--lengths", "128,192", "--repeats", 1, "--json")
+    assert [timing["length"] for timing in _document(timed)["timings"]] == [128, 192]
+    (tmp_path / "bench.json").write_text(timed.stdout)
+    page = tmp_path / "page.txt"
+    result = retrofit(
+        "report", converted_folder, "--length", 128, "--benchmark", tmp_path / "bench.json", "-o", page
+    )
+    assert result.exit_code == 0, result.stderr
+    assert "Perplexity by position" in page.read_text()
+    assert "Forward time" in page.read_text()
+
+
+@pytest.mark.slow
+def test_export_writes_a_model_that_was_compared(
+    retrofit: Run, converted_folder: Path, tmp_path: Path
+) -> None:
+    document = _document(retrofit("export", converted_folder, tmp_path / "onnx", "--json"))
+    assert (tmp_path / "onnx" / "model.onnx").exists()
+    assert document["worst"] is not None
+    assert sum(document["custom_nodes"].values()) >= 2

@@ -125,7 +125,7 @@ def test_dtype_that_no_op_takes(retrofit: Run, tiny_folder: Path, tmp_path: Path
 def test_text_that_is_empty(retrofit: Run, converted_folder: Path, tmp_path: Path, command: str) -> None:
     text = tmp_path / "text.txt"
     text.write_text(" \n")
-    output = [] if command == "eval" else [tmp_path / "out"]
+    output = [] if command == "eval" else [tmp_path / "out", "--length", 128]
     _fails(retrofit(command, converted_folder, *output, "--data", text), "text.txt is empty")
     assert not (tmp_path / "out").exists()
 
@@ -134,7 +134,7 @@ def test_text_that_is_empty(retrofit: Run, converted_folder: Path, tmp_path: Pat
 def test_text_that_is_not_utf8(retrofit: Run, converted_folder: Path, tmp_path: Path, command: str) -> None:
     text = tmp_path / "text.txt"
     text.write_bytes("déjà vu, again and again".encode("latin-1"))
-    output = [] if command == "eval" else [tmp_path / "out"]
+    output = [] if command == "eval" else [tmp_path / "out", "--length", 128]
     result = retrofit(command, converted_folder, *output, "--data", text)
     _fails(result, "is not UTF-8", "offset 1", "iconv")
     assert not (tmp_path / "out").exists()
