@@ -15,11 +15,19 @@ from retrofit.passes.attention.spelled_sdpa import SdpaSpelling
 
 CONTEXT = "context"
 ATTEND = "attend"
+# What export asserts about the example's dtypes and sizes; it would tie the graph to them.
+_CHECKS = (
+    torch.ops.aten._assert_tensor_metadata.default,
+    torch.ops.aten._assert_scalar.default,
+    torch.ops.aten._assert_async.msg,
+)
 SPELLINGS = (SdpaSpelling(), EagerSpelling())
 
 
 def normalize(graph: Graph) -> PassReport:
     """Rewrites every spelling of attention in ``graph`` to the canonical node."""
+    for check in list(calls(graph, *_CHECKS)):
+        graph.erase_node(check)
     return run_rules(graph, SPELLINGS)
 
 

@@ -24,7 +24,13 @@ HIDDEN = -1e4  # a masked_fill with at most this hides a key
 _SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
 _MATMUL = (aten.matmul.default, aten.bmm.default)
 _CASTS = (aten.to.dtype, aten._to_copy.default, aten.type_as.default, aten.to.dtype_layout)
-_SAME = (aten.clone.default, aten.contiguous.default, aten.detach.default, aten.alias.default)
+_SAME = (
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.detach.default,
+    aten.detach_.default,
+    aten.alias.default,
+)
 _PRODUCTS = (aten.mul.Tensor, aten.mul.Scalar)
 _QUOTIENTS = (aten.div.Tensor, aten.div.Scalar)
 _DROPOUT = aten.dropout.default
@@ -49,18 +55,19 @@ class EagerSpelling(Rule[AttentionMatch]):
         assert isinstance(scores, Node)
         product, factor, mask = _follow_scores(anchor, scores)
         q, q_factor = _unscaled(product.args[0])
-        k, k_factor = _unscaled(_transposed(product, product.args[1]))
+        repeated, outer_factor = _unscaled(_transposed(product, product.args[1]))
+        k, inner_factor = _unscaled(unrepeated(repeated))
         v = output.args[1]
         assert isinstance(v, Node)
         return AttentionMatch(
             rule=self.name,
             output=output,
             q=q,
-            k=unrepeated(k),
+            k=k,
             v=unrepeated(v),
             mask=mask,
             is_causal=False,
-            scale=factor * q_factor * k_factor,
+            scale=factor * q_factor * outer_factor * inner_factor,
             dropout_p=dropout_p,
             weights=weights,
         )
@@ -145,8 +152,8 @@ def _follow_scores(softmax: Node, scores: Node) -> tuple[Node, float, Node | Non
                 raise Reject(current, "a constant is added to the scores")
             if factor != 1.0:
                 raise Reject(current, "the scores are scaled after the mask was added")
-            first = _leads_to_product(left)
-            mask, current = (right, left) if first else (left, right)
+            swapped = _leads_to_product(right) and not _leads_to_product(left)
+            mask, current = (left, right) if swapped else (right, left)
         elif is_call(current, aten.masked_fill.Scalar, aten.masked_fill.Tensor, *_WHERE):
             if mask is not None:
                 raise Reject(current, "two masks are applied to the scores")
@@ -175,6 +182,8 @@ def _leads_to_product(node: Any) -> bool:
     while isinstance(node, Node):
         if is_call(node, *_MATMUL):
             return True
+        if is_call(node, aten.add.Tensor):
+            return any(_leads_to_product(side) for side in node.args[:2])
         if _factor(node) is None and not is_call(node, *_CASTS, *_SAME, *_HIDING):
             return False
         node = node.args[1] if is_call(node, *_WHERE) else node.args[0]

@@ -29,12 +29,6 @@ from retrofit.capture.standin import CHILD, TENSOR, TracedCalls, is_tensor_slot,
 from retrofit.errors import CaptureError
 from retrofit.passes.attention.rule import remove_dead
 
-_CHECKS = (
-    torch.ops.aten._assert_tensor_metadata.default,
-    torch.ops.aten._assert_scalar.default,
-    torch.ops.aten._assert_async.msg,
-)
-
 
 @dataclass(frozen=True)
 class Captured:
@@ -156,7 +150,7 @@ def _as_graph(
                 deferred.append((node, spec))
     for node, spec in deferred:
         target = str(spec.target)
-        if target.startswith("site."):
+        if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER) and target.startswith("site."):
             target = target[len("site.") :]
         else:
             value = program.constants[target]
@@ -168,7 +162,7 @@ def _as_graph(
         if target in constants and constants[target].numel() == 1:
             copied[node].meta["constant"] = constants[target].item()
     for node in program.graph.nodes:
-        if node.op == "placeholder" or (node.op == "call_function" and node.target in _CHECKS):
+        if node.op == "placeholder":
             continue
         if node.op == "get_attr":
             raise CaptureError(
