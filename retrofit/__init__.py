@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from retrofit.distill import distill as distill
     from retrofit.errors import RetrofitError as RetrofitError
     from retrofit.evaluate import evaluate as evaluate
-    from retrofit.evaluate import passkey as passkey
+    from retrofit.evaluate.passkey import passkey as passkey
     from retrofit.loading import load_model as load_model
     from retrofit.onnx import export_onnx as export_onnx
     from retrofit.report import report as report
