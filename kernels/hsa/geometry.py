@@ -110,11 +110,6 @@ class Geometry:
         """Leaves that each query chooses for itself."""
         return min(self.budget // self.block, self.leaf_width)
 
-    @property
-    def leaf_candidates(self) -> int:
-        """The same as ``leaf_width``."""
-        return self.leaf_width
-
     def span_size(self, level: int) -> int:
         """Tokens in a span of ``level``; leaves are level 0."""
         return cast(int, self.block * self.fanout**level)
