@@ -89,8 +89,8 @@ def equilibrium(lse: Tensor, outputs: Tensor, offsets: Tensor) -> Tensor:
     Differentiable by the implicit function theorem: where x > 0 the best responses are the linear equations
     (G + I) x = b, which give x its derivatives whatever the rounds that led there.
     """
-    game, target = payoffs(lse, outputs, offsets)
-    point = _best_responses(game.detach(), target.detach())
+    game, target, claims = payoffs(lse, outputs, offsets)
+    point = _best_responses(game.detach(), target.detach(), claims.detach())
     if not (game.requires_grad or target.requires_grad):
         return point
     active = point > 0
@@ -104,8 +104,8 @@ def equilibrium(lse: Tensor, outputs: Tensor, offsets: Tensor) -> Tensor:
     return point + (step - step.detach())
 
 
-def payoffs(lse: Tensor, outputs: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the game's matrix G + I [B, H, T, L, L] and its vector b [B, H, T, L]."""
+def payoffs(lse: Tensor, outputs: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the game's matrix G + I [B, H, T, L, L], its vector b and the claims p [B, H, T, L]."""
     present = ~lse.isinf()
     outputs = torch.where(present[..., None], outputs, 0.0)
     gram = outputs @ outputs.transpose(-1, -2)
@@ -113,7 +113,7 @@ def payoffs(lse: Tensor, outputs: Tensor, offsets: Tensor) -> tuple[Tensor, Tens
     gram = gram / norms[..., None, None]
     claims = (lse + offsets[:, None]).softmax(-1)
     target = (gram @ lse.softmax(-1)[..., None])[..., 0] + claims
-    return gram + torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device), target
+    return gram + torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device), target, claims
 
 
 def best_response(game: Tensor, target: Tensor, point: Tensor) -> Tensor:
@@ -150,8 +150,8 @@ def _softmax_backward(grad: Tensor, shares: Tensor) -> Tensor:
 def _equilibrium_backward(
     grad: Tensor, lse: Tensor, outputs: Tensor, offsets: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    game, target = payoffs(lse, outputs, offsets)
-    point = _best_responses(game, target)
+    game, target, claims = payoffs(lse, outputs, offsets)
+    point = _best_responses(game, target, claims)
     total = point.sum(-1, keepdim=True)
     grad = (grad - (grad * point).sum(-1, keepdim=True) / total) / total
     identity = torch.eye(point.shape[-1], dtype=point.dtype, device=point.device)
@@ -160,7 +160,7 @@ def _equilibrium_backward(
     of_target = torch.linalg.solve(system, torch.where(active, grad, 0.0)[..., None])[..., 0]
     # Through x = (G + I)⁻¹ b, b = G a + p and G = O Oᵀ/ν².
     present = ~lse.isinf()
-    shares, claims = lse.softmax(-1), (lse + offsets[:, None]).softmax(-1)
+    shares = lse.softmax(-1)
     gram = game - identity
     of_gram = of_target[..., :, None] * (shares - point)[..., None, :]
     outputs = torch.where(present[..., None], outputs, 0.0)
@@ -173,9 +173,9 @@ def _equilibrium_backward(
     return of_lse, of_outputs, of_scores.sum((0, 2))
 
 
-def _best_responses(game: Tensor, target: Tensor) -> Tensor:
+def _best_responses(game: Tensor, target: Tensor, claims: Tensor) -> Tensor:
     # A row stops when its own residual is small, so that no row's bits depend on the others.
-    point = target.clamp(min=0) / game.diagonal(dim1=-2, dim2=-1)
+    point = claims
     tolerance = 1e-6 if point.dtype == torch.float32 else 1e-11
     damping = 1 / point.shape[-1]
     exporting = torch.compiler.is_exporting()

@@ -63,7 +63,7 @@ def test_no_scale_gains_by_deviating(seed, empty):
 @pytest.mark.parametrize("seed", range(3))
 def test_equilibrium_against_cvxpy(seed):
     lse, outputs, offsets = case(seed)
-    game, target = payoffs(lse, outputs, 3 * offsets)
+    game, target, _ = payoffs(lse, outputs, 3 * offsets)
     found = equilibrium(lse, outputs, 3 * offsets)
     for head in range(2):
         x = cvxpy.Variable(4)
@@ -76,7 +76,7 @@ def test_equilibrium_against_cvxpy(seed):
 def test_equilibrium_is_a_fixed_point_also_of_nearly_equal_outputs():
     lse, outputs, offsets = case(5)
     outputs = outputs[..., :1, :] + 1e-3 * outputs
-    game, target = payoffs(lse, outputs, 4 * offsets)
+    game, target, _ = payoffs(lse, outputs, 4 * offsets)
     x = equilibrium(lse, outputs, 4 * offsets)
     torch.testing.assert_close(best_response(game, target, x), x, rtol=0, atol=1e-9)
 

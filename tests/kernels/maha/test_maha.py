@@ -2,6 +2,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from retrofit.errors import ConfigError
 from retrofit.kernels.maha import backward, blocked
@@ -105,7 +107,7 @@ def test_every_key_is_counted_exactly_once(bands, position):
 
 
 @pytest.mark.parametrize(("aggregation", "regularizer"), AGGREGATIONS)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     bands=geometries(),
     spare=st.integers(1, 40),
@@ -154,7 +156,7 @@ def test_odd_lengths_against_float64(tokens, group, dtype):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(("aggregation", "regularizer"), AGGREGATIONS)
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(bands=geometries(), spare=st.integers(2, 20), data=st.data())
 def test_causal_to_the_bit(implementation, aggregation, regularizer, bands, spare, data):
     tokens = three_times(bands, spare)
@@ -204,7 +206,7 @@ def test_equal_keys_give_the_dense_output(aggregation):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(("aggregation", "regularizer"), AGGREGATIONS)
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     bands=geometries(),
     chunks=st.lists(st.integers(1, 60), min_size=1, max_size=6),
@@ -228,7 +230,7 @@ def test_prefill_equals_decode_equals_chunks(implementation, aggregation, regula
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(("aggregation", "regularizer"), AGGREGATIONS)
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(bands=geometries(), spare=st.integers(5, 30), left=st.integers(0, 30), right=st.integers(0, 30))
 def test_padding_is_inert(implementation, aggregation, regularizer, bands, spare, left, right):
     tokens = three_times(bands, spare)
@@ -335,6 +337,35 @@ def test_flops_are_the_visible_pairs():
     with FlopCounterMode(display=False) as counter:
         out.sum().backward()
     assert counter.get_total_flops() == 10 * 8 * 4 * pairs
+
+
+class LargestTensor(TorchDispatchMode):
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor):
+                self.elements = max(self.elements, x.untyped_storage().nbytes() // x.element_size())
+        return result
+
+
+@pytest.mark.parametrize(("aggregation", "regularizer"), AGGREGATIONS)
+@pytest.mark.parametrize("last_width", [None, 32])
+def test_memory_is_linear(aggregation, regularizer, last_width):
+    bands = Bands((16, 8), last_width, 4, 2)
+    largest = []
+    for tokens in (500, 2000):
+        start, length = unpadded(1, tokens)
+        q, k, v = tensors(1, 2, 1, tokens, dim=4)
+        inputs = (q, k, v, start, length, cells(k, start, 3, 2), cells(v, start, 3, 2), torch.zeros(2, 3))
+        options = dict(scale=1.0, bands=bands, aggregation=aggregation, regularizer=regularizer)
+        with LargestTensor() as mode:
+            out = blocked.maha_attention(*inputs, **options)
+            backward.maha_attention_backward(torch.ones_like(out), *inputs, **options)
+        largest.append(mode.elements)
+    assert largest[1] <= 5 * largest[0]
+    assert largest[1] < 2000 * 2000 / 4
 
 
 def test_mean_keys():
