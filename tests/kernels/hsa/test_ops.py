@@ -1,0 +1,175 @@
+"""The operator: schema, fake, autograd, compile, export, flops, errors."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from retrofit.errors import ConfigError
+from retrofit.kernels.hsa import account
+from retrofit.kernels.hsa.geometry import Geometry
+from retrofit.kernels.hsa.ops import hsa_attention
+from retrofit.kernels.pyramid.blocked import extend_pyramid
+
+TINY = Geometry(
+    window=16,
+    sink=8,
+    budget=16,
+    block=8,
+    node=2,
+    fanout=4,
+    nodes_per_span=8,
+    beam=4,
+    query_block=8,
+    dense_until=0,
+)
+START = torch.tensor([0, 3])
+
+
+def pyramid(x: Tensor, start: Tensor) -> list[Tensor]:
+    return extend_pyramid(
+        x,
+        None,
+        start,
+        new=x.shape[2],
+        ratios=TINY.ratios,
+        offset=TINY.sink,
+        pooling="mean",
+        weights=[None] * TINY.levels,
+    )
+
+
+def inputs(slots: int = 90, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        torch.randn(2, 4, slots, 8, **options),
+        torch.randn(2, 2, slots, 8, **options),
+        torch.randn(2, 2, slots, 8, **options),
+    )
+
+
+@pytest.mark.parametrize("implementation", ["blocked", "reference"])
+@pytest.mark.parametrize("summaries", [False, True])
+def test_opcheck(implementation: str, summaries: bool) -> None:
+    q, k, v = inputs(60, requires_grad=True)
+    nodes = [x.detach().requires_grad_() for x in pyramid(k, START)]
+    values = [x.detach().requires_grad_() for x in pyramid(v, START)] if summaries else []
+    gate = torch.rand(4, requires_grad=True) if summaries else None
+    length = torch.tensor([60, 50])
+    options = {"scale": 0.3, "causal": True, "sliding_window": 0, "implementation": implementation}
+    torch.library.opcheck(
+        torch.ops.retrofit.hsa_attention.default,
+        (q, k, v, START, length, nodes, values, gate, None, None),
+        {**options, **asdict(TINY)},
+    )
+
+
+def test_gradients_reach_the_pooled_tensors_and_the_gate() -> None:
+    def run(implementation: str, q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> tuple[Tensor, ...]:
+        out, *_ = hsa_attention(
+            q,
+            k,
+            v,
+            nodes=pyramid(k, START * 0),
+            value_nodes=pyramid(v, START * 0),
+            gate=gate,
+            scale=0.3,
+            geometry=TINY,
+            implementation=implementation,
+        )
+        return torch.autograd.grad(out.square().sum(), (q, k, v, gate))
+
+    q, k, v = inputs(100, requires_grad=True, dtype=torch.float64)
+    gate = torch.tensor([0.0, 0.4, -0.1, 1.0], requires_grad=True, dtype=torch.float64)
+    for a, b in zip(run("blocked", q, k, v, gate), run("reference", q, k, v, gate), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+        assert a.norm() > 0
+
+
+class Attend(torch.nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, nodes: list[Tensor]) -> Tensor:
+        out, _, first = hsa_attention(q, k, v, start=START, nodes=nodes, scale=0.3, geometry=TINY)
+        return out * first.shape[2]
+
+
+def test_compiles_whole_with_dynamic_lengths() -> None:
+    compiled = torch.compile(Attend(), fullgraph=True, dynamic=True, backend="aot_eager")
+    for slots in (70, 85):
+        q, k, v = inputs(slots, requires_grad=True)
+        nodes = [x.detach() for x in pyramid(k, START)]
+        expected, actual = Attend()(q, k, v, nodes), compiled(q, k, v, nodes)
+        assert torch.equal(actual, expected)
+        (grad,) = torch.autograd.grad(actual.sum(), k)
+        assert torch.equal(grad, torch.autograd.grad(expected.sum(), k)[0])
+
+
+def test_exports_with_dynamic_lengths() -> None:
+    dynamic = {2: torch.export.Dim.DYNAMIC}
+    q, k, v = inputs(70)
+    nodes = pyramid(k, START)
+    shapes = (dynamic, dynamic, dynamic, [dynamic] + [None] * (TINY.levels - 1))
+    program = torch.export.export(Attend(), (q, k, v, nodes), dynamic_shapes=shapes)
+    q, k, v = inputs(85)
+    nodes = [pyramid(k, START)[0], *nodes[1:]]
+    assert torch.equal(program.module()(q, k, v, nodes), Attend()(q, k, v, nodes))
+
+
+@pytest.mark.parametrize("summaries", [False, True])
+def test_flops_are_those_of_the_account(summaries: bool) -> None:
+    q, k, v = inputs(requires_grad=True)
+    start, length = START * 0, torch.tensor([90, 90])
+    nodes = [x.detach() for x in pyramid(k, start)]
+    values = [x.detach() for x in pyramid(v, start)] if summaries else []
+    gate = torch.ones(4) if summaries else None
+    with FlopCounterMode(display=False) as counter:
+        out, spans, first = hsa_attention(
+            q, k, v, nodes=nodes, value_nodes=values, gate=gate, scale=0.3, geometry=TINY
+        )
+        out.sum().backward()
+    keys, scored = account.count(
+        spans,
+        first,
+        start,
+        length,
+        queries=90,
+        tokens=90,
+        causal=True,
+        sliding_window=0,
+        summaries=False,
+        geometry=TINY,
+    )
+    flops = counter.get_flop_counts()["Global"]
+    forward = flops[torch.ops.retrofit.hsa_attention]
+    least = 2 * 2 * float(keys.sum() * 16 + scored.sum() * 8)
+    assert forward > least if summaries else forward == pytest.approx(least)
+    assert flops[torch.ops.retrofit.hsa_attention_backward] > 2 * 2 * float(keys.sum()) * 40 - 1
+
+
+def test_wrong_arguments_are_named() -> None:
+    q, k, v = inputs()
+    nodes = pyramid(k, START)
+
+    def call(**changes: Any) -> None:
+        arguments = {"q": q, "k": k, "v": v, "nodes": nodes, "scale": 0.3, "geometry": TINY, **changes}
+        hsa_attention(arguments.pop("q"), arguments.pop("k"), arguments.pop("v"), **arguments)
+
+    with pytest.raises(
+        ConfigError, match="implementation must be one of auto, reference, blocked, got 'fast'"
+    ):
+        call(implementation="fast")
+    with pytest.raises(ConfigError, match=r"q must be float32, .* got torch.int64; convert"):
+        call(q=q.long())
+    with pytest.raises(ConfigError, match="k must have the dtype of q"):
+        call(k=k.double())
+    with pytest.raises(ConfigError, match="multiple of the 3 kv heads"):
+        call(k=k[:, :1].expand(-1, 3, -1, -1))
+    with pytest.raises(ConfigError, match="levels of the geometry"):
+        call(nodes=nodes[:1])
+    with pytest.raises(ConfigError, match="value_nodes must have"):
+        call(gate=torch.ones(4))
+    with pytest.raises(ConfigError, match="both or neither"):
+        call(past_spans=torch.zeros(2, 2, 1, 4, dtype=torch.int32))
