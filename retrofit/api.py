@@ -24,7 +24,7 @@ from retrofit.capture.probes import ExampleInputs, is_transformers
 from retrofit.configs import DenseConfig, HSAConfig, TargetConfig
 from retrofit.errors import ConfigError, NoAttentionFound
 from retrofit.site import RetrofittedAttention, build_target
-from retrofit.verify import ModelCheck, verify_site
+from retrofit.verify import ModelCheck, first_tensor, verify_site
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,9 @@ def convert(
             errors[item.path] = verify_site(item, site)
             if progress is not None:
                 progress(f"verify {item.path}", done + 1, len(chosen))
-        check = ModelCheck(model, analysis.probes, analysis.outputs, _real_tokens(analysis, chosen[0][0]))
+        check = ModelCheck(
+            model, analysis.probes, analysis.outputs, _real_tokens(analysis, [item for item, _, _ in chosen])
+        )
         fingerprint = next((site.fingerprint for _, site in before), ()) or _fingerprint(model)
         changed = True
         for site in built:
@@ -294,12 +296,15 @@ def _exchange(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
                 module._modules[name] = new
 
 
-def _real_tokens(analysis: Analysis, first: Found) -> list[Tensor | None]:
-    """The real tokens of each probe; where it does not say, those its first site's mask shows."""
-    known = [probe.keep for probe in analysis.probes]
-    if len(first.calls) != len(known):
-        return known
-    return [probed.keep if keep is None else keep for keep, probed in zip(known, first.calls, strict=True)]
+def _real_tokens(analysis: Analysis, chosen: Sequence[Found]) -> list[Tensor | None]:
+    """The real tokens of each probe's output: those of the probe, or of the sites that see as many tokens."""
+    found = []
+    for number, (probe, output) in enumerate(zip(analysis.probes, analysis.outputs, strict=True)):
+        shape = first_tensor(output).shape
+        calls = [item.calls[number].keep for item in chosen if len(item.calls) == len(analysis.probes)]
+        fitting = [keep for keep in (probe.keep, *calls) if keep is not None and keep.shape == shape[:2]]
+        found.append(fitting[0] if fitting else None)
+    return found
 
 
 def _like(item: Found) -> Tensor:

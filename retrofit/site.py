@@ -103,7 +103,7 @@ class RetrofittedAttention(nn.Module):
         vars(self)["_original"] = (original,)
         self.path = path
         self.plan = plan
-        self.layer_idx = getattr(original, "layer_idx", None)
+        self.layer_idx = getattr(original, "layer_idx", getattr(original, "layer_id", None))
         self.dense_mode = False
         self.fingerprint: tuple[tuple[str, float], ...] = ()
         self.tap: Callable[[Tensor, Tensor, Tensor, AttentionCall, Tensor], None] | None = None

@@ -7,7 +7,7 @@ matmul(q·a, transpose(k·b)) ·c /d  (+ mask | masked_fill | where)  → softma
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,7 +36,18 @@ _QUOTIENTS = (aten.div.Tensor, aten.div.Scalar)
 _DROPOUT = aten.dropout.default
 
 
-class EagerSpelling(Rule[AttentionMatch]):
+@dataclass(frozen=True, kw_only=True)
+class EagerMatch(AttentionMatch):
+    """An attention written out.
+
+    Attributes:
+        masks: The nodes that add to or hide scores, outermost first, each with the factor applied after it.
+    """
+
+    masks: tuple[tuple[Node, float], ...] = ()
+
+
+class EagerSpelling(Rule[EagerMatch]):
     """Rewrites matmul → softmax → matmul."""
 
     name = "eager"
@@ -45,7 +56,7 @@ class EagerSpelling(Rule[AttentionMatch]):
         """The softmax calls."""
         return calls(graph, *_SOFTMAX)
 
-    def pattern(self, anchor: Node) -> AttentionMatch:
+    def pattern(self, anchor: Node) -> EagerMatch:
         """Follows the softmax up to q·kᵀ and down to the product with v."""
         rank = len(shape(anchor) or ())
         if anchor.args[1] not in (-1, rank - 1):
@@ -53,51 +64,60 @@ class EagerSpelling(Rule[AttentionMatch]):
         weights, dropout_p, output = _follow_weights(anchor)
         scores = anchor.args[0]
         assert isinstance(scores, Node)
-        product, factor, mask = _follow_scores(anchor, scores)
+        product, factor, masks = _follow_scores(anchor, scores)
         q, q_factor = _unscaled(product.args[0])
         repeated, outer_factor = _unscaled(_transposed(product, product.args[1]))
         k, inner_factor = _unscaled(unrepeated(repeated))
         v = output.args[1]
         assert isinstance(v, Node)
-        return AttentionMatch(
+        return EagerMatch(
             rule=self.name,
             output=output,
             q=q,
             k=k,
             v=unrepeated(v),
-            mask=mask,
+            mask=None,
+            masks=masks,
             is_causal=False,
             scale=factor * q_factor * outer_factor * inner_factor,
             dropout_p=dropout_p,
             weights=weights,
         )
 
-    def check(self, match: AttentionMatch) -> Refusal | None:
+    def check(self, match: EagerMatch) -> Refusal | None:
         """Checks the shapes and that the weights stay inside."""
         return check_attention(match)
 
-    def rewrite(self, graph: Graph, match: AttentionMatch) -> None:
+    def rewrite(self, graph: Graph, match: EagerMatch) -> None:
         """Puts the canonical node in, and the mask in a form SDPA takes."""
-        insert_attention(graph, _with_mask_node(graph, match))
+        insert_attention(graph, replace(match, mask=_mask_node(graph, match)))
 
 
-def _with_mask_node(graph: Graph, match: AttentionMatch) -> AttentionMatch:
-    spelled = match.mask
-    if not is_call(spelled, aten.masked_fill.Scalar, aten.masked_fill.Tensor):
-        if not is_call(spelled, aten.where.self, aten.where.ScalarOther):
-            return match
-        assert spelled is not None
-        shown = spelled.args[0]
-        assert isinstance(shown, Node)
-        return replace(match, mask=shown)
-    assert spelled is not None
-    hidden = spelled.args[1]
-    assert isinstance(hidden, Node)
+def _mask_node(graph: Graph, match: EagerMatch) -> Node | None:
+    """One mask for all of ``match.masks``, in a form SDPA takes: bool if all hide, else additive."""
+    result: Node | None = None
+    additive: Node | None = None
     with graph.inserting_before(match.output):
-        keep = graph.call_function(aten.logical_not.default, (hidden,))
-    if "val" in hidden.meta:
-        keep.meta["val"] = hidden.meta["val"]
-    return replace(match, mask=keep)
+        for mask, factor in match.masks:
+            if not is_call(mask, *_HIDING):
+                term = mask if factor == 1.0 else graph.call_function(aten.mul.Tensor, (mask, factor))
+                term.meta = {**mask.meta, **term.meta}
+                additive = (
+                    term if additive is None else graph.call_function(aten.add.Tensor, (additive, term))
+                )
+                continue
+            shown = condition = mask.args[0] if is_call(mask, *_WHERE) else mask.args[1]
+            assert isinstance(condition, Node)
+            if not is_call(mask, *_WHERE):
+                shown = graph.call_function(aten.logical_not.default, (condition,))
+            assert isinstance(shown, Node)
+            shown.meta = {**condition.meta, **shown.meta}
+            result = (
+                shown if result is None else graph.call_function(aten.logical_and.default, (result, shown))
+            )
+        if result is not None and additive is not None:
+            return graph.call_function(aten.where.ScalarOther, (result, additive, float("-inf")))
+    return result if additive is None else additive
 
 
 def _follow_weights(softmax: Node) -> tuple[tuple[Node, ...], float, Node]:
@@ -128,36 +148,36 @@ def _follow_weights(softmax: Node) -> tuple[tuple[Node, ...], float, Node]:
         current = user
 
 
-def _follow_scores(softmax: Node, scores: Node) -> tuple[Node, float, Node | None]:
-    """Walks from the softmax's input up to q·kᵀ: that product, the factor, and the mask's spelling."""
+def _follow_scores(softmax: Node, scores: Node) -> tuple[Node, float, tuple[tuple[Node, float], ...]]:
+    """Walks from the softmax's input up to q·kᵀ: that product, its factor, and the masks on the way."""
     factor = 1.0
-    mask: Node | None = None
+    masks: list[tuple[Node, float]] = []
     current: Any = scores
     while True:
         if is_call(current, *_MATMUL):
-            return current, factor, mask
+            return current, factor, tuple(masks)
         number = _factor(current)
         if number is not None:
+            if number <= 0:
+                raise Reject(
+                    current, f"the scores are multiplied with {number:g}, not with a positive number"
+                )
             factor *= number
             current = current.args[0]
         elif is_call(current, *_CASTS, *_SAME):
             current = current.args[0]
         elif is_call(current, aten.add.Tensor):
-            if mask is not None:
-                raise Reject(current, "two terms are added to the scores")
             if current.kwargs.get("alpha", 1) != 1:
                 raise Reject(current, "a mask is added with a factor")
             left, right = current.args[0], current.args[1]
             if not isinstance(right, Node) or not isinstance(left, Node):
                 raise Reject(current, "a constant is added to the scores")
-            if factor != 1.0:
-                raise Reject(current, "the scores are scaled after the mask was added")
             swapped = _leads_to_product(right) and not _leads_to_product(left)
             mask, current = (left, right) if swapped else (right, left)
-        elif is_call(current, aten.masked_fill.Scalar, aten.masked_fill.Tensor, *_WHERE):
-            if mask is not None:
-                raise Reject(current, "two masks are applied to the scores")
-            mask, current = current, _masked_scores(current)
+            masks.append((mask, factor))
+        elif is_call(current, *_HIDING):
+            masks.append((current, factor))
+            current = _masked_scores(current)
         else:
             name = current.target if isinstance(current, Node) else current
             raise Reject(softmax, f"the scores come from {name}, not from a product of queries and keys")

@@ -26,6 +26,8 @@ from retrofit.passes.attention.masks import MaskClass, MaskSample, classify, rea
 from retrofit.passes.attention.rewrite import attentions, normalize, target_call
 from retrofit.passes.attention.rule import Refusal
 
+MASK_NAME = "attention_mask"
+
 
 @dataclass(frozen=True)
 class ProbedCall:
@@ -254,6 +256,8 @@ def _plan(
     code = graph.python_code("self")
     used = [node.name for node in graph.nodes if node.op == "placeholder"][:-1]
     argument = next(iter(mask_paths), None) if managed else None
+    if managed and argument is None and MASK_NAME in signature.names:
+        argument = (MASK_NAME,)  # never a tensor on the probes; a converted model may hand padding over
     bound = leaves(signature.bind(call.args, call.kwargs))
     known = tuple(
         (path, value)

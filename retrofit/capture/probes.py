@@ -95,10 +95,15 @@ def _padded(kwargs: dict[str, Any]) -> list[Probe]:
     left[0, :pad] = 0
     right[-1, ids.shape[1] - pad :] = 0
     whole = torch.ones_like(ids, dtype=torch.bool)
+    to_left, to_right = {"attention_mask": left}, {"attention_mask": right}
+    if "decoder_input_ids" in kwargs:
+        decoder = torch.ones_like(kwargs["decoder_input_ids"])
+        decoder[-1, -pad:] = 0
+        to_right["decoder_attention_mask"] = decoder
     return [
         Probe("plain", (), dict(kwargs), whole),
-        Probe("padded left", (), {**kwargs, "attention_mask": left}, left.bool()),
-        Probe("padded right", (), {**kwargs, "attention_mask": right}, right.bool()),
+        Probe("padded left", (), {**kwargs, **to_left}, left.bool()),
+        Probe("padded right", (), {**kwargs, **to_right}, right.bool()),
     ]
 
 

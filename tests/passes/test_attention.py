@@ -76,6 +76,30 @@ SPELLINGS = {
         )
         @ _repeat(v)
     ),
+    "two terms": lambda q, k, v: (
+        F.softmax(q @ _repeat(k).transpose(2, 3) + _additive(q.shape[2]) + _additive(q.shape[2]), -1)
+        @ _repeat(v)
+    ),
+    "scaled after adding": lambda q, k, v: (
+        F.softmax((q @ _repeat(k).transpose(2, 3) + _additive(q.shape[2])) * 0.5, -1) @ _repeat(v)
+    ),
+    "hidden and added": lambda q, k, v: (
+        F.softmax(
+            (q @ _repeat(k).transpose(2, 3)).masked_fill(~_causal(q.shape[2]), float("-inf"))
+            + _additive(q.shape[2]),
+            -1,
+        )
+        @ _repeat(v)
+    ),
+    "hidden twice": lambda q, k, v: (
+        F.softmax(
+            (q @ _repeat(k).transpose(2, 3))
+            .masked_fill(~_causal(q.shape[2]), float("-inf"))
+            .masked_fill(~_causal(q.shape[2]), -1e9),
+            -1,
+        )
+        @ _repeat(v)
+    ),
     "permuted": lambda q, k, v: F.softmax(q @ _repeat(k).permute(0, 1, 3, 2) * SCALE, -1) @ _repeat(v),
 }
 
@@ -98,25 +122,16 @@ NEAR_MISSES = {
         lambda q, k, v: F.softmax(torch.tanh(q @ _repeat(k).transpose(2, 3)), -1) @ _repeat(v),
         "tanh",
     ),
-    "two terms": (
-        lambda q, k, v: (
-            F.softmax(q @ _repeat(k).transpose(2, 3) + _additive(q.shape[2]) + _additive(q.shape[2]), -1)
-            @ _repeat(v)
-        ),
-        "two terms",
-    ),
-    "scaled after adding": (
-        lambda q, k, v: (
-            F.softmax((q @ _repeat(k).transpose(2, 3) + _additive(q.shape[2])) * 0.5, -1) @ _repeat(v)
-        ),
-        "scaled after the mask",
-    ),
     "a mild mask": (
         lambda q, k, v: (
             F.softmax((q @ _repeat(k).transpose(2, 3)).masked_fill(~_causal(q.shape[2]), -5.0), -1)
             @ _repeat(v)
         ),
         "set to -5.0",
+    ),
+    "a negative scale": (
+        lambda q, k, v: F.softmax(q @ _repeat(k).transpose(2, 3) * -1.0, -1) @ _repeat(v),
+        "positive number",
     ),
     "a gate": (lambda q, k, v: F.softmax(q, -1) * q, "not into a product"),
     "three dimensions": (
