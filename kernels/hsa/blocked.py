@@ -74,7 +74,10 @@ def hsa_attention(
     _coarse(call, q, nodes, spans)
     by_leaf = tables.complete_rows(nodes[0], g.nodes_in_span(0))
     sources = call.sources(k, v, nodes, value_nodes, gate)
-    for block in call.chunks(call.sparse, call.chunk_size(sources.gate is not None)):
+    lists = call.lists if q.device.type == "cpu" else None
+    by_length = lists is not None and sources.gate is None
+    size = call.large_chunk_size if by_length else call.chunk_size(sources.gate is not None)
+    for block in call.chunks(call.sparse, size):
         part, chosen = block_step(
             call.queries(q, call.places(block)),
             by_leaf,
@@ -89,6 +92,7 @@ def hsa_attention(
             causal=causal,
             sliding_window=sliding_window,
             geometry=g,
+            lists=lists,
         )
         call.put(first, call.sparse, block, chosen)
         call.write(out, block, part)
@@ -110,6 +114,7 @@ def block_step(
     causal: bool,
     sliding_window: int,
     geometry: Geometry,
+    lists: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Leaf step and execution of R query blocks of each row; a pure function of tensors.
 
@@ -132,6 +137,8 @@ def block_step(
         causal: Whether a query sees only itself and what lies before it.
         sliding_window: A query sees no keys this far or farther before it; 0 for no limit.
         geometry: The sizes.
+        lists: Blocks of one kv head to work on at a time, to stay in the cache; shapes then depend on data.
+            None for all at once.
 
     Returns:
         The output, [B, Hkv, R, G·query_block, Dv], meaningless where there is no new query; and ``first``.
@@ -150,7 +157,20 @@ def block_step(
         causal=causal,
         sliding_window=sliding_window,
         geometry=g,
+        lists=lists,
     )
+    if lists and sources.gate is None:
+        return executed.attend_by_length(
+            queries,
+            sources,
+            *execute.listed(leaves, first, g),
+            block,
+            length,
+            lists,
+            causal=causal,
+            sliding_window=sliding_window,
+            geometry=g,
+        ), first
     tile = executed.fetch(
         sources,
         leaves,

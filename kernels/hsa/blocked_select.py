@@ -88,6 +88,7 @@ def leaf_step(
     causal: bool,
     sliding_window: int,
     geometry: Geometry,
+    lists: int | None = None,
 ) -> Tensor:
     """Returns ``first`` with what the new queries choose: uint8 [B, Hkv, R, C].
 
@@ -102,12 +103,39 @@ def leaf_step(
         causal: Whether a query sees only itself and what lies before it.
         sliding_window: A query sees no keys this far or farther before it; 0 for no limit.
         geometry: The sizes.
+        lists: Blocks of one kv head to score at a time, to stay in the cache; None for all, without a look
+            at the data.
     """
     g, (batch, heads, blocks, width) = geometry, leaves.shape
-    each, rows = nodes.group, g.query_block
+    rows = g.query_block
     allowed = leaf_candidates(leaves, position, causal=causal, sliding_window=sliding_window, geometry=g)
+    if lists:
+        # Children of kept spans are candidates for the whole block: only the right edge differs by query.
+        shared = g.beam * g.fanout if causal and not sliding_window else 0
+        at, flat = nodes.flat(leaves).reshape(-1, width), queries.flatten(0, 2)
+        unused, barred = (leaves < 0).flatten(0, 2), ~allowed.flatten(0, 2)[..., shared:]
+        parts = [slice(begin, begin + lists) for begin in range(0, len(flat), lists)]
+        votes = torch.cat([_list_votes(flat[i], nodes, at[i], unused[i], barred[i], shared) for i in parts])
+    else:
+        votes = _votes(queries, nodes, leaves, allowed, causal and not sliding_window, g)
+    votes = votes.reshape(batch, heads, blocks, rows, width)
+    chosen = best(votes, allowed, g.leaves_per_query)
+    chosen = (
+        chosen & ((position >= low[:, None, None]) & (position < high[:, None, None]))[:, None, ..., None]
+    )
+    place = torch.arange(rows, dtype=torch.uint8, device=queries.device)[:, None]
+    when = torch.where(chosen, place, torch.full_like(place[:1], rows)).amin(-2)
+    return torch.minimum(first, when)
+
+
+def _votes(
+    queries: Tensor, nodes: Rows, leaves: Tensor, allowed: Tensor, shared: bool, geometry: Geometry
+) -> Tensor:
+    """Votes [B·Hkv·R, Q, C] of all blocks at once; ``shared``: queries differ at the right edge alone."""
+    g, width = geometry, leaves.shape[-1]
+    each, rows = nodes.group, g.query_block
     outside = -torch.inf
-    if causal and not sliding_window and not torch.compiler.is_exporting():  # ONNX has no views
+    if shared and not torch.compiler.is_exporting():  # ONNX has no views
         # Children of kept spans are candidates for the whole block: only the right edge differs by query.
         edge = width - g.beam * g.fanout
         column = torch.where(leaves >= 0, 0.0, outside).to(queries.dtype)
@@ -122,14 +150,25 @@ def leaf_step(
         scores = bias.flatten(0, 2)[:, None].expand(-1, queries.shape[3] // rows, -1, -1).flatten(1, 2)
         scores = torch.baddbmm(scores, queries.flatten(0, 2), _members(nodes, leaves, queries.dtype))
     mass = scores.softmax(-1).unflatten(1, (-1, rows)).sum(1)
-    votes = mass.unflatten(-1, (width, each)).sum(-1).reshape(batch, heads, blocks, rows, width)
-    chosen = best(votes, allowed, g.leaves_per_query)
-    chosen = (
-        chosen & ((position >= low[:, None, None]) & (position < high[:, None, None]))[:, None, ..., None]
-    )
-    place = torch.arange(rows, dtype=torch.uint8, device=queries.device)[:, None]
-    when = torch.where(chosen, place, torch.full_like(place[:1], rows)).amin(-2)
-    return torch.minimum(first, when)
+    return mass.unflatten(-1, (width, each)).sum(-1)
+
+
+def _list_votes(
+    queries: Tensor, nodes: Rows, at: Tensor, unused: Tensor, barred: Tensor, shared: int
+) -> Tensor:
+    """Votes [X, Q, C] of queries [X, G·Q, D] for the leaves in rows ``at`` [X, C] of the table of nodes.
+
+    Left out are ``unused`` places [X, C] and, from place ``shared`` on, ``barred`` ones [X, Q, C − shared].
+    """
+    lists, width = at.shape
+    members = nodes.table.index_select(0, at.flatten()).to(queries.dtype)
+    scores = torch.bmm(queries, members.reshape(lists, width * nodes.group, -1).transpose(1, 2))
+    by_place = scores.reshape(lists, -1, barred.shape[1], width, nodes.group)
+    if bool(unused.any()):
+        by_place.masked_fill_(unused[:, None, None, :, None], -torch.inf)
+    by_place[..., shared:, :].masked_fill_(barred[:, None, ..., None], -torch.inf)
+    mass = torch.softmax(scores, -1, out=scores).reshape(*by_place.shape[:3], -1).sum(1)
+    return mass.unflatten(-1, (width, nodes.group)).sum(-1)
 
 
 def leaf_candidates(

@@ -123,9 +123,16 @@ def fetch(
 
 def _take(table: Rows, index: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """Rows of the table, and what is in them, for numbers of rows [B, Hkv, R, S]."""
-    if table.group == 1 != block:
-        index = (index[..., None] * block + torch.arange(block, device=index.device)).flatten(-2)
-    return table.take(index)
+    return table.take(_tokens(index, block) if table.group == 1 != block else index)
+
+
+def _places(table: Rows, index: Tensor, block: int) -> Tensor:
+    """Rows of the table for numbers of rows [B, Hkv, R, S], flat."""
+    return table.flat(_tokens(index, block) if table.group == 1 != block else index)
+
+
+def _tokens(index: Tensor, block: int) -> Tensor:
+    return (index[..., None] * block + torch.arange(block, device=index.device)).flatten(-2)
 
 
 def attend(queries: Tensor, tile: Tile, gate: Tensor | None, *, causal: bool, geometry: Geometry) -> Tensor:
@@ -149,6 +156,58 @@ def attend(queries: Tensor, tile: Tile, gate: Tensor | None, *, causal: bool, ge
     nodes, value_nodes = torch.cat(tile.members[2 : levels + 1], 1), torch.cat(tile.members[levels + 1 :], 1)
     weights = opened(gate, queries)
     out = summaries.attend_with_cover(*parts, tile.node_bias, nodes, value_nodes, weights)
+    return out.unflatten(0, queries.shape[:3])
+
+
+def attend_by_length(
+    queries: Tensor,
+    sources: Sources,
+    ordered: Tensor,
+    count: Tensor,
+    block: Tensor,
+    length: Tensor,
+    lists: int,
+    *,
+    causal: bool,
+    sliding_window: int,
+    geometry: Geometry,
+) -> Tensor:
+    """As ``fetch`` and ``attend`` without summaries, ``lists`` lists of about one length at a time.
+
+    The lists differ in length, and a product takes the longest of its lists: short ones go together. What a
+    list computes does not depend on its company.
+    """
+    g, dtype = geometry, queries.dtype
+    tile, exact = execute.list_tile(g), execute.exact_rows(g, causal)
+    tiles = -(-count.amax(-1).flatten() // tile)
+    rows, bias = execute.plan(
+        ordered,
+        count,
+        block,
+        length,
+        int(tiles.max()),
+        causal=causal,
+        sliding_window=sliding_window,
+        geometry=g,
+        dtype=dtype,
+    )
+    bias, flat = bias.flatten(0, 2), queries.flatten(0, 2)
+    places = [_places(table, rows, g.block).reshape(len(flat), -1) for table in sources.tables]
+    each = places[0].shape[1] // rows.shape[-1]
+    out = flat.new_empty(*flat.shape[:2], sources.values.table.shape[1] // sources.values.group)
+    by_length = tiles.argsort(stable=True)
+    for begin in range(0, len(flat), lists):
+        chosen = by_length[begin : begin + lists]
+        slots = exact + int(tiles[chosen[-1]]) * tile
+        keys, values = (
+            table.table.index_select(0, at[chosen, : slots * each].flatten())
+            .reshape(len(chosen), slots * g.block, -1)
+            .to(dtype)
+            for table, at in zip(sources.tables, places, strict=True)
+        )
+        weights = execute.scores(flat[chosen], bias[chosen, :, : slots * g.block], keys)
+        torch.softmax(weights, -1, out=weights)
+        out[chosen] = execute.accumulate(weights, values, exact * g.block, tile * g.block)
     return out.unflatten(0, queries.shape[:3])
 
 
