@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from retrofit.kernels.hsa import ops
 from retrofit.kernels.hsa.geometry import Geometry
 
 
@@ -195,3 +196,21 @@ def test_a_closed_gate_is_inert_and_still_learns(build: Callable[..., object]) -
     assert (case.gate.grad != 0).all()
     below = build(200, gate=-0.5).run().out
     assert torch.equal(below, out)
+
+
+def test_summaries_that_outweigh_every_key_stay_finite(build: Callable[..., object]) -> None:
+    case = build(120, gate=1.0)
+    nodes, value_nodes = [50 * x for x in case.pool(case.k)], [x * 0 + 7 for x in case.pool(case.v)]
+    out, _, _ = ops.hsa_attention(
+        case.q,
+        case.k,
+        case.v,
+        nodes=nodes,
+        value_nodes=value_nodes,
+        gate=case.gate,
+        scale=case.scale,
+        geometry=case.geometry,
+        implementation=case.implementation,
+    )
+    assert out.isfinite().all()
+    assert torch.allclose(out[:, :, 119].amax(), torch.tensor(7.0), rtol=1e-3)
