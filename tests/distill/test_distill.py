@@ -97,8 +97,15 @@ def test_stage_1_lowers_its_loss_and_trains_only_the_targets(
     [
         {"trainable": "lora"},
         {"trainable": "lora", "teacher": "copy", "teacher_device": "cpu"},
-        {"trainable": "all", "teacher": "copy"},
-        {"trainable": "all", "teacher": "logits", "attention_weight": 0.0, "teacher_top": 100},
+        {"trainable": "all", "teacher": "copy", "learning_rate_2": 1e-3, "batch_size": 4},
+        {
+            "trainable": "all",
+            "teacher": "logits",
+            "attention_weight": 0.0,
+            "teacher_top": 100,
+            "learning_rate_2": 1e-3,
+            "batch_size": 4,
+        },
     ],
     ids=["lora", "lora-copy", "all-copy", "all-logits"],
 )

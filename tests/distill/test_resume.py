@@ -84,20 +84,20 @@ def test_resuming_a_finished_run_gives_its_model(
 def test_a_folder_is_not_taken_from_another_run(
     script: Any, uninterrupted: tuple[Any, Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, _, folder = uninterrupted
+    model, _, folder = uninterrupted
     before = sorted((entry.name, entry.read_bytes()) for entry in folder.iterdir())
     with pytest.raises(OutputError, match="holds an earlier run; pass resume=True"):
-        script.run(script.build(), folder)
+        script.run(model, folder)
     monkeypatch.setattr(script, "CONFIG", script.DistillConfig(length=128, seed=4))
     with pytest.raises(OutputError, match=r"has config\.\w+=.*resume with the same"):
-        script.run(script.build(), folder, resume=True)
+        script.run(model, folder, resume=True)
     assert sorted((entry.name, entry.read_bytes()) for entry in folder.iterdir()) == before
 
     (tmp_path / "photo.jpg").write_bytes(b"x")
     with pytest.raises(OutputError, match="not empty and holds no distillation, but photo"):
-        script.run(script.build(), tmp_path)
+        script.run(model, tmp_path)
     with pytest.raises(OutputError, match="is a file"):
-        script.run(script.build(), tmp_path / "photo.jpg")
+        script.run(model, tmp_path / "photo.jpg")
 
 
 def test_the_folder_says_what_was_run(uninterrupted: tuple[Any, Any, Path]) -> None:
