@@ -335,7 +335,7 @@ def restore(model: nn.Module) -> None:
             hook.remove()
             vars(module)["config"] = vars(module).pop("_retrofit_config")
     for module in model.modules():
-        config = getattr(module, "config", None)
+        config: Any = getattr(module, "config", None)
         original = vars(config).pop(_ORIGINAL, None) if hasattr(config, "__dict__") else None
         if original is not None:
             config._attn_implementation_internal = original
