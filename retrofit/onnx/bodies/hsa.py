@@ -22,8 +22,8 @@ from retrofit.kernels.hsa.blocked_tile import Sources
 from retrofit.kernels.hsa.geometry import Geometry
 from retrofit.onnx.bodies.chunks import scan_chunks
 
-BLOCKS = 8
-"""Query blocks in a chunk, at most."""
+BLOCKS = 1
+"""Query blocks in a chunk: a decoded token pays for all of them."""
 
 
 def hsa_attention(
@@ -73,9 +73,8 @@ def hsa_attention(
     begin = low // query_block
 
     blocks = (tokens + 2 * query_block - 2) // query_block
-    size = torch.sym_min(blocks, BLOCKS)
-    chunks = (blocks + size - 1) // size
-    numbers = torch.arange(chunks * size, device=q.device).unflatten(0, (-1, size))
+    chunks = (blocks + BLOCKS - 1) // BLOCKS
+    numbers = torch.arange(chunks * BLOCKS, device=q.device).unflatten(0, (-1, BLOCKS))
 
     room = slots + execute.window_rows(g, causal) * block
     fetched = {
@@ -100,7 +99,8 @@ def hsa_attention(
 
     def step(number: Tensor, held: Mapping[str, Tensor]) -> Sequence[Tensor]:
         table = {
-            name: rows._replace(table=held[name], base=held[f"{name} base"]) for name, rows in fetched.items()
+            name: rows._replace(**{field: held[f"{name}.{field}"] for field in _tensors(rows)})
+            for name, rows in fetched.items()
         }
         by_level = [table[f"nodes{i}"] for i in range(g.levels)]
         length, low = held["length"], held["low"]
@@ -167,8 +167,11 @@ def hsa_attention(
         "past_first": past_first,
         "near_keys": k.gather(2, near.expand(-1, -1, -1, k.shape[3])),
         "near_values": v.gather(2, near.expand(-1, -1, -1, v.shape[3])),
-        **{name: rows.table for name, rows in fetched.items()},
-        **{f"{name} base": rows.base for name, rows in fetched.items()},
+        **{
+            f"{name}.{field}": value
+            for name, rows in fetched.items()
+            for field, value in _tensors(rows).items()
+        },
         **{f"prefix{i}": prefix_nodes(level, g).float() for i, level in enumerate(nodes)},
     }
     if gate is not None:
@@ -207,6 +210,10 @@ def _dense(
     scores = queries @ keys[:, :, None].to(queries.dtype).transpose(-1, -2)
     scores = scores.unflatten(3, (-1, places.shape[2])) + bias
     return scores.softmax(-1).flatten(3, 4) @ values[:, :, None].to(queries.dtype)
+
+
+def _tensors(rows: tables.Rows) -> dict[str, Tensor]:
+    return {name: value for name, value in rows._asdict().items() if isinstance(value, Tensor)}
 
 
 def _pick(x: Tensor, block: Tensor) -> Tensor:
