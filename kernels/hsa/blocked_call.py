@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from retrofit.kernels.hsa import blocked_rows as tables
+from retrofit.kernels.hsa.blocked_rows import Rows
 from retrofit.kernels.hsa.blocked_tile import Sources
 from retrofit.kernels.hsa.geometry import Geometry
 
@@ -133,6 +134,11 @@ class Call:
         return ranges
 
     @property
+    def uniform(self) -> bool:
+        """Whether nothing is padded."""
+        return not any(self.starts) and min(self.lengths) == self.slots
+
+    @property
     def is_dense(self) -> bool:
         """Whether no query block with new queries is sparse."""
         return all(begin == end for begin, end in self.sparse)
@@ -155,11 +161,7 @@ class Call:
     def dense_parts(self) -> Iterator[tuple[slice, slice, slice, Tensor, Tensor]]:
         """Yields (batch rows, queries, keys, start, length) of what is dense."""
         batch, g = len(self.lows), self.geometry
-        uniform = all(
-            start == 0 and length == self.slots
-            for start, length in zip(self.starts, self.lengths, strict=True)
-        )
-        rows = [slice(0, batch)] if uniform else [slice(b, b + 1) for b in range(batch)]
+        rows = [slice(0, batch)] if self.uniform else [slice(b, b + 1) for b in range(batch)]
         for row in rows:
             b = row.start
             low, high = self.lows[b], self.highs[b]
@@ -238,13 +240,15 @@ class Call:
         two rows of a table overlap, so that gradients can be summed in tables of the same shape.
         """
         g, few = self.geometry, self.tokens * 8 < self.slots and not copy
-        reach = max(self.lengths)
-        pair = [
-            tables.token_rows(x, self.start, self.length)
-            if few
-            else tables.aligned_rows(x, self.start, self.length, g.block, reach)
-            for x in (k, v)
-        ]
+
+        def by_position(x: Tensor) -> Rows:
+            if few:
+                return tables.token_rows(x, self.start, self.length)
+            if self.uniform:
+                return tables.padded_rows(x, g.block)
+            return tables.aligned_rows(x, self.start, self.length, g.block, max(self.lengths))
+
+        pair = [by_position(k), by_position(v)]
         if gate is None or not value_nodes:
             return Sources(*pair)
         by_span = tables.padded_rows if copy else tables.complete_rows

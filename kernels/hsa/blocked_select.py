@@ -158,14 +158,15 @@ def _list_votes(
 ) -> Tensor:
     """Votes [X, Q, C] of queries [X, G·Q, D] for the leaves in rows ``at`` [X, C] of the table of nodes.
 
-    Left out are ``unused`` places [X, C] and, from place ``shared`` on, ``barred`` ones [X, Q, C − shared].
+    Left out are ``unused`` places [X, C] before place ``shared`` and, from there on, ``barred`` ones
+    [X, Q, C − shared].
     """
     lists, width = at.shape
     members = nodes.table.index_select(0, at.flatten()).to(queries.dtype)
     scores = torch.bmm(queries, members.reshape(lists, width * nodes.group, -1).transpose(1, 2))
     by_place = scores.reshape(lists, -1, barred.shape[1], width, nodes.group)
-    if bool(unused.any()):
-        by_place.masked_fill_(unused[:, None, None, :, None], -torch.inf)
+    if bool(unused[:, :shared].any()):
+        by_place[..., :shared, :].masked_fill_(unused[:, None, None, :shared, None], -torch.inf)
     by_place[..., shared:, :].masked_fill_(barred[:, None, ..., None], -torch.inf)
     mass = torch.softmax(scores, -1, out=scores).reshape(*by_place.shape[:3], -1).sum(1)
     return mass.unflatten(-1, (width, nodes.group)).sum(-1)
