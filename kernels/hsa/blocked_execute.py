@@ -142,12 +142,7 @@ def plan(
     slots = tiles * list_tile(g)
     chosen = F.pad(ordered, (0, max(0, slots - ordered.shape[-1])))[..., :slots]
     if causal and not sliding_window and not torch.compiler.is_exporting():  # ONNX has no views
-        # A query sees the first places of the list: its bias is a window onto one line 0 … 0 hidden … hidden.
-        line = torch.zeros(2 * slots * g.block, dtype=dtype, device=device)
-        line[slots * g.block :] = HIDDEN
-        offset = (slots - count.clamp(max=slots)) * g.block
-        windows = line.unfold(0, slots * g.block, 1)
-        list_bias = windows.index_select(0, offset.flatten()).reshape(*count.shape, -1)
+        bias = list_bias(count, slots, g, dtype)
     else:
         seen = torch.arange(slots, device=device) < (count if causal else count[..., -1:])[..., None]
         start = (g.sink + chosen * g.block)[..., None, :]
@@ -157,9 +152,22 @@ def plan(
         seen = seen.repeat_interleave(g.block, dim=-1)
         if sliding_window:
             seen = seen & ((start[..., None] + within).flatten(-2) > tt - sliding_window)
-        list_bias = torch.where(seen, 0.0, HIDDEN).to(dtype)
+        bias = torch.where(seen, 0.0, HIDDEN).to(dtype)
     rows = torch.cat([exact, chosen + g.sink // g.block], dim=-1)
-    return rows, torch.cat([exact_bias, list_bias], dim=-1)
+    return rows, torch.cat([exact_bias, bias], dim=-1)
+
+
+def list_bias(count: Tensor, slots: int, geometry: Geometry, dtype: torch.dtype) -> Tensor:
+    """Bias [..., slots·block] of queries that see the first ``count`` [...] leaves of the list.
+
+    Each is a window onto one line 0 … 0 hidden … hidden.
+    """
+    width = slots * geometry.block
+    line = torch.zeros(2 * width, dtype=dtype, device=count.device)
+    line[width:] = HIDDEN
+    windows = line.unfold(0, width, 1) if width else line.new_zeros(1, 0)
+    offset = (slots - count.clamp(max=slots)) * geometry.block
+    return windows.index_select(0, offset.flatten()).reshape(*count.shape, width)
 
 
 def attend(queries: Tensor, bias: Tensor, keys: Tensor, values: Tensor, exact: int, tile: int) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple, overload
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from retrofit.kernels.hsa import blocked_execute as execute
@@ -180,32 +181,45 @@ def attend_by_length(
     g, dtype = geometry, queries.dtype
     tile, exact = execute.list_tile(g), execute.exact_rows(g, causal)
     tiles = -(-count.amax(-1).flatten() // tile)
+    prefixes = causal and not sliding_window  # a query sees the first places of the list
     rows, bias = execute.plan(
         ordered,
         count,
         block,
         length,
-        int(tiles.max()),
+        0 if prefixes else int(tiles.max()),
         causal=causal,
         sliding_window=sliding_window,
         geometry=g,
         dtype=dtype,
     )
-    bias, flat = bias.flatten(0, 2), queries.flatten(0, 2)
+    if prefixes:
+        listed = ordered[..., : int(tiles.max()) * tile] + g.sink // g.block
+        rows = torch.cat([rows, F.pad(listed, (0, int(tiles.max()) * tile - listed.shape[-1]))], dim=-1)
+    bias, flat, seen = bias.flatten(0, 2), queries.flatten(0, 2), count.flatten(0, 2)
     places = [_places(table, rows, g.block).reshape(len(flat), -1) for table in sources.tables]
     each = places[0].shape[1] // rows.shape[-1]
     out = flat.new_empty(*flat.shape[:2], sources.values.table.shape[1] // sources.values.group)
     by_length = tiles.argsort(stable=True)
     for begin in range(0, len(flat), lists):
         chosen = by_length[begin : begin + lists]
-        slots = exact + int(tiles[chosen[-1]]) * tile
+        listed_tiles = int(tiles[chosen[-1]])
+        slots = exact + listed_tiles * tile
         keys, values = (
             table.table.index_select(0, at[chosen, : slots * each].flatten())
             .reshape(len(chosen), slots * g.block, -1)
             .to(dtype)
             for table, at in zip(sources.tables, places, strict=True)
         )
-        weights = execute.scores(flat[chosen], bias[chosen, :, : slots * g.block], keys)
+        weights = flat.new_empty(len(chosen), flat.shape[1] // g.query_block, g.query_block, slots * g.block)
+        if prefixes:
+            weights[..., : exact * g.block] = bias[chosen][:, None]
+            weights[..., exact * g.block :] = execute.list_bias(seen[chosen], listed_tiles * tile, g, dtype)[
+                :, None
+            ]
+        else:
+            weights[:] = bias[chosen, :, : slots * g.block][:, None]
+        weights = weights.flatten(1, 2).baddbmm_(flat[chosen], keys.transpose(1, 2))
         torch.softmax(weights, -1, out=weights)
         out[chosen] = execute.accumulate(weights, values, exact * g.block, tile * g.block)
     return out.unflatten(0, queries.shape[:3])
