@@ -236,8 +236,8 @@ def _jsonl(path: Path, field: str) -> Iterator[str]:
 
 def _parquet(path: Path, field: str) -> Iterator[str]:
     try:
-        import pyarrow
-        import pyarrow.parquet
+        import pyarrow  # type: ignore[import-untyped,import-not-found,unused-ignore]
+        import pyarrow.parquet  # type: ignore[import-untyped,import-not-found,unused-ignore]
     except ImportError as error:
         raise DataError(
             f"{path} needs pyarrow, which is not installed; pip install 'retrofit-attention[datasets]'"
@@ -265,7 +265,7 @@ def _dataset(source: str, field: str) -> Iterator[str]:
     if not identity or len(rest) > 2:
         raise DataError(f"expected datasets:ID, datasets:ID:SPLIT or datasets:ID:CONFIG:SPLIT, got {source}")
     try:
-        from datasets import load_dataset  # type: ignore[import-not-found,unused-ignore]
+        from datasets import load_dataset  # type: ignore[import-untyped,import-not-found,unused-ignore]
     except ImportError as error:
         raise DataError(
             f"{source} needs the datasets library, which is not installed; "
