@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -189,7 +190,7 @@ def _record_once(model: nn.Module, path: str, ids: Tensor) -> tuple[Tensor, Tens
         with torch.no_grad():
             model(input_ids=ids, use_cache=False)
     except _Recorded:
-        pass  # the forward pass has done what it was for
+        assert kept  # the forward pass has done what it was for
     finally:
         handle.remove()
     if not kept:
@@ -246,7 +247,7 @@ def _time(variants: dict[str, TargetAttention], q: Tensor, k: Tensor, v: Tensor,
     call = _call(q.shape[2], q.device)
     target = variants["target"]
     runs: dict[str, Callable[[], Any]] = {
-        name: (lambda module=module: module(q, k, v, call)) for name, module in variants.items()
+        name: partial(module, q, k, v, call) for name, module in variants.items()
     }
     runs["dense"] = lambda: torch.nn.functional.scaled_dot_product_attention(
         q, k, v, is_causal=target.causal, scale=target.scale, enable_gqa=q.shape[1] != k.shape[1]
