@@ -39,7 +39,7 @@ class OnnxModel:
     """
 
     def __init__(self, path: str | Path, *, threads: int | None = None) -> None:
-        import onnxruntime
+        import onnxruntime  # type: ignore[import-untyped]
 
         file = Path(path)
         if file.is_dir():

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +43,8 @@ def scan_chunks(
 def split(x: Tensor, size: int | torch.SymInt) -> Tensor:
     """[B, H, T, D] → [chunks, B, H, size, D], the last chunk filled up with zeros."""
     chunks = (x.shape[2] + size - 1) // size
-    padded = torch.nn.functional.pad(x, (0, 0, 0, chunks * size - x.shape[2]))
+    missing: Any = chunks * size - x.shape[2]
+    padded: Tensor = torch.nn.functional.pad(x, (0, 0, 0, missing))
     return padded.unflatten(2, (chunks, size)).permute(2, 0, 1, 3, 4).contiguous()
 
 

@@ -7,6 +7,7 @@ graph serves every chunk.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,9 +96,9 @@ def maha_attention(
 
 def _ranges(
     bands: Bands, t: Tensor, first: Tensor
-) -> list[tuple[int, Tensor, Tensor, Tensor, int | torch.SymInt | None]]:
+) -> list[tuple[int, Tensor, Tensor, Tensor, Any]]:
     """Per range its scale, what each query sees of it, its first member, and how many (None for all)."""
-    ranges: list[tuple[int, Tensor, Tensor, Tensor, int | torch.SymInt | None]] = []
+    ranges: list[tuple[int, Tensor, Tensor, Tensor, Any]] = []
     if bands.sink:
         ranges.append((0, t * 0, (t + 1).clamp(max=bands.sink), first * 0, bands.sink))
     for scale in range(bands.scales):

@@ -1,0 +1,118 @@
+"""Converted models as ONNX, run by onnxruntime."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+import retrofit
+from retrofit.configs import DenseConfig, HSAConfig, MAHAConfig
+from retrofit.errors import ExportError, OutputError
+from retrofit.onnx import OnnxModel, export_onnx
+from retrofit.onnx.folder import new_folder
+
+
+def greedy(model: Any, ids: torch.Tensor, mask: torch.Tensor, tokens: int) -> np.ndarray[Any, Any]:
+    with torch.no_grad():
+        out = model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False
+        )
+    result: np.ndarray[Any, Any] = out[:, ids.shape[1] :].numpy()
+    return result
+
+
+def check(model: Any, folder: Path, name: str, lengths: tuple[int, ...]) -> None:
+    report = export_onnx(model, folder)
+    assert report.worst is not None and report.worst.value < report.worst.tolerance
+    assert report.custom_nodes == {name: 2} and report.functions == 1
+    exported = OnnxModel(folder)
+    assert exported.with_past
+    for length in lengths:
+        for batch in (1, 3):
+            ids = torch.randint(1, 128, (batch, length))
+            mask = torch.ones_like(ids)
+            for row in range(1, batch):
+                mask[row, : row * length // 5] = 0
+            with torch.no_grad():
+                ours = model(input_ids=ids, attention_mask=mask).logits.numpy()
+            theirs = exported.logits(ids.numpy(), mask.numpy())
+            difference = np.abs(ours - theirs)[mask.bool().numpy()]
+            assert difference.max() < 1e-3, (length, batch)
+    expected = greedy(model, ids, mask, 32)
+    assert (exported.generate(ids.numpy(), mask.numpy(), max_new_tokens=32) == expected).all()
+
+
+def test_dense_with_past(tiny_llama: Callable[..., Any], tmp_path: Path) -> None:
+    model = tiny_llama(tie_word_embeddings=True)
+    retrofit.convert(model, DenseConfig())
+    check(model, tmp_path / "out", "DenseAttention", (1, 17, 130))
+    saved = onnx.load(tmp_path / "out" / "model.onnx")
+    names = [value.name for value in saved.graph.input]
+    assert names[:3] == ["input_ids", "attention_mask", "position_ids"]
+    assert "past_key_values.1.value" in names
+    assert "present.0.key" in [value.name for value in saved.graph.output]
+    record = json.loads((tmp_path / "out" / "export.json").read_text())
+    assert record["tied_embeddings"] and record["opset"] == 20
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("regularizer", ["entropy", "euclidean"])
+def test_maha_with_past(
+    tiny_llama: Callable[..., Any], tiny_maha: MAHAConfig, tmp_path: Path, regularizer: str
+) -> None:
+    model = tiny_llama()
+    options = {"scales": 4, "ratio": 2, "widths": tiny_maha.widths, "sink": 8, "regularizer": regularizer}
+    retrofit.convert(model, MAHAConfig(**options))
+    check(model, tmp_path / "out", "MAHAAttention", (1, 17, 700))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dense_until", [None, 0])
+def test_hsa_with_past(
+    tiny_llama: Callable[..., Any], tmp_path: Path, tiny_hsa: HSAConfig, dense_until: int | None
+) -> None:
+    from dataclasses import replace
+
+    model = tiny_llama()
+    retrofit.convert(model, replace(tiny_hsa, dense_until=dense_until))
+    check(model, tmp_path / "out", "HSAAttention", (1, 17, 700))
+
+
+def test_a_difference_leaves_nothing_behind(
+    tiny_llama: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("retrofit.onnx.verify.TOLERANCES", {torch.float32: 1e-12})
+    with pytest.raises(ExportError, match="differs from torch"):
+        export_onnx(tiny_llama(), tmp_path / "out", with_past=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_not_ours_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match="is not empty"), new_folder(tmp_path, record="export.json"):
+        pass
+    assert [item.name for item in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_an_earlier_export_is_replaced(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    for text in ("first", "second"):
+        with new_folder(target, record="export.json") as folder:
+            (folder / "export.json").write_text(text)
+    assert (target / "export.json").read_text() == "second"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_options_are_checked(tiny_llama: Callable[..., Any], tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="opset"):
+        export_onnx(tiny_llama(), tmp_path / "out", opset=7)
+    with pytest.raises(ExportError, match="no exported model"):
+        OnnxModel(tmp_path)
