@@ -446,6 +446,57 @@ def test_hooks_dtype_and_compile(tiny_llama):
         assert (low - model(ids).logits).abs().max() < 0.05
 
 
+def test_low_precision_is_verified_in_float32(tiny_llama):
+    model = tiny_llama().to(torch.bfloat16)
+    ids = torch.randint(1, 128, (2, 20))
+    with torch.no_grad():
+        expected = model(ids).logits
+        report = api.convert(model, DenseConfig())
+        assert max(report.verification.sites.values()) <= 1e-5
+        assert (model(ids).logits - expected).norm() <= 0.01 * expected.norm()
+
+
+def test_lora_before_conversion(tiny_llama):
+    from peft import LoraConfig, get_peft_model
+
+    model = tiny_llama()
+    adapted = get_peft_model(
+        model, LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    ).eval()
+    ids = torch.randint(1, 128, (2, 20))
+    with torch.no_grad():
+        expected = adapted(ids).logits
+        assert len(api.convert(adapted, DenseConfig()).converted) == 2
+        _close(adapted(ids).logits, expected)
+        with adapted.disable_adapter():
+            assert (adapted(ids).logits - expected).abs().max() > 1e-3
+        api.revert(adapted)
+        assert torch.equal(adapted(ids).logits, expected)
+
+
+def test_encoder_decoders_keep_their_cross_attention():
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = BartConfig(
+        d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+        encoder_ffn_dim=32, decoder_ffn_dim=32, vocab_size=128, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2, decoder_start_token_id=2, max_position_embeddings=128,
+    )  # fmt: skip
+    model = BartForConditionalGeneration(config).eval()
+    ids = torch.randint(3, 128, (2, 20))
+    mask = torch.ones_like(ids)
+    mask[0, 15:] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "num_beams": 2}
+    expected = model.generate(ids, **options)
+    report = api.convert(model, DenseConfig())
+    assert len(report.converted) == 2
+    assert list(report.skipped.values()) == ["cross-attention keeps its own attention"]
+    assert torch.equal(model.generate(ids, **options), expected)
+    kinds = {site.path: site.kind for site in api.inspect(model).sites}
+    assert kinds["model.decoder.layers.0.encoder_attn"] == "cross"
+
+
 def test_compiles_without_a_graph_break(tiny_llama):
     model = tiny_llama()
     api.convert(model, DenseConfig())

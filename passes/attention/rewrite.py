@@ -5,11 +5,13 @@ retrofit::attention(q, k, v, mask, …)   →   call_module "attend"(q, k, v, co
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.fx import Graph, Node
 
 from retrofit.passes.attention.canonical import ATTENTION
-from retrofit.passes.attention.rule import PassReport, calls, remove_dead, run_rules
+from retrofit.passes.attention.rule import PassReport, Rule, calls, remove_dead, run_rules
 from retrofit.passes.attention.spelled_eager import EagerSpelling
 from retrofit.passes.attention.spelled_sdpa import SdpaSpelling
 
@@ -21,7 +23,7 @@ _CHECKS = (
     torch.ops.aten._assert_scalar.default,
     torch.ops.aten._assert_async.msg,
 )
-SPELLINGS = (SdpaSpelling(), EagerSpelling())
+SPELLINGS: tuple[Rule[Any], ...] = (SdpaSpelling(), EagerSpelling())
 
 
 def normalize(graph: Graph) -> PassReport:

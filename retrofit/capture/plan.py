@@ -177,11 +177,8 @@ def _kind(attention: Node) -> str:
     q, k = attention.args[0], attention.args[1]
     assert isinstance(q, Node)
     assert isinstance(k, Node)
-    tokens, slots = (
-        (shape(node) or (0, 0, 0))[2] if (node := q) is not None else 0,
-        (shape(k) or (0, 0, 0))[2],
-    )
-    if str(tokens) != str(slots):
+    q_shape, k_shape = shape(q), shape(k)
+    if q_shape is None or k_shape is None or str(q_shape[2]) != str(k_shape[2]):
         return "cross"
     if q.op == "placeholder":
         return "self"
