@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,11 +32,14 @@ def main() -> None:
     model, tokenizer = loaded.model, loaded.tokenizer
 
     # Learned pooling starts as the mean and is what stage 1 of the distillation trains.
-    conversion = retrofit.convert(model, retrofit.HSAConfig(pooling="learned"))
-    print(f"converted {len(conversion.converted)} of {len(conversion.converted) + len(conversion.skipped)} sites")
-    print(f"dense round trip: site error at most {conversion.verification.site_error:.1e}")
-    print(f"whole model: prefill {conversion.verification.prefill_error:.1e}, ", end="")
-    print(f"cached decode {conversion.verification.decode_error:.1e}")
+    conversion = retrofit.convert(
+        model, retrofit.HSAConfig(pooling="learned"), progress=partial(progress.count, "convert")
+    )
+    sites = len(conversion.converted)
+    checked = conversion.verification
+    print(f"converted {sites} of {sites + len(conversion.skipped)} sites")
+    print(f"dense round trip: sites at most {max(checked.sites.values()):.1e} off, ", end="")
+    print(f"prefill {checked.prefill:.1e}, cached decode {checked.decode:.1e}")
 
     held_out, training = split(tokenizer)
     before = retrofit.evaluate(model, held_out, tokenizer=tokenizer, length=LENGTH)
@@ -54,18 +58,21 @@ def main() -> None:
 
     retrofit.save_pretrained(model, OUTPUT / "smollm2-hsa", tokenizer=tokenizer)
     export = retrofit.export_onnx(model, OUTPUT / "onnx", tokenizer=tokenizer, with_past=True)
-    print(f"torch against onnxruntime: largest logit difference {export.difference:.1e}")
+    print(f"onnxruntime: {export.worst}")
 
     prompt = tokenizer("The three laws of robotics are", return_tensors="pt")
     with torch.no_grad():
         ids = model.generate(**prompt, max_new_tokens=24, do_sample=False)
-    exported = OnnxModel(OUTPUT / "onnx").generate(prompt["input_ids"], max_new_tokens=24)
+    exported = OnnxModel(OUTPUT / "onnx").generate(prompt["input_ids"].numpy(), max_new_tokens=24)
     print(f"torch:       {tokenizer.decode(ids[0])!r}")
     print(f"onnxruntime: {tokenizer.decode(exported[0])!r}")
 
     timing = retrofit.benchmark(model, tokenizer=tokenizer, lengths=(8192, 16384, 32768), repeats=1)
     for row in timing.timings:
-        print(f"{row.length:6,} tokens: dense {row.dense_ms:8,.0f} ms, converted {row.target_ms:8,.0f} ms, ", end="")
+        print(
+            f"{row.length:6,} tokens: dense {row.dense_ms:8,.0f} ms, converted {row.target_ms:8,.0f} ms, ",
+            end="",
+        )
         print(f"{row.speedup:.2f} times as fast")
 
     page = retrofit.report(model, evaluation=after, benchmark=timing).save(OUTPUT / "report.html")
