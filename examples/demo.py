@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import shutil
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,9 +31,7 @@ def main() -> None:
     model, tokenizer = loaded.model, loaded.tokenizer
 
     # Learned pooling starts as the mean and is what stage 1 of the distillation trains.
-    conversion = retrofit.convert(
-        model, retrofit.HSAConfig(pooling="learned"), progress=partial(progress.count, "convert")
-    )
+    conversion = retrofit.convert(model, retrofit.HSAConfig(pooling="learned"), progress=progress.count)
     sites = len(conversion.converted)
     checked = conversion.verification
     print(f"converted {sites} of {sites + len(conversion.skipped)} sites")
