@@ -172,7 +172,7 @@ def _tile_backward(
         torch.bmm(slopes, keys) + torch.bmm(pooled_slopes, nodes),
         torch.bmm(slopes.transpose(1, 2), queries),
         torch.bmm(weights.transpose(1, 2), grad),
-        *torch.bmm(pooled_slopes.transpose(1, 2), queries).split(lengths, 1),
-        *torch.bmm(pooled.transpose(1, 2), grad).split(lengths, 1),
+        *torch.split(torch.bmm(pooled_slopes.transpose(1, 2), queries), lengths, 1),
+        *torch.split(torch.bmm(pooled.transpose(1, 2), grad), lengths, 1),
         grad_gate,
     ]
