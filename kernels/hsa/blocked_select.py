@@ -150,7 +150,7 @@ def _votes(
         scores = bias.flatten(0, 2)[:, None].expand(-1, queries.shape[3] // rows, -1, -1).flatten(1, 2)
         scores = torch.baddbmm(scores, queries.flatten(0, 2), _members(nodes, leaves, queries.dtype))
     mass = scores.softmax(-1).unflatten(1, (-1, rows)).sum(1)
-    return mass.unflatten(-1, (width, each)).sum(-1)
+    return mass.reshape(*mass.shape[:-1], width, each).sum(-1)
 
 
 def _list_votes(
@@ -169,7 +169,7 @@ def _list_votes(
         by_place[..., :shared, :].masked_fill_(unused[:, None, None, :shared, None], -torch.inf)
     by_place[..., shared:, :].masked_fill_(barred[:, None, ..., None], -torch.inf)
     mass = torch.softmax(scores, -1, out=scores).reshape(*by_place.shape[:3], -1).sum(1)
-    return mass.unflatten(-1, (width, nodes.group)).sum(-1)
+    return mass.reshape(*mass.shape[:-1], width, nodes.group).sum(-1)
 
 
 def leaf_candidates(
