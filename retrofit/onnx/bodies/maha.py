@@ -94,9 +94,7 @@ def maha_attention(
     return join(scan_chunks(step, [chunks, indices], held)[0], tokens)
 
 
-def _ranges(
-    bands: Bands, t: Tensor, first: Tensor
-) -> list[tuple[int, Tensor, Tensor, Tensor, Any]]:
+def _ranges(bands: Bands, t: Tensor, first: Tensor) -> list[tuple[int, Tensor, Tensor, Tensor, Any]]:
     """Per range its scale, what each query sees of it, its first member, and how many (None for all)."""
     ranges: list[tuple[int, Tensor, Tensor, Tensor, Any]] = []
     if bands.sink:
