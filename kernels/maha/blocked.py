@@ -242,7 +242,7 @@ def softmax(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scale: float)
     wide = bias.dtype
     folded = q.to(wide).reshape(q.shape[0], keys.shape[1], -1, q.shape[3])
     out = scaled_dot_product_attention(folded, keys.to(wide), values.to(wide), bias, scale=scale)
-    return out.view(*q.shape[:3], -1).to(q.dtype)
+    return out.reshape(*q.shape[:3], -1).to(q.dtype)
 
 
 def attend(
