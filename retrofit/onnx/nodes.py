@@ -234,7 +234,8 @@ def _function(node: CustomNode, arguments: Mapping[str, Any], overload: str, ops
 
 
 def _hint(size: int | torch.SymInt) -> int:
-    return size if isinstance(size, int) else int(size.node.hint)
+    # Tracing takes sizes of 0 and 1 for constants, and a coarse level of the example may have no more.
+    return size if isinstance(size, int) else max(int(size.node.hint), 2)
 
 
 class _Body(torch.nn.Module):
