@@ -25,8 +25,10 @@ from retrofit.kernels.hsa import blocked_tile as executed
 from retrofit.kernels.hsa.blocked_backward import hsa_attention_backward
 from retrofit.kernels.hsa.blocked_call import Call, block_leaves
 from retrofit.kernels.hsa.blocked_rows import Rows
+from retrofit.kernels.hsa.blocked_scratch import Scratch
 from retrofit.kernels.hsa.blocked_tile import Sources
 from retrofit.kernels.hsa.geometry import Geometry
+from retrofit.kernels.threads import spread
 
 __all__ = ["block_step", "hsa_attention", "hsa_attention_backward", "prefix_nodes"]
 
@@ -74,10 +76,11 @@ def hsa_attention(
     _coarse(call, q, nodes, spans)
     by_leaf = tables.complete_rows(nodes[0], g.nodes_in_span(0))
     sources = call.sources(k, v, nodes, value_nodes, gate)
-    lists = call.lists if q.device.type == "cpu" else None
-    by_length = lists is not None and sources.gate is None
+    scratch = Scratch(call.lists) if q.device.type == "cpu" else None
+    by_length = scratch is not None and sources.gate is None
     size = call.large_chunk_size if by_length else call.chunk_size(sources.gate is not None)
-    for block in call.chunks(call.sparse, size):
+
+    def work(block: Tensor) -> None:
         part, chosen = block_step(
             call.queries(q, call.places(block)),
             by_leaf,
@@ -92,10 +95,12 @@ def hsa_attention(
             causal=causal,
             sliding_window=sliding_window,
             geometry=g,
-            lists=lists,
+            scratch=scratch,
         )
         call.put(first, call.sparse, block, chosen)
         call.write(out, block, part)
+
+    spread(work, call.chunks(call.sparse, size), q.device)
     return out, spans, first
 
 
@@ -114,7 +119,7 @@ def block_step(
     causal: bool,
     sliding_window: int,
     geometry: Geometry,
-    lists: int | None = None,
+    scratch: Scratch | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Leaf step and execution of R query blocks of each row; a pure function of tensors.
 
@@ -137,7 +142,7 @@ def block_step(
         causal: Whether a query sees only itself and what lies before it.
         sliding_window: A query sees no keys this far or farther before it; 0 for no limit.
         geometry: The sizes.
-        lists: Blocks of one kv head to work on at a time, to stay in the cache; shapes then depend on data.
+        scratch: Memory for working on a few lists at a time, to stay in the cache; shapes then depend on data.
             None for all at once.
 
     Returns:
@@ -157,16 +162,16 @@ def block_step(
         causal=causal,
         sliding_window=sliding_window,
         geometry=g,
-        lists=lists,
+        scratch=scratch,
     )
-    if lists and sources.gate is None:
+    if scratch is not None and sources.gate is None:
         return executed.attend_by_length(
             queries,
             sources,
             *execute.listed(leaves, first, g),
             block,
             length,
-            lists,
+            scratch,
             causal=causal,
             sliding_window=sliding_window,
             geometry=g,
@@ -202,7 +207,8 @@ def _coarse(call: Call, q: Tensor, nodes: Sequence[Tensor], spans: Tensor) -> No
     levels = list(nodes)[: call.highest_level + 1]
     by_span = [tables.complete_rows(level, g.nodes_in_span(i)) for i, level in enumerate(levels)]
     prefixes = [prefix_nodes(level, g).to(call.dtype) for level in levels]
-    for block in call.chunks(rows, size):
+
+    def work(block: Tensor) -> None:
         tops = [
             call.top_level(min(number, end - 1), b)
             for b, (begin, (_, end)) in enumerate(zip(block[:, 0].tolist(), rows, strict=True))
@@ -219,3 +225,5 @@ def _coarse(call: Call, q: Tensor, nodes: Sequence[Tensor], spans: Tensor) -> No
             tops=(min(tops), max(tops)),
         )
         call.put(spans, rows, block, kept)
+
+    spread(work, call.chunks(rows, size), q.device)

@@ -10,12 +10,14 @@ one shape however many tokens a call brings, so that prefill, chunks and single 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from retrofit.kernels.hsa.blocked_rows import Rows
+from retrofit.kernels.hsa.blocked_scratch import Scratch
 from retrofit.kernels.hsa.geometry import Geometry
 
 COARSE_TILE = 8
@@ -88,7 +90,7 @@ def leaf_step(
     causal: bool,
     sliding_window: int,
     geometry: Geometry,
-    lists: int | None = None,
+    scratch: Scratch | None = None,
 ) -> Tensor:
     """Returns ``first`` with what the new queries choose: uint8 [B, Hkv, R, C].
 
@@ -103,19 +105,21 @@ def leaf_step(
         causal: Whether a query sees only itself and what lies before it.
         sliding_window: A query sees no keys this far or farther before it; 0 for no limit.
         geometry: The sizes.
-        lists: Blocks of one kv head to score at a time, to stay in the cache; None for all, without a look
-            at the data.
+        scratch: Memory for scoring a few lists at a time, to stay in the cache; None for all at once, without
+            a look at the data.
     """
     g, (batch, heads, blocks, width) = geometry, leaves.shape
     rows = g.query_block
     allowed = leaf_candidates(leaves, position, causal=causal, sliding_window=sliding_window, geometry=g)
-    if lists:
+    if scratch is not None:
         # Children of kept spans are candidates for the whole block: only the right edge differs by query.
         shared = g.beam * g.fanout if causal and not sliding_window else 0
         at, flat = nodes.flat(leaves).reshape(-1, width), queries.flatten(0, 2)
         unused, barred = (leaves < 0).flatten(0, 2), ~allowed.flatten(0, 2)[..., shared:]
-        parts = [slice(begin, begin + lists) for begin in range(0, len(flat), lists)]
-        votes = torch.cat([_list_votes(flat[i], nodes, at[i], unused[i], barred[i], shared) for i in parts])
+        parts = [slice(begin, begin + scratch.lists) for begin in range(0, len(flat), scratch.lists)]
+        votes = torch.cat(
+            [_list_votes(flat[i], nodes, at[i], unused[i], barred[i], shared, scratch) for i in parts]
+        )
     else:
         votes = _votes(queries, nodes, leaves, allowed, causal and not sliding_window, g)
     votes = votes.reshape(batch, heads, blocks, rows, width)
@@ -154,7 +158,7 @@ def _votes(
 
 
 def _list_votes(
-    queries: Tensor, nodes: Rows, at: Tensor, unused: Tensor, barred: Tensor, shared: int
+    queries: Tensor, nodes: Rows, at: Tensor, unused: Tensor, barred: Tensor, shared: int, scratch: Scratch
 ) -> Tensor:
     """Votes [X, Q, C] of queries [X, G·Q, D] for the leaves in rows ``at`` [X, C] of the table of nodes.
 
@@ -162,13 +166,16 @@ def _list_votes(
     [X, Q, C − shared].
     """
     lists, width = at.shape
-    members = nodes.table.index_select(0, at.flatten()).to(queries.dtype)
-    scores = torch.bmm(queries, members.reshape(lists, width * nodes.group, -1).transpose(1, 2))
+    count = width * nodes.group
+    members = scratch.rows("nodes", nodes.table, at.flatten(), queries.dtype).view(lists, count, -1)
+    scores = scratch.empty("node scores", (lists, queries.shape[1], count), queries)
+    torch.bmm(queries, members.transpose(1, 2), out=scores)
     by_place = scores.reshape(lists, -1, barred.shape[1], width, nodes.group)
     if bool(unused[:, :shared].any()):
         by_place[..., :shared, :].masked_fill_(unused[:, None, None, :shared, None], -torch.inf)
     by_place[..., shared:, :].masked_fill_(barred[:, None, ..., None], -torch.inf)
-    mass = torch.softmax(scores, -1, out=scores).reshape(*by_place.shape[:3], -1).sum(1)
+    by_head = torch.softmax(scores, -1, out=scores).reshape(*by_place.shape[:3], -1).unbind(1)
+    mass = reduce(torch.Tensor.add_, by_head)  # in place: a sum over a dimension would read across the rows
     return mass.reshape(*mass.shape[:-1], width, nodes.group).sum(-1)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from retrofit.kernels.hsa import blocked_execute as execute
 from retrofit.kernels.hsa import blocked_summaries as summaries
 from retrofit.kernels.hsa.blocked_rows import Rows
+from retrofit.kernels.hsa.blocked_scratch import Scratch
 from retrofit.kernels.hsa.geometry import Geometry
 
 
@@ -167,13 +168,13 @@ def attend_by_length(
     count: Tensor,
     block: Tensor,
     length: Tensor,
-    lists: int,
+    scratch: Scratch,
     *,
     causal: bool,
     sliding_window: int,
     geometry: Geometry,
 ) -> Tensor:
-    """As ``fetch`` and ``attend`` without summaries, ``lists`` lists of about one length at a time.
+    """As ``fetch`` and ``attend`` without summaries, a few lists of about one length at a time.
 
     The lists differ in length, and a product takes the longest of its lists: short ones go together. What a
     list computes does not depend on its company.
@@ -201,17 +202,18 @@ def attend_by_length(
     each = places[0].shape[1] // rows.shape[-1]
     out = flat.new_empty(*flat.shape[:2], sources.values.table.shape[1] // sources.values.group)
     by_length = tiles.argsort(stable=True)
-    for begin in range(0, len(flat), lists):
-        chosen = by_length[begin : begin + lists]
+    for begin in range(0, len(flat), scratch.lists):
+        chosen = by_length[begin : begin + scratch.lists]
         listed_tiles = int(tiles[chosen[-1]])
         slots = exact + listed_tiles * tile
         keys, values = (
-            table.table.index_select(0, at[chosen, : slots * each].flatten())
-            .reshape(len(chosen), slots * g.block, -1)
-            .to(dtype)
-            for table, at in zip(sources.tables, places, strict=True)
+            scratch.rows(name, table.table, at[chosen, : slots * each].flatten(), dtype).view(
+                len(chosen), slots * g.block, -1
+            )
+            for name, table, at in zip(("keys", "values"), sources.tables, places, strict=True)
         )
-        weights = flat.new_empty(len(chosen), flat.shape[1] // g.query_block, g.query_block, slots * g.block)
+        by_head = (len(chosen), flat.shape[1] // g.query_block, g.query_block, slots * g.block)
+        weights = scratch.empty("scores", by_head, flat)
         if prefixes:
             weights[..., : exact * g.block] = bias[chosen][:, None]
             weights[..., exact * g.block :] = execute.list_bias(seen[chosen], listed_tiles * tile, g, dtype)[

@@ -207,6 +207,19 @@ def test_later_tokens_change_no_bit(geometry: Geometry, token: int) -> None:
     assert torch.equal(case.run(blocked)[0][:, :, :token], before)
 
 
+def test_the_number_of_threads_changes_no_bit() -> None:
+    case, threads = Case(1500, starts=(0, 7)), torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(case.run(blocked))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
 def test_what_padding_holds_does_not_matter() -> None:
     case = Case(260, starts=(0, 37), lengths=(200, 180))
     expected = case.run(blocked)

@@ -1,0 +1,33 @@
+"""Memory that the steps of one thread use again: fresh pages cost more than what is computed in them."""
+
+from __future__ import annotations
+
+import math
+import threading
+
+import torch
+from torch import Tensor
+
+
+class Scratch(threading.local):
+    """Buffers by name, for each thread its own.
+
+    Args:
+        lists: Blocks of one kv head to work on at a time, to stay in the cache.
+    """
+
+    def __init__(self, lists: int) -> None:
+        self.lists = lists
+        self._kept: dict[str, Tensor] = {}
+
+    def empty(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """Returns a tensor in the buffer ``name``: what it held before is lost, and it is, with the next call."""
+        size, kept = math.prod(shape), self._kept.get(name)
+        if kept is None or kept.numel() < size or kept.dtype != like.dtype:
+            kept = self._kept[name] = torch.empty(size, dtype=like.dtype, device=like.device)
+        return kept[:size].view(shape)
+
+    def rows(self, name: str, table: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+        """Returns the rows ``index`` [M] of ``table`` in ``dtype``, in the buffer ``name``."""
+        found = self.empty(name, (len(index), table.shape[1]), table)
+        return torch.index_select(table, 0, index, out=found).to(dtype)
