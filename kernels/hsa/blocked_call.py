@@ -248,18 +248,18 @@ class Call:
                 return tables.padded_rows(x, g.block)
             return tables.aligned_rows(x, self.start, self.length, g.block, max(self.lengths))
 
-        pair = [by_position(k), by_position(v)]
+        keys, values = by_position(k), by_position(v)
         if gate is None or not value_nodes:
-            return Sources(*pair)
+            return Sources(keys, values)
         by_span = tables.padded_rows if copy else tables.complete_rows
-        pooled = [
+        pooled, pooled_values = (
             tuple(
                 by_span(x, g.nodes_in_span(level))
                 for level, x in enumerate(list(x)[: self.highest_level + 1])
             )
             for x in (nodes, value_nodes)
-        ]
-        return Sources(*pair, *pooled, gate.to(self.dtype))
+        )
+        return Sources(keys, values, pooled, pooled_values, gate.to(self.dtype))
 
     def pick(self, x: Tensor, block: Tensor) -> Tensor:
         """``spans`` or ``first`` of the blocks, [B, Hkv, R, ·]."""

@@ -56,7 +56,7 @@ def extend_pyramid(
     if pooling not in POOLINGS:
         raise ConfigError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
     tokens = x.shape[2] - offset
-    room = torch.sym_max(tokens, 0) if offset else tokens  # type: ignore[no-untyped-call]
+    room = torch.sym_max(tokens, 0) if offset else tokens
     result: list[Tensor] = []
     children = x
     for level, (ratio, weight) in enumerate(zip(ratios, weights, strict=True)):
