@@ -255,9 +255,9 @@ def _transposed(product: Node, node: Any) -> Node:
     if is_call(node, aten.transpose.int):
         dims = {dim % rank for dim in node.args[1:]}
         if dims == {rank - 1, rank - 2}:
-            return node.args[0]  # type: ignore[no-any-return]
+            return node.args[0]
     if is_call(node, aten.permute.default, aten.mT.default):
         order = [dim % rank for dim in node.args[1]]
         if order == [*range(rank - 2), rank - 1, rank - 2]:
-            return node.args[0]  # type: ignore[no-any-return]
+            return node.args[0]
     raise Reject(product, "the scores are a product with something other than transposed keys")
