@@ -49,12 +49,15 @@ class CustomNode:
         name: Name of the node's type.
         body: The operator's implementation in a form that ``torch.export`` takes; same signature.
         hidden: Arguments that are no attributes of the node, because they choose how and not what to compute.
+        outputs: Number of outputs by the arguments, for an operator that returns a list; None for as many as
+            the operator's schema says.
     """
 
     op: Any
     name: str
     body: Callable[..., Any]
     hidden: tuple[str, ...] = ("implementation",)
+    outputs: Callable[[Mapping[str, Any]], int] | None = None
 
 
 def opaque_translations(nodes: Sequence[CustomNode]) -> dict[Callable[..., Any], Callable[..., Any]]:
@@ -100,20 +103,20 @@ def add_functions(
 
 
 def _translation(node: CustomNode) -> Callable[..., Any]:
-    op_type = _op_type(node)
-
     def translate(*args: Any, **kwargs: Any) -> Any:
         arguments = _bind(node.op, args, kwargs)
         inputs = [value for _, value in _flatten(node.op, arguments)]
         while inputs and inputs[-1] is None:
             inputs.pop()
-        return op_type(*inputs, **_attributes(node, arguments))
+        returns = len(node.op._schema.returns) if node.outputs is None else node.outputs(arguments)
+        result = _op_type(node, returns)(*inputs, **_attributes(node, arguments))
+        return [result] if node.outputs is not None and returns == 1 else result
 
     return translate
 
 
-def _op_type(node: CustomNode) -> values.Op:
-    """The node's type as the exporter wants it: any inputs, the operator's attributes and outputs."""
+def _op_type(node: CustomNode, returns: int) -> values.Op:
+    """The node's type as the exporter wants it: any inputs, the operator's attributes, as many outputs."""
     schema = node.op._schema
     parameter = onnx.defs.OpSchema.FormalParameter
     kinds = {"int": "INT", "float": "FLOAT", "bool": "INT", "str": "STRING", "List[int": "INTS"}
@@ -133,10 +136,10 @@ def _op_type(node: CustomNode) -> values.Op:
                     is_homogeneous=False,
                 )
             ],
-            outputs=[parameter(f"out_{i}", f"T{i}") for i in range(len(schema.returns))],
+            outputs=[parameter(f"out_{i}", f"T{i}") for i in range(returns)],
             type_constraints=[
                 ("T", list(_MIXED), ""),
-                *((f"T{i}", list(_MIXED), "") for i in range(len(schema.returns))),
+                *((f"T{i}", list(_MIXED), "") for i in range(returns)),
             ],
             attributes=[
                 onnx.defs.OpSchema.Attribute(

@@ -51,6 +51,7 @@ def translate(
             output_names=output_names,
             custom_translation_table=dict(translations or {}),
             verbose=False,
+            optimize=False,
         )
     assert program is not None
     return program
@@ -71,6 +72,11 @@ def as_function(
     graph = model.graph
     for part in (graph, *graph.subgraphs()):
         _constants(part)
+    # onnxruntime confuses names inside a function's subgraphs with equal ones of the graph that calls it.
+    prefix = f"{name[1]}.{name[2]}."
+    inner = [value for part in graph.subgraphs() for value in part.inputs]
+    for value in [*inner, *(value for node in graph.all_nodes() for value in node.outputs)]:
+        value.name = f"{prefix}{value.name}"
     return ir.Function(*name, graph=graph, attributes=())
 
 

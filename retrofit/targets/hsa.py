@@ -18,7 +18,7 @@ from retrofit.kernels.hsa.geometry import Geometry
 from retrofit.kernels.hsa.ops import hsa_attention
 from retrofit.kernels.hsa.selector import sample_positions, selector_loss
 from retrofit.kernels.hsa.state import HSAState
-from retrofit.kernels.pyramid.blocked import extend_pyramid
+from retrofit.kernels.pyramid.ops import extend_pyramid
 from retrofit.targets.base import TargetAttention
 from retrofit.targets.dense import attend_densely
 

@@ -18,7 +18,7 @@ from retrofit.kernels.maha.bands import Bands
 from retrofit.kernels.maha.ops import maha_attention
 from retrofit.kernels.maha.paper import KERNEL, paper_attention
 from retrofit.kernels.maha.state import MAHAState
-from retrofit.kernels.pyramid.blocked import extend_pyramid
+from retrofit.kernels.pyramid.ops import extend_pyramid
 from retrofit.targets.base import TargetAttention
 from retrofit.targets.dense import attend_densely
 
