@@ -57,20 +57,20 @@ def test_greedy_tokens_are_the_argmax_of_one_full_forward(
 @torch.no_grad()
 def test_chunked_prefill_and_decode_equal_prefill(converted: tuple[Any, Any, int], ids: torch.Tensor) -> None:
     model, _, _ = converted
-    length = 3 * 1024
-    whole = model(input_ids=ids[:, :length], use_cache=False, logits_to_keep=1100).logits[0]
+    length = 2048
+    whole = model(input_ids=ids[:, :length], use_cache=False, logits_to_keep=848).logits[0]
     cache, parts = None, []
-    for piece in ids[:, :length].split([1972, 1000, 77, 1, 1, 1, 1, 19], dim=1):
+    for piece in ids[:, :length].split([1200, 700, 77, 1, 1, 1, 1, 67], dim=1):
         out = model(input_ids=piece, past_key_values=cache, use_cache=True)
         cache = out.past_key_values
         parts.append(out.logits[0])
-    assert (torch.cat(parts)[1972:] - whole).abs().max() <= 1e-4 * whole.abs().max()
+    assert (torch.cat(parts)[1200:] - whole).abs().max() <= 1e-4 * whole.abs().max()
 
 
 @torch.no_grad()
 def test_left_padded_batch_equals_its_rows(converted: tuple[Any, Any, int], ids: torch.Tensor) -> None:
     model, tokenizer, _ = converted
-    rows = [ids[0, :1500], ids[0, 5000:6210]]
+    rows = [ids[0, :1200], ids[0, 5000:6010]]
     width = max(map(len, rows))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     batch = torch.stack([torch.cat([row.new_full((width - len(row),), pad), row]) for row in rows])
