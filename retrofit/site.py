@@ -250,11 +250,13 @@ class RetrofittedAttention(nn.Module):
             sliding_window=self.plan.mask.sliding_window,
         )
         if layer is not None:
-            if layer.start is None:
-                layer.start = start
-            else:
-                length = start + length - layer.start
-                start = layer.start
+            # A row of nothing but padding starts behind it; what comes later says where.
+            end = torch.where(length > 0, start + length, slots)
+            start = torch.where(length > 0, start, slots)
+            if layer.start is not None:
+                start = torch.where(layer.start < past, layer.start, start.clamp(min=past))
+            length = end - start
+            layer.start = start
         return AttentionCall(start, length, layer)
 
 

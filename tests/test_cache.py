@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache, StaticCache
 
+from retrofit.api import convert
 from retrofit.cache import RetrofitLayer, layer_for
+from retrofit.configs import HSAConfig, MAHAConfig
 from retrofit.errors import CacheError
 
 
@@ -211,3 +213,34 @@ def test_layer_for_refuses_what_it_does_not_know(tiny_llama: Callable) -> None:
         layer_for(full, 0, "a")
     with pytest.raises(CacheError, match="needs a transformers Cache, got tuple"):
         layer_for((), 0, "a")
+
+
+@pytest.mark.parametrize("target", ["hsa", "maha"])
+def test_a_row_may_start_after_the_first_chunk(
+    tiny_llama: Callable, tiny_hsa: HSAConfig, tiny_maha: MAHAConfig, target: str
+) -> None:
+    model = tiny_llama()
+    convert(model, tiny_hsa if target == "hsa" else tiny_maha)
+    ids = torch.randint(2, 128, (3, 200))
+    mask = torch.ones_like(ids)
+    mask[0, :50] = mask[1, :90] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+
+    def step(begin: int, end: int, cache: DynamicCache) -> Tensor:
+        return model(
+            ids[:, begin:end],
+            attention_mask=mask[:, :end],
+            position_ids=positions[:, begin:end],
+            past_key_values=cache,
+        ).logits
+
+    with torch.no_grad():
+        cache = DynamicCache()
+        chunked = torch.cat([step(i, min(i + 37, 200), cache) for i in range(0, 200, 37)], dim=1)
+        cache.crop(-130)
+        again = step(70, 200, cache)
+        for row, start in enumerate([50, 90, 0]):
+            alone = model(ids[row : row + 1, start:]).logits[0]
+            torch.testing.assert_close(chunked[row, start:], alone, rtol=1e-4, atol=1e-5)
+            real = again[row, max(start - 70, 0) :]
+            torch.testing.assert_close(real, alone[-len(real) :], rtol=1e-4, atol=1e-5)
