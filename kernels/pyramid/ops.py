@@ -81,7 +81,7 @@ def _(
     offset: int,
     pooling: str,
 ) -> list[Tensor]:
-    room = torch.sym_max(x.shape[2] - offset, 0)  # type: ignore[no-untyped-call]
+    room = torch.sym_max(x.shape[2] - offset, 0)
     return [
         x.new_empty(x.shape[0], x.shape[1], room // prod(ratios[: level + 1]), x.shape[3])
         for level in range(len(ratios))

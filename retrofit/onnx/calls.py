@@ -119,9 +119,9 @@ class CallModel(torch.nn.Module):
             axes[name] = {axis: anything for axis in (0, *growing)}
         return axes
 
-    def axis_names(self, inputs: Sequence[Any]) -> dict[str, str]:
+    def axis_names(self, inputs: Sequence[Any]) -> dict[Any, str]:
         """Names for the symbolic sizes of the exported graph's inputs."""
-        names: dict[str, str] = {}
+        names: dict[Any, str] = {}
         for value in inputs:
             part = value.name.split(".")
             for axis, size in enumerate(value.shape):

@@ -17,20 +17,26 @@ from typing import Any
 import onnx
 import torch
 from onnx_ir.passes.common import (
+    InlinePass,
     RemoveUnusedFunctionsPass,
     RemoveUnusedNodesPass,
+    RemoveUnusedOpsetsPass,
 )
 
+from retrofit.configs import MAHAConfig
 from retrofit.errors import ExportError
 from retrofit.onnx.calls import CallModel
 from retrofit.onnx.custom import custom_nodes
 from retrofit.onnx.folder import new_folder
 from retrofit.onnx.nodes import DOMAIN, add_functions, opaque_translations
 from retrofit.onnx.translate import translate
-from retrofit.onnx.verify import Difference, verify
+from retrofit.onnx.verify import TOLERANCES, Difference, verify
+from retrofit.site import RetrofittedAttention
 
 OPSET = 20
 RECORD = "export.json"
+INLINE_ABOVE = 8
+"""Custom nodes from which loading a model with functions takes too long."""
 EXTERNAL_ABOVE = 2**31 - 2**24
 """Bytes of weights from which a model's file would pass protobuf's limit of 2 GB."""
 
@@ -48,6 +54,7 @@ class ExportReport:
         outputs: Names of the outputs.
         custom_nodes: Nodes of each custom type.
         functions: Number of function bodies that they share.
+        inlined: Whether the bodies stand in the place of the nodes.
         tied_embeddings: Whether input and output embeddings are one tensor in the file as in the model.
         worst: Greatest difference to PyTorch over all lengths; None if it was not checked.
     """
@@ -60,6 +67,7 @@ class ExportReport:
     outputs: tuple[str, ...]
     custom_nodes: dict[str, int]
     functions: int
+    inlined: bool
     tied_embeddings: bool
     worst: Difference | None
 
@@ -73,7 +81,7 @@ class ExportReport:
         tied = ", embeddings tied" if self.tied_embeddings else ""
         lines = [
             f"{self.path}: {', '.join(self.files)} ({size:,.0f} MB), opset {self.opset}{tied}",
-            f"{nodes} on {self.functions} function bodies",
+            f"{nodes} on {self.functions} function bodies{', inlined' if self.inlined else ''}",
         ]
         if self.worst is not None:
             lines.append(str(self.worst))
@@ -89,6 +97,7 @@ def export_onnx(
     tokenizer: Any = None,
     check: bool = True,
     external_data: bool | str = "auto",
+    inline: bool | str = "auto",
     progress: Callable[[str], None] | None = None,
 ) -> ExportReport:
     """Exports a Hugging Face model, converted or not, and compares the result with it.
@@ -106,6 +115,9 @@ def export_onnx(
         tokenizer: Saved beside the model if given.
         check: Whether to run the result in onnxruntime at several lengths and compare it with ``model``.
         external_data: Whether weights go into ``model.onnx.data``; ``auto`` does so where they must.
+        inline: Whether the bodies are put in the place of the custom nodes. onnxruntime, where it has no kernel
+            for them, does so itself when it loads a model, in a time that grows with the square of their number;
+            ``auto`` does so for more than 8 nodes.
         progress: Is told each step.
 
     Returns:
@@ -120,6 +132,9 @@ def export_onnx(
         raise ExportError(f"opset must be between 18 and 25, got {opset}")
     if external_data not in (True, False, "auto"):
         raise ExportError(f"external_data must be True, False or 'auto', got {external_data!r}")
+    if inline not in (True, False, "auto"):
+        raise ExportError(f"inline must be True, False or 'auto', got {inline!r}")
+    _refuse_what_does_not_run(model, check)
     tell = progress or (lambda message: None)
     training = model.training
     model.eval()
@@ -139,9 +154,13 @@ def export_onnx(
             tell("deriving the bodies of the custom nodes")
             add_functions(program.model, nodes, opset)
             counts = Counter(node.op_type for node in program.model.graph if node.domain == DOMAIN)
+            bodies = len(program.model.functions)
+            inlined = sum(counts.values()) > INLINE_ABOVE if inline == "auto" else bool(inline)
             for tidy in (
+                *([InlinePass()] if inlined else []),
                 RemoveUnusedNodesPass(),
                 RemoveUnusedFunctionsPass(),
+                RemoveUnusedOpsetsPass(),
             ):
                 tidy(program.model)
             program.rename_axes(call.axis_names(program.model.graph.inputs))
@@ -170,7 +189,8 @@ def export_onnx(
                 inputs=tuple(value.name for value in saved.graph.input),
                 outputs=tuple(value.name for value in saved.graph.output),
                 custom_nodes=dict(counts),
-                functions=len(saved.functions),
+                functions=bodies,
+                inlined=inlined,
                 tied_embeddings=_tied(model) and _stored_once(model, saved),
                 worst=worst,
             )
@@ -178,6 +198,24 @@ def export_onnx(
     finally:
         model.train(training)
     return report
+
+
+def _refuse_what_does_not_run(model: torch.nn.Module, check: bool) -> None:
+    dtype = next(model.parameters()).dtype
+    if check and dtype not in TOLERANCES:
+        raise ExportError(
+            f"the weights must be float32, float16 or float64 to be compared in onnxruntime, got {dtype}; "
+            "convert them with model.float(), or pass check=False for a runtime that takes them"
+        )
+    for path, site in model.named_modules():
+        config = site.retrofit.config if isinstance(site, RetrofittedAttention) else None
+        if isinstance(config, MAHAConfig):
+            for name, wanted in (("aggregation", "convex"), ("mode", "causal"), ("dilated_branch", False)):
+                if getattr(config, name) != wanted:
+                    raise ExportError(
+                        f"MAHAConfig.{name} must be {wanted!r} to be exported, got {getattr(config, name)!r} at "
+                        f"{path}; convert it again with {name}={wanted!r}, or leave it out with where=…"
+                    )
 
 
 def _check_file(file: Path) -> None:

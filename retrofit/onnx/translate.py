@@ -13,7 +13,15 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from onnx_ir.passes.common import InlinePass
+from onnx_ir.passes.common import (
+    CommonSubexpressionEliminationPass,
+    DeduplicateInitializersPass,
+    InlinePass,
+    LiftConstantsToInitializersPass,
+    LiftSubgraphInitializersToMainGraphPass,
+    RemoveUnusedNodesPass,
+)
+from onnxscript.optimizer import fold_constants_ir
 from torch import Tensor
 
 
@@ -54,7 +62,25 @@ def translate(
             optimize=False,
         )
     assert program is not None
+    _shrink(program.model)
     return program
+
+
+def _shrink(model: ir.Model) -> None:
+    """Folds constants and removes what is there twice: a runtime reads a function once for every call of it.
+
+    The exporter's own optimisation also tries hundreds of rewriting rules, for more time than all the rest takes.
+    """
+    fold_constants_ir(model, onnx_shape_inference=True)
+    for step in (
+        RemoveUnusedNodesPass(),
+        LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        LiftSubgraphInitializersToMainGraphPass(),
+        DeduplicateInitializersPass(),
+        CommonSubexpressionEliminationPass(),
+        RemoveUnusedNodesPass(),
+    ):
+        step(model)
 
 
 def as_function(
@@ -72,11 +98,13 @@ def as_function(
     graph = model.graph
     for part in (graph, *graph.subgraphs()):
         _constants(part)
-    # onnxruntime confuses names inside a function's subgraphs with equal ones of the graph that calls it.
+    # onnxruntime confuses names inside a function's subgraphs with equal ones of the graph that calls it, and
+    # takes symbolic sizes of one name for equal, also where one is the caller's.
     prefix = f"{name[1]}.{name[2]}."
     inner = [value for part in graph.subgraphs() for value in part.inputs]
     for value in [*inner, *(value for node in graph.all_nodes() for value in node.outputs)]:
         value.name = f"{prefix}{value.name}"
+        value.shape = None
     return ir.Function(*name, graph=graph, attributes=())
 
 

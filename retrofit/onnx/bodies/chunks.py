@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._higher_order_ops.cond import cond_op
 from torch._higher_order_ops.scan import scan_op
 
 
@@ -38,6 +39,26 @@ def scan_chunks(
 
     _, *outputs = scan_op(combine, [torch.zeros((), dtype=torch.int64)], list(inputs), tuple(held.values()))
     return list(outputs)
+
+
+def run_if(
+    needed: Tensor,
+    run: Callable[[dict[str, Tensor]], Sequence[Tensor]],
+    otherwise: Sequence[Tensor],
+    held: Mapping[str, Tensor],
+) -> list[Tensor]:
+    """``run(held)`` if ``needed``, a boolean of no dimensions, and else ``otherwise``, of the same shapes and types.
+
+    Every tensor that ``run`` uses must come from ``held``, and no result may be one of them.
+    """
+
+    def yes(*arguments: Tensor) -> list[Tensor]:
+        return list(run(dict(zip(held, arguments, strict=False))))
+
+    def no(*arguments: Tensor) -> list[Tensor]:
+        return [value.clone() for value in arguments[len(held) :]]
+
+    return list(cond_op(needed, yes, no, (*held.values(), *otherwise)))
 
 
 def split(x: Tensor, size: int | torch.SymInt) -> Tensor:

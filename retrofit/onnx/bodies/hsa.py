@@ -20,7 +20,7 @@ from retrofit.kernels.hsa.blocked import block_step, prefix_nodes
 from retrofit.kernels.hsa.blocked_call import block_queries
 from retrofit.kernels.hsa.blocked_tile import Sources
 from retrofit.kernels.hsa.geometry import Geometry
-from retrofit.onnx.bodies.chunks import scan_chunks
+from retrofit.onnx.bodies.chunks import run_if, scan_chunks
 
 BLOCKS = 1
 """Query blocks in a chunk: a decoded token pays for all of them."""
@@ -85,10 +85,8 @@ def hsa_attention(
     if gate is not None:
         for i, level in enumerate(value_nodes):
             fetched[f"value_nodes{i}"] = tables.padded_rows(level, g.nodes_in_span(i))
-    near = (start[:, None] + torch.arange(torch.sym_min(slots, g.dense_end), device=q.device)).clamp(
-        max=slots - 1
-    )
-    near = near[:, None, :, None].expand(-1, kv_heads, -1, -1)
+    early = start[:, None] + torch.arange(torch.sym_min(slots, g.dense_end), device=q.device)
+    early = early.clamp(max=slots - 1)[:, None, :, None].expand(-1, kv_heads, -1, -1)
     if past_spans is None or past_first is None:
         past_spans = torch.full((1, kv_heads, 0, beam), -1, dtype=torch.int32).expand(batch, -1, -1, -1)
         past_first = torch.full((1, kv_heads, 0, g.leaf_width), query_block, dtype=torch.uint8)
@@ -97,21 +95,13 @@ def hsa_attention(
     past_spans = pad(past_spans, (0, 0, 0, 1), value=-1)
     past_first = pad(past_first, (0, 0, 0, 1), value=query_block)
 
-    def step(number: Tensor, held: Mapping[str, Tensor]) -> Sequence[Tensor]:
-        table = {
-            name: rows._replace(**{field: held[f"{name}.{field}"] for field in _tensors(rows)})
-            for name, rows in fetched.items()
-        }
+    def sparse(held: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        """The query blocks ``block`` by selection: their output, spans and leaves."""
+        table = {name: _replaced(rows, name, held) for name, rows in fetched.items()}
         by_level = [table[f"nodes{i}"] for i in range(g.levels)]
-        length, low = held["length"], held["low"]
-        numbered = held["begin"][:, None] + number
-        block = torch.minimum(numbered, ((length - 1).clamp(min=0) // g.query_block)[:, None])
+        block, length, low = held["block"], held["length"], held["low"]
         first_place = block[..., None] * g.query_block
-        places = first_place + torch.arange(g.query_block, device=block.device)
-        queries, leaders = (
-            block_queries(held["q"], kv_heads, at, held["offset"], low, length).float() * scale
-            for at in (places, first_place)
-        )
+        leaders = block_queries(held["q"], kv_heads, first_place, held["offset"], low, length).float() * scale
         spans = select.coarse_spans(
             leaders,
             by_level,
@@ -131,7 +121,7 @@ def hsa_attention(
                 nodes=tuple(by_level), value_nodes=values_by_level, gate=held["gate"].float()
             )
         out, first = block_step(
-            queries,
+            held["queries"],
             by_level[0],
             sources,
             spans,
@@ -143,13 +133,38 @@ def hsa_attention(
             tiles=execute.max_tiles(g),
             **rules,
         )
-        is_dense = first_place[..., 0] < g.dense_end if causal else (length <= g.dense_end)[:, None]
+        return [out, spans.to(torch.int32), first.to(torch.uint8)]
+
+    def near(held: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        places = held["block"][..., None] * g.query_block + torch.arange(g.query_block, device=q.device)
+        return [
+            _dense(
+                held["queries"],
+                held["near_keys"],
+                held["near_values"],
+                places,
+                held["length"],
+                causal,
+                sliding_window,
+            )
+        ]
+
+    def step(number: Tensor, held: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        length = held["length"]
+        numbered = held["begin"][:, None] + number
+        block = torch.minimum(numbered, ((length - 1).clamp(min=0) // g.query_block)[:, None])
+        places = block[..., None] * g.query_block + torch.arange(g.query_block, device=block.device)
+        queries = block_queries(held["q"], kv_heads, places, held["offset"], held["low"], length).float()
+        queries = queries * scale
+        held = {**held, "block": block, "queries": queries}
+        is_dense = places[..., 0] < g.dense_end if causal else (length <= g.dense_end)[:, None]
         is_dense = is_dense.expand(block.shape)[:, None, :, None]
-        out = torch.where(
-            is_dense[..., None],
-            _dense(queries, held["near_keys"], held["near_values"], places, length, causal, sliding_window),
-            out,
-        )
+        nothing = queries.new_zeros(*queries.shape[:4], held["near_values"].shape[3])
+        unchosen = queries.new_full((*queries.shape[:3], g.beam), -1, dtype=torch.int32)
+        unseen = queries.new_full((*queries.shape[:3], g.leaf_width), g.query_block, dtype=torch.uint8)
+        out, spans, first = run_if((~is_dense).any(), sparse, [nothing, unchosen, unseen], held)
+        (dense,) = run_if(is_dense.any(), near, [nothing], held)
+        out = torch.where(is_dense[..., None], dense, out)
         chosen = (numbered == block)[:, None, :, None] & ~is_dense
         return [
             out.to(held["near_values"].dtype),
@@ -165,8 +180,8 @@ def hsa_attention(
         "offset": offset,
         "past_spans": past_spans,
         "past_first": past_first,
-        "near_keys": k.gather(2, near.expand(-1, -1, -1, k.shape[3])),
-        "near_values": v.gather(2, near.expand(-1, -1, -1, v.shape[3])),
+        "near_keys": k.gather(2, early.expand(-1, -1, -1, k.shape[3])),
+        "near_values": v.gather(2, early.expand(-1, -1, -1, v.shape[3])),
         **{
             f"{name}.{field}": value
             for name, rows in fetched.items()
@@ -214,6 +229,11 @@ def _dense(
 
 def _tensors(rows: tables.Rows) -> dict[str, Tensor]:
     return {name: value for name, value in rows._asdict().items() if isinstance(value, Tensor)}
+
+
+def _replaced(rows: tables.Rows, name: str, held: Mapping[str, Tensor]) -> tables.Rows:
+    tensors: dict[str, Any] = {field: held[f"{name}.{field}"] for field in _tensors(rows)}
+    return rows._replace(**tensors)
 
 
 def _pick(x: Tensor, block: Tensor) -> Tensor:
