@@ -161,6 +161,8 @@ class RetrofittedAttention(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Takes what the original took and returns what it returned; attention weights become None."""
         plan = self.plan
+        if self.training:
+            self._check_dropout()
         values = plan.signature.bind(args, kwargs)
         tensors = []
         for path in plan.inputs:
@@ -175,6 +177,22 @@ class RetrofittedAttention(nn.Module):
         mask = lookup(values, plan.mask_argument) if plan.mask_argument is not None else None
         results = iter(self._run(self, *tensors, _Context(mask, self._layer(values))))
         return pytree.tree_map(lambda leaf: next(results) if is_tensor_slot(leaf) else leaf, plan.output)
+
+    def _check_dropout(self) -> None:
+        """Refuses to train with dropout that the graph, captured without it, would leave out."""
+        for name, value in vars(self.original).items():
+            if "drop" in name and isinstance(value, float) and value > 0:
+                self._refuse_dropout(f"{self.path}.original.{name}", value)
+        for name, child in self._modules.items():
+            # Dropout of anything but the weights of attention is still called by the graph.
+            if isinstance(child, nn.Dropout) and child.p > 0 and f"self.{name}(" not in self.plan.source:
+                self._refuse_dropout(f"{self.path}.{name}.p", child.p)
+
+    def _refuse_dropout(self, where: str, value: float) -> None:
+        raise CaptureError(
+            f"converted attention cannot be trained with dropout, {where} must be 0, got {value}; "
+            "set it to 0, or call eval() on the site"
+        )
 
     def _check_rest(self, values: Mapping[str, Any]) -> None:
         plan = self.plan

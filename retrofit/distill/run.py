@@ -265,6 +265,8 @@ class _Loop:
                 raise ConfigError("trainable='own' found no parameters in the targets; take trainable='lora'")
             groups = [group]
             model.train()
+            for _, site in self.sites:
+                site.training = False  # converted attention has no dropout; its children keep theirs
             if config.gradient_checkpointing:
                 _checkpoint_gradients(model)
         for group in groups:

@@ -288,3 +288,12 @@ def test_what_cannot_be_distilled_is_refused(
 def test_contradictory_settings(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         DistillConfig(**options)
+
+
+def test_attention_dropout_does_not_stop_distillation(
+    tiny_llama: Callable[..., Any], tiny_hsa: HSAConfig, ids: Tensor
+) -> None:
+    model = tiny_llama(attention_dropout=0.5)
+    convert(model, tiny_hsa)
+    distill(model, ids, settings(stage="2", steps=1))
+    assert all(site.original.attention_dropout == 0.5 for _, site in sites(model))
