@@ -194,7 +194,9 @@ def softmax_bias(offsets: Tensor, seen: Sequence[tuple[int, Tensor]], *, kv_head
     visible = torch.cat([mask for _, mask in seen], 2)
     some = visible.any(-1, keepdim=True)  # where a query sees nothing it sees all, so that all stays finite
     closed = torch.zeros_like(visible, dtype=offsets.dtype).masked_fill(~visible & some, -torch.inf)
-    own = torch.cat([(offsets[:, i : i + 1] + i * log(ratio)).expand(-1, mask.shape[2]) for i, mask in seen], 1)
+    own = torch.cat(
+        [(offsets[:, i : i + 1] + i * log(ratio)).expand(-1, mask.shape[2]) for i, mask in seen], 1
+    )
     bias = closed[:, None, None] + own.view(1, kv_heads, -1, 1, own.shape[1])
     return bias.flatten(2, 3)
 
