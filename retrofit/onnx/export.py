@@ -191,7 +191,7 @@ def export_onnx(
                 custom_nodes=dict(counts),
                 functions=bodies,
                 inlined=inlined,
-                tied_embeddings=_tied(model) and _stored_once(model, saved),
+                tied_embeddings=_tied(model) and _stored_once(saved),
                 worst=worst,
             )
             (folder / RECORD).write_text(json.dumps(report.to_dict(), indent=2) + "\n")
@@ -247,6 +247,10 @@ def _tied(model: Any) -> bool:
     return output is not None and output.weight is model.get_input_embeddings().weight
 
 
-def _stored_once(model: Any, saved: onnx.ModelProto) -> bool:
-    shape = list(model.get_input_embeddings().weight.shape)
-    return sum(sorted(tensor.dims) == sorted(shape) for tensor in saved.graph.initializer) == 1
+def _stored_once(saved: onnx.ModelProto) -> bool:
+    """Whether what the token ids look up is used again, at the other end of the model."""
+    uses = Counter(name for node in saved.graph.node for name in node.input)
+    looked_up = [
+        node.input[0] for node in saved.graph.node if node.op_type == "Gather" and "input_ids" in node.input
+    ]
+    return any(uses[name] > 1 for name in looked_up)

@@ -66,12 +66,19 @@ def translate(
     return program
 
 
+def _unless_shared(node: ir.Node) -> bool | None:
+    """Keeps the transposition of a weight that is used elsewhere too: folded, a tied embedding would be stored twice."""
+    if node.op_type == "Transpose" and node.inputs[0] is not None and len(node.inputs[0].uses()) > 1:
+        return False
+    return None
+
+
 def _shrink(model: ir.Model) -> None:
     """Folds constants and removes what is there twice: a runtime reads a function once for every call of it.
 
     The exporter's own optimisation also tries hundreds of rewriting rules, for more time than all the rest takes.
     """
-    fold_constants_ir(model, onnx_shape_inference=True)
+    fold_constants_ir(model, onnx_shape_inference=True, should_fold=_unless_shared)
     for step in (
         RemoveUnusedNodesPass(),
         LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
