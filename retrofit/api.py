@@ -167,7 +167,7 @@ def convert(
         model: Any module. Converted sites start again from their original.
         config: The target, or one for each glob over site paths; the first that matches counts.
         example_inputs: A tuple or a dict, as for ``torch.export``; made up for a transformers text model.
-        where: Glob or globs over site paths; the others stay as they are.
+        where: Glob or globs over site paths; the others stay as they are, converted or not.
         progress: Called as ``progress(path, done, total)``.
         implementation: Which implementation of the target's op runs.
 
@@ -190,6 +190,7 @@ def convert(
         _check_globs(globs, found, "where")
         if isinstance(config, Mapping):
             _check_globs(tuple(config), found, "config")
+        earlier = dict(before)
         chosen: list[tuple[Found, SitePlan, TargetConfig]] = []
         skipped: dict[str, str] = {}
         for item in found:
@@ -198,6 +199,8 @@ def convert(
                 skipped[item.path] = (
                     "left out by where" if target is not None else "no glob of config matches"
                 )
+                if item.path in earlier:
+                    skipped[item.path] += f"; stays {earlier[item.path].retrofit.config.target}"
             elif isinstance(item.plan, Refused):
                 skipped[item.path] = item.plan.reason
             else:
@@ -221,10 +224,12 @@ def convert(
         )
         fingerprint = next((site.fingerprint for _, site in before), ()) or _fingerprint(model)
         changed = True
-        for site in built:
+        renewed = {site.path for site in built}
+        for site in (*built, *(site for path, site in before if path not in renewed)):
             _exchange(model, site.original, site)
         masks.enable(model)
-        prefill, decode = check.compare(model)
+        with dense(model):
+            prefill, decode = check.compare(model)
         for (item, plan, target), site in zip(chosen, built, strict=True):
             site.retrofit = build_target(plan, target, _like(item), implementation=implementation)
             site.retrofit.train(site.training)

@@ -326,6 +326,19 @@ def test_where_and_globs(tiny_llama):
     assert len(api.convert(model, {"*.0.*": DenseConfig()}).converted) == 1
 
 
+def test_sites_left_out_by_where_keep_their_target(tiny_llama, tiny_hsa, tiny_maha):
+    model = tiny_llama()
+    api.convert(model, tiny_maha, where="*.0.*")
+    kept = dict(api.sites(model))["model.layers.0.self_attn"]
+    report = api.convert(model, tiny_hsa, where="*.1.*")
+    assert report.skipped == {"model.layers.0.self_attn": "left out by where; stays maha"}
+    found = dict(api.sites(model))
+    assert found["model.layers.0.self_attn"] is kept and not kept.dense_mode
+    assert [site.retrofit.config.target for site in found.values()] == ["maha", "hsa"]
+    assert set(model.config.retrofit["sites"]) == set(found)
+    assert len(api.revert(model).reverted) == 2
+
+
 def test_convert_is_atomic(tiny_llama, monkeypatch):
     model = tiny_llama()
     modules = list(model.modules())
