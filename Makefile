@@ -10,7 +10,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # One thread per test process: two processes with as many threads as cores fight for them.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-PYTEST_ARGS ?= -n 2
+# Files stay together: models that a whole file shares are converted and exported once.
+PYTEST_ARGS ?= -n 2 --dist loadfile
 PATHS ?= tests
 
 .PHONY: setup test check demo examples lint types wheel format clean

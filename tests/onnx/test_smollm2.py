@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,15 +20,14 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def exported(
     smollm2: tuple[Any, Any], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Any, Any, OnnxModel]]:
-    model, tokenizer = smollm2
+) -> tuple[Any, Any, OnnxModel]:
+    model, tokenizer = copy.deepcopy(smollm2[0]), smollm2[1]
     retrofit.convert(model, HSAConfig())
     folder = tmp_path_factory.mktemp("smollm2") / "out"
     report = export_onnx(model, folder, check=False)
     assert report.custom_nodes == {"ExtendPyramid": 30, "HSAAttention": 30} and report.functions == 2
     assert report.tied_embeddings
-    yield model, tokenizer, OnnxModel(folder, threads=1)
-    retrofit.revert(model)
+    return model, tokenizer, OnnxModel(folder, threads=1)
 
 
 def rows(tokenizer: Any, text: Callable[[int], str], batch: int, length: int) -> tuple[Any, Any]:
@@ -39,7 +39,7 @@ def rows(tokenizer: Any, text: Callable[[int], str], batch: int, length: int) ->
     return torch.stack([ids[row * 37 : row * 37 + length] for row in range(batch)]), mask
 
 
-@pytest.mark.parametrize(("batch", "length"), [(1, 1), (3, 17), (1, 700), (1, 3400)])
+@pytest.mark.parametrize(("batch", "length"), [(1, 1), (3, 17), (1, 700), (1, 1100)])
 def test_logits(exported: Any, text: Callable[[int], str], batch: int, length: int) -> None:
     model, tokenizer, session = exported
     ids, mask = rows(tokenizer, text, batch, length)
