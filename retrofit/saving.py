@@ -13,11 +13,8 @@ So ``model.save_pretrained``, ``Trainer`` and ``AutoModelForCausalLM.from_pretra
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -27,8 +24,9 @@ from torch import nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from retrofit import folders
 from retrofit.configs import TargetConfig, config_from_dict, config_to_dict
-from retrofit.errors import ModelLoadError, OutputError, RetrofitError
+from retrofit.errors import ModelLoadError, OutputError
 
 METHOD = "retrofit"
 VERSION = 1
@@ -282,32 +280,13 @@ def from_pretrained(
     return model
 
 
-@contextmanager
-def new_folder(path: str | Path) -> Iterator[Path]:
+def new_folder(path: str | Path) -> AbstractContextManager[Path]:
     """Gives a folder to fill that takes its place only when it is complete.
 
     Raises:
         OutputError: If ``path`` is a file or holds something that retrofit did not write, or writing fails.
     """
-    path = Path(path).expanduser()
-    check_folder(path)
-    filling: Path | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        filling = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
-        filling.chmod(0o777 & ~_umask())
-        yield filling
-        _replace(path, filling)
-    except RetrofitError:
-        raise
-    except Exception as error:  # safetensors reports a full disk by an error of its own
-        if isinstance(error, OSError) or "os error" in str(error).lower() or "No space" in str(error):
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise OutputError(f"cannot write {path}: {reason}; nothing was written") from error
-        raise
-    finally:
-        if filling is not None and filling.exists():
-            shutil.rmtree(filling, ignore_errors=True)
+    return folders.new_folder(path, _is_ours, "converted model")
 
 
 def check_folder(path: Path) -> None:
@@ -316,13 +295,7 @@ def check_folder(path: Path) -> None:
     Raises:
         OutputError: If ``path`` is a file, or a folder with something that retrofit did not write.
     """
-    if path.is_dir():
-        if any(path.iterdir()) and not _is_ours(path):
-            raise OutputError(
-                f"{path} is not empty and holds no converted model; give another folder, or empty it first"
-            )
-    elif path.exists():
-        raise OutputError(f"{path} is a file; give a folder")
+    folders.check_folder(path, _is_ours, "converted model")
 
 
 def _is_ours(path: Path) -> bool:
@@ -330,28 +303,6 @@ def _is_ours(path: Path) -> bool:
         return "retrofit" in json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-
-
-def _replace(path: Path, filling: Path) -> None:
-    """Puts ``filling`` in the place of ``path``; a converted model that was there goes only then."""
-    if not path.exists():
-        filling.rename(path)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
-    path.rename(old / path.name)
-    try:
-        filling.rename(path)
-    except OSError:
-        (old / path.name).rename(path)
-        raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
 
 
 register()

@@ -25,9 +25,9 @@ from onnx_ir.passes.common import (
 
 from retrofit.configs import MAHAConfig
 from retrofit.errors import ExportError
+from retrofit.folders import new_folder
 from retrofit.onnx.calls import CallModel
 from retrofit.onnx.custom import custom_nodes
-from retrofit.onnx.folder import new_folder
 from retrofit.onnx.nodes import DOMAIN, add_functions, opaque_translations
 from retrofit.onnx.translate import translate
 from retrofit.onnx.verify import TOLERANCES, Difference, verify
@@ -139,7 +139,7 @@ def export_onnx(
     training = model.training
     model.eval()
     try:
-        with new_folder(Path(path), record=RECORD) as folder:
+        with new_folder(path, is_export, "earlier export") as folder:
             tell("translating the model")
             call = CallModel(model, with_past=with_past)
             nodes = custom_nodes()
@@ -240,6 +240,11 @@ def _text(tokenizer: Any) -> torch.Tensor | None:
 
     text = "\n\n".join(topics[key] for key in sorted(topics))
     return torch.tensor(tokenizer(text[:8_000], add_special_tokens=False)["input_ids"])
+
+
+def is_export(folder: Path) -> bool:
+    """Whether an export wrote ``folder``."""
+    return (folder / RECORD).is_file()
 
 
 def _tied(model: Any) -> bool:

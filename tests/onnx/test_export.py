@@ -16,8 +16,9 @@ import torch
 import retrofit
 from retrofit.configs import DenseConfig, HSAConfig, MAHAConfig
 from retrofit.errors import ExportError, OutputError
+from retrofit.folders import new_folder
 from retrofit.onnx import OnnxModel, export_onnx
-from retrofit.onnx.folder import new_folder
+from retrofit.onnx.export import is_export
 
 
 def greedy(model: Any, ids: torch.Tensor, mask: torch.Tensor, tokens: int) -> np.ndarray[Any, Any]:
@@ -95,7 +96,7 @@ def test_a_difference_leaves_nothing_behind(
 
 def test_a_folder_that_is_not_ours_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(OutputError, match="is not empty"), new_folder(tmp_path, record="export.json"):
+    with pytest.raises(OutputError, match="is not empty"), new_folder(tmp_path, is_export, "earlier export"):
         pass
     assert [item.name for item in tmp_path.iterdir()] == ["notes.txt"]
 
@@ -103,7 +104,7 @@ def test_a_folder_that_is_not_ours_is_left_alone(tmp_path: Path) -> None:
 def test_an_earlier_export_is_replaced(tmp_path: Path) -> None:
     target = tmp_path / "out"
     for text in ("first", "second"):
-        with new_folder(target, record="export.json") as folder:
+        with new_folder(target, is_export, "earlier export") as folder:
             (folder / "export.json").write_text(text)
     assert (target / "export.json").read_text() == "second"
     assert list(tmp_path.iterdir()) == [target]
