@@ -25,7 +25,6 @@ row). So the cover is a function of the executed leaves alone, and each leaf is 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
 from typing import TypeVar, cast
 
@@ -66,7 +65,7 @@ class Geometry:
     query_block: int
     dense_until: int
 
-    @cached_property
+    @property
     def dense_end(self) -> int:
         """Queries before this position attend densely (not causal: rows of at most this length do).
 
@@ -75,7 +74,7 @@ class Geometry:
         fits = (self.sink + self.window + self.budget) // self.query_block * self.query_block
         return max(self.dense_until, fits)
 
-    @cached_property
+    @property
     def levels(self) -> int:
         """Levels of spans, leaves included, and so of the pyramid of nodes."""
         level, spans = 1, MAX_POSITIONS // self.span_size(1)
@@ -83,29 +82,29 @@ class Geometry:
             level, spans = level + 1, spans // self.fanout
         return level + 1
 
-    @cached_property
+    @property
     def ratios(self) -> tuple[int, ...]:
         """Per pyramid level, how many members of the level below a node pools."""
         sizes = (1, *self.node_sizes)
         return tuple(size // below for below, size in pairwise(sizes))
 
-    @cached_property
+    @property
     def node_sizes(self) -> tuple[int, ...]:
         """Tokens in a node, per level."""
         return tuple(self.node_size(level) for level in range(self.levels))
 
-    @cached_property
+    @property
     def coarse_width(self) -> int:
         """Candidates of a coarse step: children of the kept spans, and the cover's own spans."""
         return self.beam * self.fanout + self.fanout - 1
 
-    @cached_property
+    @property
     def leaf_width(self) -> int:
         """Leaf candidates C of a query block; ``leaf_ids`` says which they are."""
         leaving = -((1 - self.query_block) // self.block)
         return self.coarse_width + leaving
 
-    @cached_property
+    @property
     def leaves_per_query(self) -> int:
         """Leaves that each query chooses for itself."""
         return min(self.budget // self.block, self.leaf_width)
