@@ -50,15 +50,15 @@ class HSAConfig:
 
     target: ClassVar[str] = "hsa"
 
-    window: int = 448
+    window: int = 256
     sink: int = 64
-    budget: int = 448
-    block: int = 16
-    node: int = 2
+    budget: int = 480
+    block: int = 32
+    node: int = 4
     fanout: int = 8
-    nodes_per_span: int = 32
+    nodes_per_span: int = 16
     beam: int = 32
-    query_block: int = 16
+    query_block: int = 32
     pooling: str = "mean"
     summaries: bool = False
     dense_until: int | None = None

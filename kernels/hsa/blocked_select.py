@@ -3,15 +3,16 @@
     coarse_spans   [B, Hkv, R, G, D] first queries of R blocks  →  spans  int32 [B, Hkv, R, beam]
     leaf_step      [B, Hkv, R, G·query_block, D] queries        →  first  uint8 [B, Hkv, R, C]
 
-Both are pure functions of tensors whose shapes depend on the geometry and on R alone. The matrix products have
+A span's score is that of its best node: its votes are the softmax of the scores over the candidates, summed over
+the group's heads. Both are pure functions of tensors whose shapes depend on the geometry and on R alone. The matrix products have
 one shape however many tokens a call brings, so that prefill, chunks and single tokens see the same bits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import reduce
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -113,15 +114,13 @@ def leaf_step(
     allowed = leaf_candidates(leaves, position, causal=causal, sliding_window=sliding_window, geometry=g)
     if scratch is not None:
         # Children of kept spans are candidates for the whole block: only the right edge differs by query.
-        shared = g.beam * g.fanout if causal and not sliding_window else 0
-        at, flat = nodes.flat(leaves).reshape(-1, width), queries.flatten(0, 2)
-        unused, barred = (leaves < 0).flatten(0, 2), ~allowed.flatten(0, 2)[..., shared:]
-        parts = [slice(begin, begin + scratch.lists) for begin in range(0, len(flat), scratch.lists)]
-        votes = torch.cat(
-            [_list_votes(flat[i], nodes, at[i], unused[i], barred[i], shared, scratch) for i in parts]
-        )
+        same = causal and not sliding_window and bool((leaves[..., : g.beam * g.fanout] >= 0).all())
+        begin = g.beam * g.fanout if same else 0
+        bias = torch.where(allowed.flatten(0, 2)[..., begin:], 0.0, -torch.inf).to(queries.dtype)
+        at = nodes.flat(leaves).reshape(-1, width)
+        votes = _list_votes(queries.flatten(0, 2), nodes, at, bias, begin, scratch)
     else:
-        votes = _votes(queries, nodes, leaves, allowed, causal and not sliding_window, g)
+        votes = _votes(queries, nodes, leaves, allowed)
     votes = votes.reshape(batch, heads, blocks, rows, width)
     chosen = best(votes, allowed, g.leaves_per_query)
     chosen = (
@@ -132,51 +131,36 @@ def leaf_step(
     return torch.minimum(first, when)
 
 
-def _votes(
-    queries: Tensor, nodes: Rows, leaves: Tensor, allowed: Tensor, shared: bool, geometry: Geometry
-) -> Tensor:
-    """Votes [B·Hkv·R, Q, C] of all blocks at once; ``shared``: queries differ at the right edge alone."""
-    g, width = geometry, leaves.shape[-1]
-    each, rows = nodes.group, g.query_block
-    outside = -torch.inf
-    if shared and not torch.compiler.is_exporting():  # ONNX has no views
-        # Children of kept spans are candidates for the whole block: only the right edge differs by query.
-        edge = width - g.beam * g.fanout
-        column = torch.where(leaves >= 0, 0.0, outside).to(queries.dtype)
-        bias = column.repeat_interleave(each, dim=-1).flatten(0, 2)[:, None]
-        scores = bias.expand(-1, queries.shape[3], -1).contiguous()
-        scores = scores.baddbmm_(queries.flatten(0, 2), _members(nodes, leaves, queries.dtype))
-        late = torch.where(allowed[..., -edge:], 0.0, outside).to(queries.dtype)
-        late = late.repeat_interleave(each, dim=-1).flatten(0, 2)[:, None]
-        scores.unflatten(1, (-1, rows))[..., -edge * each :] += late
-    else:
-        bias = torch.where(allowed, 0.0, outside).to(queries.dtype).repeat_interleave(each, dim=-1)
-        scores = bias.flatten(0, 2)[:, None].expand(-1, queries.shape[3] // rows, -1, -1).flatten(1, 2)
-        scores = torch.baddbmm(scores, queries.flatten(0, 2), _members(nodes, leaves, queries.dtype))
-    mass = scores.softmax(-1).unflatten(1, (-1, rows)).sum(1)
-    return mass.reshape(*mass.shape[:-1], width, each).sum(-1)
+def _votes(queries: Tensor, nodes: Rows, leaves: Tensor, allowed: Tensor) -> Tensor:
+    """Votes [B·Hkv·R, Q, C] of all blocks at once."""
+    width, each, rows = leaves.shape[-1], nodes.group, allowed.shape[-2]
+    scores = torch.bmm(queries.flatten(0, 2), _members(nodes, leaves, queries.dtype))
+    scores = scores.reshape(len(scores), -1, rows, width, each).amax(-1)
+    return scores.masked_fill(~allowed.flatten(0, 2)[:, None], -torch.inf).softmax(-1).sum(1)
 
 
 def _list_votes(
-    queries: Tensor, nodes: Rows, at: Tensor, unused: Tensor, barred: Tensor, shared: int, scratch: Scratch
+    queries: Tensor, nodes: Rows, at: Tensor, bias: Tensor, begin: int, scratch: Scratch
 ) -> Tensor:
     """Votes [X, Q, C] of queries [X, G·Q, D] for the leaves in rows ``at`` [X, C] of the table of nodes.
 
-    Left out are ``unused`` places [X, C] before place ``shared`` and, from there on, ``barred`` ones
-    [X, Q, C − shared].
+    One list at a time: what it needs stays in the cache, and every product has the same shape. ``bias``
+    [X, Q, ·] says who does not see what from leaf ``begin`` on.
     """
-    lists, width = at.shape
-    count = width * nodes.group
-    members = scratch.rows("nodes", nodes.table, at.flatten(), queries.dtype).view(lists, count, -1)
-    scores = scratch.empty("node scores", (lists, queries.shape[1], count), queries)
-    torch.bmm(queries, members.transpose(1, 2), out=scores)
-    by_place = scores.reshape(lists, -1, barred.shape[1], width, nodes.group)
-    if bool(unused[:, :shared].any()):
-        by_place[..., :shared, :].masked_fill_(unused[:, None, None, :shared, None], -torch.inf)
-    by_place[..., shared:, :].masked_fill_(barred[:, None, ..., None], -torch.inf)
-    by_head = torch.softmax(scores, -1, out=scores).reshape(*by_place.shape[:3], -1).unbind(1)
-    mass = reduce(torch.Tensor.add_, by_head)  # in place: a sum over a dimension would read across the rows
-    return mass.reshape(*mass.shape[:-1], width, nodes.group).sum(-1)
+    (lists, width), each = at.shape, nodes.group
+    votes = queries.new_empty(lists, bias.shape[1], width)
+    scores = scratch.empty("node scores", (each, queries.shape[1], width), queries)
+    best_nodes = scratch.empty("leaf scores", scores.shape[1:], queries)
+    by_head = best_nodes.view(-1, *votes.shape[1:])
+    for query, rows, hidden, vote in zip(queries, at, bias, votes, strict=True):
+        members = scratch.rows("nodes", nodes.table, rows, queries.dtype).view(width, each, -1)
+        # The leaves' first nodes, their second ones and so on: the best node is then found along whole rows.
+        torch.bmm(query.expand(each, -1, -1), members.permute(1, 2, 0), out=scores)
+        torch.amax(scores, 0, out=best_nodes)
+        by_head[..., begin:] += hidden
+        torch.softmax(best_nodes, -1, out=best_nodes)
+        torch.sum(by_head, 0, out=vote)
+    return votes
 
 
 def leaf_candidates(
@@ -199,10 +183,18 @@ def best(votes: Tensor, allowed: Tensor, count: int) -> Tensor:
     if count >= votes.shape[-1]:
         return allowed
     votes = torch.where(allowed, votes, -1.0)
-    least = votes.topk(count, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    least = _nth_highest(votes, count)
     above, level = votes > least, votes == least
     room = count - above.sum(-1, keepdim=True, dtype=torch.int32)
     return (above | (level & (level.cumsum(-1, dtype=torch.int32) <= room))) & allowed
+
+
+def _nth_highest(votes: Tensor, count: int) -> Tensor:
+    """The vote at place ``count`` from the top, [..., 1]."""
+    if votes.device.type != "cpu" or torch.compiler.is_exporting():
+        return votes.topk(count, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    place = votes.shape[-1] - count  # NumPy selects with vector instructions, an order of magnitude faster
+    return torch.from_numpy(np.partition(votes.numpy(), place, axis=-1)[..., place : place + 1])
 
 
 def _members(nodes: Rows, ids: Tensor, dtype: torch.dtype) -> Tensor:
@@ -214,8 +206,7 @@ def _span_votes(queries: Tensor, nodes: Rows, ids: Tensor, allowed: Tensor) -> T
     """Votes [B, Hkv, R, W] of the first queries for spans of their own."""
     scores = torch.bmm(queries.flatten(0, 2), _members(nodes, ids, queries.dtype))
     scores = scores.reshape(*ids.shape[:3], -1, ids.shape[3], nodes.group)
-    scores = scores.masked_fill(~allowed[..., None, :, None], -torch.inf)
-    return scores.flatten(-2).softmax(-1).sum(-2).reshape(*ids.shape, -1).sum(-1)
+    return scores.amax(-1).masked_fill(~allowed[..., None, :], -torch.inf).softmax(-1).sum(-2)
 
 
 def _prefix_votes(queries: Tensor, prefix: Tensor, allowed: Tensor, geometry: Geometry) -> Tensor:
@@ -223,7 +214,6 @@ def _prefix_votes(queries: Tensor, prefix: Tensor, allowed: Tensor, geometry: Ge
     batch, heads, blocks, group, width = queries.shape
     each, spans = geometry.nodes_per_span, geometry.beam * geometry.fanout
     scores = torch.bmm(queries.reshape(batch * heads, blocks * group, width), prefix.transpose(1, 2))
-    scores = scores.reshape(batch, heads, blocks, group, spans, each)
-    scores = scores.masked_fill(~allowed[..., None, :spans, None], -torch.inf)
-    votes = scores.flatten(-2).softmax(-1).sum(-2).reshape(batch, heads, blocks, spans, each).sum(-1)
+    scores = scores.reshape(batch, heads, blocks, group, spans, each).amax(-1)
+    votes = scores.masked_fill(~allowed[..., None, :spans], -torch.inf).softmax(-1).sum(-2)
     return F.pad(votes, (0, allowed.shape[-1] - spans))

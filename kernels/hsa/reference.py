@@ -7,8 +7,8 @@ For each row and each query block, in positions:
     execution      one softmax over sinks, window and the leaves chosen so far in the block, plus, gated, the
                    nodes of the cover of what is not executed (``geometry`` defines candidates and cover)
 
-A vote is Σ over the group's heads of the softmax over all the candidates' nodes of scale·q·k, summed within each
-candidate: the log-sum-exp of scale·q·k + log(node size), as all nodes of a step have one size.
+A candidate's score is the highest scale·q·k among its nodes; its vote is Σ over the group's heads of the softmax of
+the scores over the candidates.
 
 Score computations run in float32, or float64 for float64 inputs, and in shapes that depend on the geometry
 alone, so that prefill, chunks and single tokens see the same bits.
@@ -210,9 +210,8 @@ class _Row:
         at = at.flatten(-2).clamp(max=nodes.shape[1] - 1)
         members = nodes.gather(1, at[..., None].expand(-1, -1, nodes.shape[2]))
         scores = self.scale * (q @ members[:, None].transpose(-1, -2))
-        unused = ~valid[:, None].repeat_interleave(each, dim=-1)
-        mass = scores.masked_fill(unused, -torch.inf).softmax(-1).nan_to_num(0.0)
-        return mass.reshape(*mass.shape[:-1], -1, each).sum(-1).sum(1)
+        best = scores.reshape(*scores.shape[:-1], -1, each).amax(-1)
+        return best.masked_fill(~valid[:, None], -torch.inf).softmax(-1).nan_to_num(0.0).sum(1)
 
     def masks(self, t: Tensor, block: int, leaves: Tensor, first: Tensor) -> tuple[Tensor, list[Tensor]]:
         """What the queries ``t`` of ``block`` count: keys, bool [Hkv, R, n], and per level spans of the cover."""

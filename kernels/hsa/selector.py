@@ -145,7 +145,7 @@ class _Step:
     def span_scores(self, q: Tensor, nodes: Tensor, each: int) -> Tensor:
         spans = nodes.shape[2] // each
         scores = self.scale * (q @ nodes[:, :, None, : spans * each].transpose(-1, -2))
-        return scores.reshape(*scores.shape[:-1], spans, each).logsumexp(-1)
+        return scores.reshape(*scores.shape[:-1], spans, each).amax(-1)
 
     @torch.no_grad()
     def leaf_mass(self, q: Tensor, keys: Tensor, t: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from math import log
 
 import pytest
 import torch
@@ -25,14 +24,14 @@ def cover_of(leaves: int, top: int, fanout: int) -> list[tuple[int, int]]:
 
 
 def votes(q: Tensor, k: Tensor, spans: list[tuple[int, int]], g: Geometry) -> dict[tuple[int, int], float]:
-    """Votes of one query q [G, D] for spans over the keys k [n, D], by sums over pooled keys."""
-    mass = {}
+    """Votes of one query q [G, D] for spans over the keys k [n, D], each by its best node."""
+    scores = {}
     for level, span in spans:
         begin, size = g.sink + span * g.span_size(level), g.node_size(level)
         nodes = k[begin : begin + g.span_size(level)].reshape(-1, size, k.shape[1]).mean(1)
-        mass[level, span] = (q @ nodes.T * k.shape[1] ** -0.5 + log(size)).logsumexp(-1)
-    total = torch.stack(list(mass.values())).logsumexp(0) if mass else None
-    return {key: float((value - total).exp().sum()) for key, value in mass.items()}
+        scores[level, span] = (q @ nodes.T * k.shape[1] ** -0.5).amax(-1)
+    total = torch.stack(list(scores.values())).logsumexp(0) if scores else None
+    return {key: float((value - total).exp().sum()) for key, value in scores.items()}
 
 
 def best(scored: dict[tuple[int, int], float], count: int) -> list[tuple[int, int]]:
