@@ -165,7 +165,7 @@ def block_step(
         scratch=scratch,
     )
     if scratch is not None and sources.gate is None:
-        return executed.attend_by_length(
+        return executed.attend_lists(
             queries,
             sources,
             *execute.listed(leaves, first, g),
@@ -193,9 +193,14 @@ def block_step(
 
 
 def prefix_nodes(level: Tensor, geometry: Geometry) -> Tensor:
-    """The nodes [B·Hkv, beam·fanout·nodes_per_span, D] that a coarse step shares if it is the first."""
-    count = geometry.beam * geometry.fanout * geometry.nodes_per_span
-    return F.pad(level[:, :, :count], (0, 0, 0, count))[:, :, :count].flatten(0, 1)
+    """The nodes of the spans 0, 1, … that a coarse step shares if it is the first.
+
+    Returns:
+        The spans' first nodes, their second ones and so on, [B·Hkv, nodes_per_span, beam·fanout, D].
+    """
+    each, spans = geometry.nodes_per_span, geometry.beam * geometry.fanout
+    nodes = F.pad(level[:, :, : spans * each], (0, 0, 0, spans * each))[:, :, : spans * each]
+    return nodes.unflatten(2, (spans, each)).transpose(2, 3).flatten(0, 1).contiguous()
 
 
 def _coarse(call: Call, q: Tensor, nodes: Sequence[Tensor], spans: Tensor) -> None:

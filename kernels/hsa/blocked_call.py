@@ -244,6 +244,8 @@ class Call:
         def by_position(x: Tensor) -> Rows:
             if few:
                 return tables.token_rows(x, self.start, self.length)
+            if self.uniform and not self.slots % g.block and not copy:
+                return tables.complete_rows(x, g.block)
             if self.uniform:
                 return tables.padded_rows(x, g.block)
             return tables.aligned_rows(x, self.start, self.length, g.block, max(self.lengths))

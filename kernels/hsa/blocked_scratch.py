@@ -24,7 +24,8 @@ class Scratch(threading.local):
         """Returns a tensor in the buffer ``name``: what it held before is lost, and it is, with the next call."""
         size, kept = math.prod(shape), self._kept.get(name)
         if kept is None or kept.numel() < size or kept.dtype != like.dtype:
-            kept = self._kept[name] = torch.empty(size, dtype=like.dtype, device=like.device)
+            room = 1 << (size - 1).bit_length()  # growing often would touch fresh pages each time
+            kept = self._kept[name] = torch.empty(room, dtype=like.dtype, device=like.device)
         return kept[:size].view(shape)
 
     def rows(self, name: str, table: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:

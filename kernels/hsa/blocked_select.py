@@ -42,7 +42,8 @@ def coarse_spans(
     Args:
         queries: First query of each block, times the scale, [B, Hkv, R, G, D] with R = COARSE_TILE.
         nodes: Spans of nodes by number, per level; those of level 0 are not read.
-        prefixes: Per level, the first beam·fanout·nodes_per_span nodes, [B·Hkv, ·, D]; level 0 is not read.
+        prefixes: Per level, the nodes of the first beam·fanout spans, [B·Hkv, nodes_per_span, ·, D]; level 0 is
+            not read.
         block: Number of each query block, int64 [B, R].
         length: Number of real tokens of each row, int64 [B].
         causal: Whether a query sees only itself and what lies before it.
@@ -63,7 +64,7 @@ def coarse_spans(
             end = g.sink + (ids + 1) * g.span_size(level)
             allowed = allowed & (end - 1 > (t0 - sliding_window)[:, None, :, None])
         if level >= tops[0]:
-            votes = _prefix_votes(queries, prefixes[level], allowed, g)
+            votes = _prefix_votes(queries, prefixes[level], allowed)
             if level < tops[1]:
                 votes = torch.where(
                     (top == level)[..., None], votes, _span_votes(queries, nodes[level], ids, allowed)
@@ -152,8 +153,9 @@ def _list_votes(
     scores = scratch.empty("node scores", (each, queries.shape[1], width), queries)
     best_nodes = scratch.empty("leaf scores", scores.shape[1:], queries)
     by_head = best_nodes.view(-1, *votes.shape[1:])
+    found = scratch.empty("nodes", (width, nodes.table.shape[1]), nodes.table)
     for query, rows, hidden, vote in zip(queries, at, bias, votes, strict=True):
-        members = scratch.rows("nodes", nodes.table, rows, queries.dtype).view(width, each, -1)
+        members = torch.index_select(nodes.table, 0, rows, out=found).view(width, each, -1).to(queries.dtype)
         # The leaves' first nodes, their second ones and so on: the best node is then found along whole rows.
         torch.bmm(query.expand(each, -1, -1), members.permute(1, 2, 0), out=scores)
         torch.amax(scores, 0, out=best_nodes)
@@ -184,6 +186,13 @@ def best(votes: Tensor, allowed: Tensor, count: int) -> Tensor:
         return allowed
     votes = torch.where(allowed, votes, -1.0)
     least = _nth_highest(votes, count)
+    chosen = votes >= least
+    if (
+        not torch.compiler.is_exporting()
+        and votes.device.type == "cpu"
+        and int(chosen.sum()) == count * least.numel()
+    ):
+        return chosen & allowed  # no ties
     above, level = votes > least, votes == least
     room = count - above.sum(-1, keepdim=True, dtype=torch.int32)
     return (above | (level & (level.cumsum(-1, dtype=torch.int32) <= room))) & allowed
@@ -209,11 +218,12 @@ def _span_votes(queries: Tensor, nodes: Rows, ids: Tensor, allowed: Tensor) -> T
     return scores.amax(-1).masked_fill(~allowed[..., None, :], -torch.inf).softmax(-1).sum(-2)
 
 
-def _prefix_votes(queries: Tensor, prefix: Tensor, allowed: Tensor, geometry: Geometry) -> Tensor:
+def _prefix_votes(queries: Tensor, prefix: Tensor, allowed: Tensor) -> Tensor:
     """Votes [B, Hkv, R, W] of the first queries for spans 0, 1, …, which all blocks share."""
     batch, heads, blocks, group, width = queries.shape
-    each, spans = geometry.nodes_per_span, geometry.beam * geometry.fanout
-    scores = torch.bmm(queries.reshape(batch * heads, blocks * group, width), prefix.transpose(1, 2))
-    scores = scores.reshape(batch, heads, blocks, group, spans, each).amax(-1)
+    each, spans = prefix.shape[1:3]
+    shared = queries.reshape(batch * heads, 1, blocks * group, width).expand(-1, each, -1, -1)
+    scores = torch.bmm(shared.flatten(0, 1), prefix.flatten(0, 1).transpose(1, 2))
+    scores = scores.reshape(batch, heads, each, blocks, group, spans).amax(2)
     votes = scores.masked_fill(~allowed[..., None, :spans], -torch.inf).softmax(-1).sum(-2)
     return F.pad(votes, (0, allowed.shape[-1] - spans))

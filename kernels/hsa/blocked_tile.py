@@ -161,7 +161,7 @@ def attend(queries: Tensor, tile: Tile, gate: Tensor | None, *, causal: bool, ge
     return out.unflatten(0, queries.shape[:3])
 
 
-def attend_by_length(
+def attend_lists(
     queries: Tensor,
     sources: Sources,
     ordered: Tensor,
@@ -174,56 +174,78 @@ def attend_by_length(
     sliding_window: int,
     geometry: Geometry,
 ) -> Tensor:
-    """As ``fetch`` and ``attend`` without summaries, a few lists of about one length at a time.
+    """As ``fetch`` and ``attend`` without summaries, one list at a time: what a list needs stays in the cache.
 
-    The lists differ in length, and a product takes the longest of its lists: short ones go together. What a
-    list computes does not depend on its company.
+    Args:
+        queries: Times the scale, [B, Hkv, R, G·query_block, D].
+        sources: The tables.
+        ordered: The list of leaves, as from ``execute.listed``.
+        count: How many of them each query may see, as from ``execute.listed``.
+        block: Number of each query block, int64 [B, R].
+        length: Number of real tokens of each row, int64 [B].
+        scratch: Memory to work in.
+        causal: Whether a query sees only itself and what lies before it.
+        sliding_window: A query sees no keys this far or farther before it; 0 for no limit.
+        geometry: The sizes.
     """
     g, dtype = geometry, queries.dtype
     tile, exact = execute.list_tile(g), execute.exact_rows(g, causal)
-    tiles = -(-count.amax(-1).flatten() // tile)
+    tiles = (-(-count.amax(-1).flatten() // tile)).clamp(min=1).tolist()
+    most = max(tiles) * tile
     prefixes = causal and not sliding_window  # a query sees the first places of the list
     rows, bias = execute.plan(
         ordered,
         count,
         block,
         length,
-        0 if prefixes else int(tiles.max()),
+        0 if prefixes else max(tiles),
         causal=causal,
         sliding_window=sliding_window,
         geometry=g,
         dtype=dtype,
     )
     if prefixes:
-        listed = ordered[..., : int(tiles.max()) * tile] + g.sink // g.block
-        rows = torch.cat([rows, F.pad(listed, (0, int(tiles.max()) * tile - listed.shape[-1]))], dim=-1)
-    bias, flat, seen = bias.flatten(0, 2), queries.flatten(0, 2), count.flatten(0, 2)
-    places = [_places(table, rows, g.block).reshape(len(flat), -1) for table in sources.tables]
-    each = places[0].shape[1] // rows.shape[-1]
-    out = flat.new_empty(*flat.shape[:2], sources.values.table.shape[1] // sources.values.group)
-    by_length = tiles.argsort(stable=True)
-    for begin in range(0, len(flat), scratch.lists):
-        chosen = by_length[begin : begin + scratch.lists]
-        listed_tiles = int(tiles[chosen[-1]])
-        slots = exact + listed_tiles * tile
+        listed = ordered[..., :most] + g.sink // g.block
+        rows = torch.cat([rows, F.pad(listed, (0, most - listed.shape[-1]))], dim=-1)
+    flat, bias, count = queries.flatten(0, 2), bias.flatten(0, 2), count.flatten(0, 2)
+    key_rows, value_rows = (
+        _places(table, rows, g.block).reshape(len(flat), -1) for table in (sources.keys, sources.values)
+    )
+    each = key_rows.shape[1] // rows.shape[-1]
+    late = torch.where(torch.arange(most, device=count.device) < count[..., None], 0.0, execute.HIDDEN).to(
+        dtype
+    )
+    seen_by_all = count[:, 0].tolist()
+    room = (exact + most) * each
+    key_room, value_room = (
+        scratch.empty(name, (room, rows.table.shape[1]), rows.table)
+        for name, rows in (("keys", sources.keys), ("values", sources.values))
+    )
+    score_room = scratch.empty("scores", (flat.shape[1] * (exact + most) * g.block,), flat)
+    out = flat.new_zeros(*flat.shape[:2], sources.values.table.shape[1] // sources.values.group)
+    for i, (query, part) in enumerate(zip(flat.unbind(), out.unbind(), strict=True)):
+        slots = exact + tiles[i] * tile
+        width = slots * g.block
         keys, values = (
-            scratch.rows(name, table.table, at[chosen, : slots * each].flatten(), dtype).view(
-                len(chosen), slots * g.block, -1
+            torch.index_select(rows.table, 0, at[i, : slots * each], out=found[: slots * each])
+            .view(width, -1)
+            .to(dtype)
+            for rows, at, found in (
+                (sources.keys, key_rows, key_room),
+                (sources.values, value_rows, value_room),
             )
-            for name, table, at in zip(("keys", "values"), sources.tables, places, strict=True)
         )
-        by_head = (len(chosen), flat.shape[1] // g.query_block, g.query_block, slots * g.block)
-        weights = scratch.empty("scores", by_head, flat)
+        weights = score_room[: len(query) * width].view(len(query), width)
+        torch.mm(query, keys.t(), out=weights)
+        by_head = weights.view(-1, g.query_block, width)
+        by_head[..., : bias.shape[-1]] += bias[i, :, :width]
         if prefixes:
-            weights[..., : exact * g.block] = bias[chosen][:, None]
-            weights[..., exact * g.block :] = execute.list_bias(seen[chosen], listed_tiles * tile, g, dtype)[
-                :, None
-            ]
-        else:
-            weights[:] = bias[chosen, :, : slots * g.block][:, None]
-        weights = weights.flatten(1, 2).baddbmm_(flat[chosen], keys.transpose(1, 2))
+            by_leaf = by_head.view(-1, g.query_block, slots, g.block)
+            by_leaf[..., exact + seen_by_all[i] :, :] += late[i, :, seen_by_all[i] : slots - exact, None]
         torch.softmax(weights, -1, out=weights)
-        out[chosen] = execute.accumulate(weights, values, exact * g.block, tile * g.block)
+        tiled = [(exact + tile) * g.block] + [tile * g.block] * (tiles[i] - 1)
+        for weight, value in zip(weights.split(tiled, 1), values.split(tiled), strict=True):
+            part.addmm_(weight, value)
     return out.unflatten(0, queries.shape[:3])
 
 
