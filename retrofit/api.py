@@ -17,7 +17,7 @@ from difflib import get_close_matches
 import torch
 from torch import Tensor, nn
 
-from retrofit import masks
+from retrofit import masks, outputs
 from retrofit.capture.analyse import Analysis, Found, Progress, analyse
 from retrofit.capture.plan import Refused, SitePlan
 from retrofit.capture.probes import ExampleInputs, is_transformers
@@ -227,7 +227,7 @@ def convert(
         renewed = {site.path for site in built}
         for site in (*built, *(site for path, site in before if path not in renewed)):
             _exchange(model, site.original, site)
-        masks.enable(model)
+        _enable(model)
         with dense(model):
             prefill, decode = check.compare(model)
         for (item, plan, target), site in zip(chosen, built, strict=True):
@@ -242,7 +242,7 @@ def convert(
             site.restored()
             _exchange(model, site.original, site)
         if before:
-            masks.enable(model)
+            _enable(model)
         raise
     converted = tuple(_info(item, target.target) for item, _, target in chosen)
     return ConvertReport(converted, skipped, Verification(errors, prefill, decode))
@@ -280,7 +280,7 @@ def _originals(model: nn.Module) -> Iterator[None]:
         for _, site in before:
             _exchange(model, site.original, site)
         if before:
-            masks.enable(model)
+            _enable(model)
 
 
 def _put_back(model: nn.Module) -> None:
@@ -288,8 +288,17 @@ def _put_back(model: nn.Module) -> None:
     if not found:
         return
     masks.restore(model)
+    if is_transformers(model):
+        outputs.release(model)
     for _, site in found:
         _exchange(model, site, site.restored())
+
+
+def _enable(model: nn.Module) -> None:
+    """Has what surrounds the converted sites deal with them."""
+    masks.enable(model)
+    if is_transformers(model):
+        outputs.guard(model)
 
 
 def _exchange(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
