@@ -110,6 +110,9 @@ class RetrofittedAttention(nn.Module):
         vars(self)["_constants"] = dict(plan.constants)
         vars(self)["_run"] = compiled(plan.source)
         self.training = original.training
+        if isinstance(original, nn.MultiheadAttention):
+            # nn.TransformerEncoderLayer then calls this module instead of a fused kernel with its weights.
+            vars(self)["_qkv_same_embed_dim"] = False
 
     @property
     def original(self) -> nn.Module:
@@ -164,6 +167,12 @@ class RetrofittedAttention(nn.Module):
         if self.training:
             self._check_dropout()
         values = plan.signature.bind(args, kwargs)
+        for path, first in plan.same:
+            if not _same(lookup(values, path), lookup(values, first)):
+                raise CaptureError(
+                    f"{self.path} was captured with {spelled(path)} and {spelled(first)} the same tensor, got two; "
+                    "convert with an example that has two"
+                )
         tensors = []
         for path in plan.inputs:
             tensor = lookup(values, path)
@@ -276,6 +285,15 @@ class RetrofittedAttention(nn.Module):
             length = end - start
             layer.start = start
         return AttentionCall(start, length, layer)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two arguments are one tensor; copies of it that share its memory count."""
+    if a is b:
+        return True
+    if torch.compiler.is_compiling() or not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return False
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
 
 
 def _of_rank_four(mask: Tensor, tokens: int) -> Tensor:

@@ -32,3 +32,18 @@ def shape(node: Any) -> tuple[Any, ...] | None:
 def is_call(node: Any, *targets: object) -> bool:
     """Whether ``node`` calls one of ``targets``."""
     return isinstance(node, Node) and node.op == "call_function" and node.target in targets
+
+
+aten = torch.ops.aten
+SIZE_ONLY = (
+    aten.sym_size.int,
+    aten.new_zeros.default,
+    aten.new_ones.default,
+    aten.new_full.default,
+    aten.new_empty.default,
+    aten.zeros_like.default,
+    aten.ones_like.default,
+    aten.full_like.default,
+    aten.empty_like.default,
+)
+"""What takes nothing but the size of its tensor arguments."""

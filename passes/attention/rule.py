@@ -5,8 +5,10 @@ pattern(graph) → matches;  check(match) → reason or None;  rewrite(graph, ma
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Generic, TypeVar
 
 from torch.fx import Graph, Node
@@ -16,23 +18,54 @@ M = TypeVar("M")
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a rule left a node as it is."""
+    """Why a rule left a node as it is.
+
+    Attributes:
+        source: File and line that made the node; None if that is not known.
+        attention: Whether the node is attention at all, as far as was seen.
+    """
 
     rule: str
     node: str
     reason: str
+    source: str | None = None
+    attention: bool = True
 
     def __str__(self) -> str:
-        return f"{self.reason} (at node {self.node})"
+        where = f", {self.source}" if self.source else ""
+        return f"{self.reason} (at node {self.node}{where})"
+
+
+def refusal_at(rule: str, node: Node, reason: str, *, attention: bool = True) -> Refusal:
+    """The refusal of ``node``, with the line of source that made it."""
+    return Refusal(rule, node.name, reason, source_line(node), attention)
+
+
+def source_line(node: Node) -> str | None:
+    """``attention.py:123``: the innermost line of the model's own code that made ``node``."""
+    trace = node.meta.get("stack_trace")
+    found = re.findall(r'File "([^"]+)", line (\d+)', trace) if isinstance(trace, str) else []
+    own = [(path, line) for path, line in found if "/torch/" not in path]
+    if not own:
+        return None
+    path, line = own[-1]
+    return f"{PurePath(path).name}:{line}"
 
 
 class Reject(Exception):
-    """Raised by a pattern for a node that looks like its subject but is not; carries the reason."""
+    """Raised by a pattern for a node that looks like its subject but is not; carries the reason.
 
-    def __init__(self, node: Node, reason: str) -> None:
+    Args:
+        node: The node.
+        reason: Why it is not.
+        attention: False if it has nothing to do with attention, as the softmax of a router.
+    """
+
+    def __init__(self, node: Node, reason: str, *, attention: bool = True) -> None:
         super().__init__(reason)
         self.node = node
         self.reason = reason
+        self.attention = attention
 
 
 class Rule(Generic[M]):
@@ -83,7 +116,9 @@ def run_rules(graph: Graph, rules: Sequence[Rule[M]]) -> PassReport:
             try:
                 match = rule.pattern(anchor)
             except Reject as reject:
-                report.refusals.append(Refusal(rule.name, reject.node.name, reject.reason))
+                report.refusals.append(
+                    refusal_at(rule.name, reject.node, reject.reason, attention=reject.attention)
+                )
                 continue
             refusal = rule.check(match)
             if refusal is not None:

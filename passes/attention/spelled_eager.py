@@ -1,263 +1,234 @@
 """Attention written out, as transformers' eager functions and hand-written modules do.
 
-matmul(q·a, transpose(k·b)) ·c /d  (+ mask | masked_fill | where)  → softmax → to → dropout → matmul(·, v)
-    →   retrofit::attention(q, k, v, mask, False, a·b·c/d, p)
+product of q and k, in any layout ·c (+ mask | masked_fill | where) → softmax → dropout → product with v
+    →   retrofit::attention(q, k, v, mask, False, c, p)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 from torch.fx import Graph, Node
 
-from retrofit.passes.attention.arguments import arguments, is_call, shape
-from retrofit.passes.attention.heads import unrepeated
+from retrofit.passes.attention.arguments import is_call, shape
+from retrofit.passes.attention.axes import Atom, Axis, Mixed, forward, fresh, leaves, sizes
+from retrofit.passes.attention.layout import Editor
+from retrofit.passes.attention.match import (
+    AttentionMatch,
+    RowFactor,
+    broadcast_axes,
+    check_attention,
+    insert_attention,
+)
+from retrofit.passes.attention.operands import Operand, constant_factor, peeled
+from retrofit.passes.attention.products import Product
+from retrofit.passes.attention.roles import Roles, assign
 from retrofit.passes.attention.rule import Refusal, Reject, Rule, calls
-from retrofit.passes.attention.spelled_sdpa import AttentionMatch, check_attention, insert_attention
+from retrofit.passes.attention.scores import SOFTMAX, Named, Step, follow_scores, follow_weights
 
 aten = torch.ops.aten
-HIDDEN = -1e4  # a masked_fill with at most this hides a key
-_SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
-_MATMUL = (aten.matmul.default, aten.bmm.default)
-_CASTS = (aten.to.dtype, aten._to_copy.default, aten.type_as.default, aten.to.dtype_layout)
-_SAME = (
-    aten.clone.default,
-    aten.contiguous.default,
-    aten.detach.default,
-    aten.detach_.default,
-    aten.alias.default,
-)
-_PRODUCTS = (aten.mul.Tensor, aten.mul.Scalar)
-_QUOTIENTS = (aten.div.Tensor, aten.div.Scalar)
-_DROPOUT = aten.dropout.default
 
 
-@dataclass(frozen=True, kw_only=True)
-class EagerMatch(AttentionMatch):
-    """An attention written out.
-
-    Attributes:
-        masks: The nodes that add to or hide scores, outermost first, each with the factor applied after it.
-    """
-
-    masks: tuple[tuple[Node, float], ...] = ()
-
-
-class EagerSpelling(Rule[EagerMatch]):
-    """Rewrites matmul → softmax → matmul."""
+class EagerSpelling(Rule[AttentionMatch]):
+    """Rewrites product → softmax → product."""
 
     name = "eager"
 
     def anchors(self, graph: Graph) -> Iterable[Node]:
         """The softmax calls."""
-        return calls(graph, *_SOFTMAX)
+        return calls(graph, *SOFTMAX)
 
-    def pattern(self, anchor: Node) -> EagerMatch:
-        """Follows the softmax up to q·kᵀ and down to the product with v."""
-        rank = len(shape(anchor) or ())
-        if anchor.args[1] not in (-1, rank - 1):
-            raise Reject(anchor, f"the softmax is over dimension {anchor.args[1]}, not over the keys")
-        weights, dropout_p, output = _follow_weights(anchor)
-        scores = anchor.args[0]
-        assert isinstance(scores, Node)
-        product, factor, masks = _follow_scores(anchor, scores)
-        q, q_factor = _unscaled(product.args[0])
-        repeated, outer_factor = _unscaled(_transposed(product, product.args[1]))
-        k, inner_factor = _unscaled(unrepeated(repeated))
-        v = output.args[1]
-        assert isinstance(v, Node)
-        return EagerMatch(
-            rule=self.name,
-            output=output,
-            q=q,
-            k=k,
-            v=unrepeated(v),
-            mask=None,
-            masks=masks,
-            is_causal=False,
-            scale=factor * q_factor * outer_factor * inner_factor,
-            dropout_p=dropout_p,
-            weights=weights,
-        )
+    def pattern(self, anchor: Node) -> AttentionMatch:
+        """Follows the softmax up to q·kᵀ and down to the product with v, with the axes of each step."""
+        above: Reject | None = None
+        steps: list[Step] = []
+        try:
+            product, steps = follow_scores(anchor)
+        except Reject as reject:
+            above = reject
+        try:
+            weights = follow_weights(anchor, steps)
+        except Reject as below:
+            if isinstance(above, Named):
+                raise above from None
+            below.attention = above is None
+            raise
+        if above is not None:
+            raise above
+        try:
+            return _match(self.name, anchor, product, steps, weights)
+        except Mixed as mixed:
+            raise Reject(anchor, f"the layout of the scores cannot be followed: {mixed}") from mixed
 
-    def check(self, match: EagerMatch) -> Refusal | None:
-        """Checks the shapes and that the weights stay inside."""
+    def check(self, match: AttentionMatch) -> Refusal | None:
+        """Checks the shapes."""
         return check_attention(match)
 
-    def rewrite(self, graph: Graph, match: EagerMatch) -> None:
-        """Puts the canonical node in, and the mask in a form SDPA takes."""
-        insert_attention(graph, replace(match, mask=_mask_node(graph, match)))
+    def rewrite(self, graph: Graph, match: AttentionMatch) -> None:
+        """Puts the canonical node in."""
+        insert_attention(graph, match)
 
 
-def _mask_node(graph: Graph, match: EagerMatch) -> Node | None:
-    """One mask for all of ``match.masks``, in a form SDPA takes: bool if all hide, else additive."""
-    result: Node | None = None
-    additive: Node | None = None
-    with graph.inserting_before(match.output):
-        for mask, factor in match.masks:
-            if not is_call(mask, *_HIDING):
-                term = mask if factor == 1.0 else graph.call_function(aten.mul.Tensor, (mask, factor))
-                term.meta = {**mask.meta, **term.meta}
-                additive = (
-                    term if additive is None else graph.call_function(aten.add.Tensor, (additive, term))
-                )
-                continue
-            shown = condition = mask.args[0] if is_call(mask, *_WHERE) else mask.args[1]
-            assert isinstance(condition, Node)
-            if not is_call(mask, *_WHERE):
-                shown = graph.call_function(aten.logical_not.default, (condition,))
-            assert isinstance(shown, Node)
-            shown.meta = {**condition.meta, **shown.meta}
-            result = (
-                shown if result is None else graph.call_function(aten.logical_and.default, (result, shown))
-            )
-        if result is not None and additive is not None:
-            return graph.call_function(aten.where.ScalarOther, (result, additive, float("-inf")))
-    return result if additive is None else additive
+def _match(name: str, softmax: Node, product: Product, steps: list[Step], weights: Any) -> AttentionMatch:
+    axes = fresh(sizes(product.node))
+    named = dict(zip(product.result, axes, strict=True))
+    before: list[tuple[Axis, ...]] = []  # what the scores' dimensions stand for ahead of each step
+    for step in steps:
+        before.append(tuple(axes))
+        axes = _after(step.node, step.source, axes)
+    dim = softmax.args[1]
+    assert isinstance(dim, int)
+    keys, of_scores = axes[dim], tuple(axes)
+    for source, node in zip(weights.path, weights.path[1:], strict=False):
+        axes = _after(node, source, axes)
+    k_side = _key_side(softmax, product, named, keys)
+    width = tuple(
+        Atom(size)
+        for label, size in zip(product.labels[0], sizes(product.operands[0]), strict=True)
+        if label is not None and label not in product.result and size != 1
+    )
+    summed = [label for label in product.labels[0] if label is not None and label not in product.result]
+    by_size = iter(width)
+    for label, size in zip(product.labels[0], sizes(product.operands[0]), strict=True):
+        if label in summed:
+            named[label] = () if size == 1 else (next(by_size),)
+    q = peeled(_operand(product, 1 - k_side, named), factors=True, repeats=False)
+    k = peeled(_operand(product, k_side, named), factors=True, repeats=True)
+    second: Product = weights.product
+    w_side = second.side(weights.path[-1])
+    assert w_side is not None
+    if second.added is not None or second.factor != 1.0:
+        raise Reject(second.node, "something is added to the product with values")
+    of_values = _second_axes(second, w_side, axes)
+    lost = [label for label in second.labels[w_side] if label is not None and label not in second.result]
+    summed_keys = leaves(atom for label in lost for atom in of_values[label])
+    if set(summed_keys) != set(leaves(keys)) or not keys:
+        raise Reject(
+            softmax,
+            f"the softmax is over dimension {dim}, not over the keys that the product with values sums over",
+        )
+    v = peeled(_operand(second, 1 - w_side, of_values), factors=False, repeats=True)
+    out_axes = tuple(of_values[label] for label in second.result)
+    rows = _rows(steps, before, keys)
+    roles = assign(q, k, v, keys, width)
+    if isinstance(roles, str):
+        raise Reject(softmax, roles)
+    scale = product.factor * q.factor * k.factor
+    for step in steps:
+        if step.role == "scale":
+            scale *= constant_factor(step.node) or 1.0
+    return AttentionMatch(
+        rule=name,
+        output=second.node,
+        out_axes=out_axes,
+        q=q,
+        k=k,
+        v=v,
+        roles=roles,
+        scale=scale,
+        is_causal=False,
+        dropout_p=weights.dropout_p,
+        mask=_mask_maker(product, steps, of_scores),
+        rows=rows,
+        leaving=weights.leaving,
+    )
 
 
-def _follow_weights(softmax: Node) -> tuple[tuple[Node, ...], float, Node]:
-    """Walks from the softmax to the product with v: the nodes on the way, the dropout, the product."""
-    weights, dropout_p, current = [softmax], 0.0, softmax
-    while True:
-        users = [user for user in current.users if user.op != "output"]
-        if not users:
-            raise Reject(current, "a softmax whose result is not multiplied with values")
-        products = [user for user in users if is_call(user, *_MATMUL) and user.args[0] is current]
-        if products:
-            if len(users) > 1:
-                other = next(user for user in users if user is not products[0])
-                raise Reject(current, f"the attention weights are used elsewhere, by {other.name}")
-            return tuple(weights), dropout_p, products[0]
-        if len(users) > 1:
-            raise Reject(current, f"the attention weights are used elsewhere, by {users[1].name}")
-        (user,) = users
-        if is_call(user, _DROPOUT):
-            given = arguments(user)
-            dropout_p = float(given["p"]) if given["train"] else 0.0
-        elif user.op == "call_module" and issubclass(user.meta.get("module_class", object), nn.Dropout):
-            dropout_p = 0.0
-        elif not is_call(user, *_CASTS, *_SAME):
-            what = user.target if user.op != "call_module" else f"module {user.target}"
-            raise Reject(user, f"a softmax whose result goes into {what}, not into a product with values")
-        weights.append(user)
-        current = user
+def _after(node: Node, source: Node, axes: list[Axis]) -> list[Axis]:
+    """The axes behind one node."""
+    moved = forward(node, axes)
+    if moved is not None:
+        return moved
+    if sizes(node) != sizes(source):
+        raise Reject(node, "the scores are broadcast to another shape")
+    return axes
 
 
-def _follow_scores(softmax: Node, scores: Node) -> tuple[Node, float, tuple[tuple[Node, float], ...]]:
-    """Walks from the softmax's input up to q·kᵀ: that product, its factor, and the masks on the way."""
-    factor = 1.0
-    masks: list[tuple[Node, float]] = []
-    current: Any = scores
-    while True:
-        if is_call(current, *_MATMUL):
-            return current, factor, tuple(masks)
-        number = _factor(current)
-        if number is not None:
-            if number <= 0:
-                raise Reject(
-                    current, f"the scores are multiplied with {number:g}, not with a positive number"
-                )
-            factor *= number
-            current = current.args[0]
-        elif is_call(current, *_CASTS, *_SAME):
-            current = current.args[0]
-        elif is_call(current, aten.add.Tensor):
-            if current.kwargs.get("alpha", 1) != 1:
-                raise Reject(current, "a mask is added with a factor")
-            left, right = current.args[0], current.args[1]
-            if not isinstance(right, Node) or not isinstance(left, Node):
-                raise Reject(current, "a constant is added to the scores")
-            swapped = _leads_to_product(right) and not _leads_to_product(left)
-            mask, current = (left, right) if swapped else (right, left)
-            masks.append((mask, factor))
-        elif is_call(current, *_HIDING):
-            masks.append((current, factor))
-            current = _masked_scores(current)
-        else:
-            name = current.target if isinstance(current, Node) else current
-            raise Reject(softmax, f"the scores come from {name}, not from a product of queries and keys")
+def _key_side(softmax: Node, product: Product, named: dict[str, Axis], keys: Axis) -> int:
+    """Which operand of the product the keys are: the one that has the softmax's axis and the other has not."""
+    wanted = set(leaves(keys))
+    labels = {label for label, axis in named.items() if wanted & set(leaves(axis))}
+    sides = [side for side in (0, 1) if labels & set(product.labels[side])]
+    if len(sides) != 1:
+        what = "both factors have" if sides else "is of size 1"
+        raise Reject(softmax, f"the softmax is over an axis that {what}, not over the keys")
+    return sides[0]
 
 
-_WHERE = (aten.where.self, aten.where.ScalarOther)
-_HIDING = (aten.masked_fill.Scalar, aten.masked_fill.Tensor, *_WHERE)
+def _operand(product: Product, side: int, named: dict[str, Axis]) -> Operand:
+    axes = tuple(() if label is None else named[label] for label in product.labels[side])
+    return Operand(product.operands[side], axes)
 
 
-def _masked_scores(node: Node) -> Any:
-    if is_call(node, *_WHERE):
-        scores, value = node.args[1], node.args[2]
-    else:
-        scores, value = node.args[0], node.args[2]
-    number = _constant(value)
-    if number is None or number > HIDDEN:
-        raise Reject(node, f"masked scores are set to {value}, not to at most {HIDDEN:g}")
-    return scores
+def _second_axes(second: Product, w_side: int, axes: Sequence[Axis]) -> dict[str, Axis]:
+    """Axes by label of the product with values: those of the weights, new ones for what only values have."""
+    named: dict[str, Axis] = {
+        label: axis for label, axis in zip(second.labels[w_side], axes, strict=True) if label is not None
+    }
+    other = 1 - w_side
+    own = fresh(sizes(second.operands[other]))
+    for label, axis in zip(second.labels[other], own, strict=True):
+        if label is not None:
+            named.setdefault(label, axis)
+    return named
 
 
-def _leads_to_product(node: Any) -> bool:
-    while isinstance(node, Node):
-        if is_call(node, *_MATMUL):
-            return True
-        if is_call(node, aten.add.Tensor):
-            return any(_leads_to_product(side) for side in node.args[:2])
-        if _factor(node) is None and not is_call(node, *_CASTS, *_SAME, *_HIDING):
-            return False
-        node = node.args[1] if is_call(node, *_WHERE) else node.args[0]
-    return False
+def _rows(steps: list[Step], before: list[tuple[Axis, ...]], keys: Axis) -> tuple[RowFactor, ...]:
+    """The factors that are tensors; none may vary over the keys."""
+    found = []
+    for step, axes in zip(steps, before, strict=True):
+        if step.role != "row":
+            continue
+        other = step.node.args[1] if step.node.args[0] is step.source else step.node.args[0]
+        assert isinstance(other, Node)
+        own = broadcast_axes(other, axes)
+        if {atom for axis in own for atom in leaves(axis)} & set(leaves(keys)):
+            raise Reject(step.node, "the scores are multiplied with a tensor that varies over the keys")
+        found.append(RowFactor(other, own, is_call(step.node, aten.div.Tensor)))
+    return tuple(found)
 
 
-def _unscaled(node: Any) -> tuple[Node, float]:
-    """Takes constant factors off ``node``."""
-    factor = 1.0
-    while (number := _factor(node)) is not None:
-        factor *= number
-        node = node.args[0]
-    assert isinstance(node, Node)
-    return node, factor
+def _mask_maker(product: Product, steps: list[Step], axes: tuple[Axis, ...]) -> Any:
+    """Makes the mask by running the steps on scores of zero: what comes out is what they add or hide."""
+    first = next((number for number, step in enumerate(steps) if step.role == "mask"), None)
+    if product.added is not None:
+        first = 0
+    if first is None:
+        return None
+    kept = [step for step in steps[first:] if step.role != "neutral"]
+    source = product.node if product.added is not None else kept[0].source
+
+    def make(editor: Editor, roles: Roles) -> Node:
+        full = any(step.role == "layout" for step in kept)
+        new = (
+            [editor.size(size, product.node) for size in sizes(source)]
+            if full
+            else [1] * len(shape(source) or ())
+        )
+        anchor = product.operands[0]
+        current = editor.call(aten.new_zeros.default, anchor, new)
+        if product.added is not None:
+            term, beta = product.added
+            if beta != 1.0:
+                term = editor.call(aten.mul.Tensor, term, beta)
+            current = editor.call(aten.add.Tensor, current, term)
+        for step in kept:
+            current = _again(editor, step, current)
+        own = tuple(() if size == 1 else axis for size, axis in zip(sizes(current), axes, strict=True))
+        return editor.to_groups(current, own, roles.scores, broadcast=range(4))
+
+    return make
 
 
-def _factor(node: Any) -> float | None:
-    """The constant ``node`` multiplies its first argument with; None if it is no such node."""
-    if is_call(node, *_PRODUCTS):
-        return _constant(node.args[1])
-    if is_call(node, *_QUOTIENTS):
-        number = _constant(node.args[1])
-        return None if number is None else 1.0 / number
-    return None
-
-
-def _constant(value: Any) -> float | None:
-    """The number ``value`` stands for: a literal, or a tensor made of one."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    if is_call(value, aten.full.default, aten.scalar_tensor.default, aten.full_like.default):
-        number = value.args[0] if value.target is aten.scalar_tensor.default else value.args[1]
-        return float(number) if isinstance(number, (int, float)) else None
-    if is_call(value, *_CASTS, *_SAME, aten.lift_fresh_copy.default):
-        return _constant(value.args[0])
-    if isinstance(value, Node) and "constant" in value.meta:
-        return float(value.meta["constant"])
-    return None
-
-
-def _transposed(product: Node, node: Any) -> Node:
-    """Returns the keys whose transpose ``node`` is."""
-    while is_call(node, *_SAME):
-        node = node.args[0]
-    number = _factor(node)
-    if number is not None and is_call(node.args[0], aten.transpose.int, aten.permute.default):
-        raise Reject(product, "the transposed keys are scaled; scale the keys or the scores")
-    rank = len(shape(node) or ())
-    if is_call(node, aten.transpose.int):
-        dims = {dim % rank for dim in node.args[1:]}
-        if dims == {rank - 1, rank - 2}:
-            return node.args[0]
-    if is_call(node, aten.permute.default, aten.mT.default):
-        order = [dim % rank for dim in node.args[1]]
-        if order == [*range(rank - 2), rank - 1, rank - 2]:
-            return node.args[0]
-    raise Reject(product, "the scores are a product with something other than transposed keys")
+def _again(editor: Editor, step: Step, source: Node) -> Node:
+    """The step's node once more, on another input."""
+    node = step.node
+    args, kwargs = torch.fx.map_arg(
+        (node.args, node.kwargs), lambda item: source if item is step.source else item
+    )
+    with editor.graph.inserting_before(editor.before):
+        new = editor.graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
+    editor.value(new)
+    return new

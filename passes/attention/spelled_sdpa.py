@@ -6,40 +6,21 @@ sdpa(q, repeat(k), repeat(v), mask, p, causal, scale=None, enable_gqa=…)
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
 from retrofit.passes.attention.arguments import arguments, shape
-from retrofit.passes.attention.canonical import ATTENTION
-from retrofit.passes.attention.heads import unrepeated
+from retrofit.passes.attention.axes import Atom, Axis, Mixed, fresh, sizes
+from retrofit.passes.attention.layout import Editor
+from retrofit.passes.attention.match import AttentionMatch, broadcast_axes, check_attention, insert_attention
+from retrofit.passes.attention.operands import Operand, peeled
+from retrofit.passes.attention.roles import Roles, assign
 from retrofit.passes.attention.rule import Refusal, Reject, Rule, calls
 
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
-
-
-@dataclass(frozen=True)
-class AttentionMatch:
-    """The parts of one attention, whatever its spelling.
-
-    Attributes:
-        output: The node whose value is the attention's output.
-        weights: Nodes that hold the attention weights and may leave the module; they become None.
-    """
-
-    rule: str
-    output: Node
-    q: Node
-    k: Node
-    v: Node
-    mask: Node | None
-    is_causal: bool
-    scale: float
-    dropout_p: float
-    weights: tuple[Node, ...] = ()
 
 
 class SdpaSpelling(Rule[AttentionMatch]):
@@ -53,27 +34,10 @@ class SdpaSpelling(Rule[AttentionMatch]):
 
     def pattern(self, anchor: Node) -> AttentionMatch:
         """Reads the call."""
-        given = arguments(anchor)
-        if not isinstance(given["is_causal"], bool):
-            raise Reject(anchor, "is_causal depends on the input's shape")
-        q = given["query"]
-        width = (shape(q) or (0,))[-1]
-        scale = given["scale"]
-        if scale is None:
-            if not isinstance(width, int) or width == 0:
-                raise Reject(anchor, "the width of the queries is not fixed")
-            scale = width**-0.5
-        return AttentionMatch(
-            rule=self.name,
-            output=anchor,
-            q=q,
-            k=unrepeated(given["key"]),
-            v=unrepeated(given["value"]),
-            mask=given["attn_mask"],
-            is_causal=given["is_causal"],
-            scale=float(scale),
-            dropout_p=float(given["dropout_p"]),
-        )
+        try:
+            return _match(self.name, anchor)
+        except Mixed as mixed:
+            raise Reject(anchor, f"the layout cannot be followed: {mixed}") from mixed
 
     def check(self, match: AttentionMatch) -> Refusal | None:
         """Checks the shapes."""
@@ -84,52 +48,92 @@ class SdpaSpelling(Rule[AttentionMatch]):
         insert_attention(graph, match)
 
 
-def check_attention(match: AttentionMatch) -> Refusal | None:
-    """Checks what holds for every spelling: ranks, heads, and that no foreign node uses the weights."""
-    shapes = [shape(node) for node in (match.q, match.k, match.v)]
-    for name, found in zip("qkv", shapes, strict=True):
-        if found is None or len(found) != 4:
-            rank = "unknown rank" if found is None else f"rank {len(found)}"
-            return Refusal(
-                match.rule, match.output.name, f"{name} must be [batch, heads, length, width], got {rank}"
-            )
-    (q_heads, k_heads, v_heads) = (found[1] for found in shapes if found is not None)
-    if not all(isinstance(heads, int) for heads in (q_heads, k_heads, v_heads)):
-        return Refusal(match.rule, match.output.name, "the number of heads depends on the input")
-    if k_heads != v_heads or q_heads % k_heads:
-        return Refusal(
-            match.rule,
-            match.output.name,
-            f"query heads must be a multiple of key and value heads, got {q_heads}, {k_heads} and {v_heads}",
+def _match(name: str, anchor: Node) -> AttentionMatch:
+    given = arguments(anchor)
+    if not isinstance(given["is_causal"], bool):
+        raise Reject(anchor, "is_causal depends on the input's shape")
+    tensors = [given["query"], given["key"], given["value"]]
+    _agree(*(shape(node) or () for node in tensors))
+    of_q, of_k, of_v = (sizes(node) for node in tensors)
+    scale = given["scale"]
+    if scale is None:
+        if not of_q[-1].is_number or of_q[-1] == 0:
+            raise Reject(anchor, "the width of the queries is not fixed")
+        scale = float(of_q[-1]) ** -0.5
+    if not isinstance(scale, (int, float)):
+        raise Reject(anchor, "the scale depends on the input's shape")
+    outer = fresh(of_q[:-2])
+    queries, width = fresh(of_q[-2:])
+    (keys,) = fresh(of_k[-2:-1])
+    (value_width,) = fresh(of_v[-1:])
+    outer_k, outer_v = (
+        [
+            _shared(anchor, axis, size, own)
+            for axis, size, own in zip(outer, of_q[:-2], found[:-2], strict=True)
+        ]
+        for found in (of_k, of_v)
+    )
+    q = Operand(tensors[0], (*outer, queries, width))
+    k = peeled(Operand(tensors[1], (*outer_k, keys, width)), factors=False, repeats=True)
+    v = peeled(Operand(tensors[2], (*outer_v, keys, value_width)), factors=False, repeats=True)
+    roles: Roles | str
+    if len(of_q) == 4:
+        group = tuple(
+            atom for atom in Operand(q.node, (outer[1],)).atoms if atom not in k.atoms and atom not in v.atoms
         )
-    inside = {*match.weights, match.output}
-    for node in match.weights:
-        for user in node.users:
-            if user not in inside and user.op != "output":
-                return Refusal(
-                    match.rule, node.name, f"the attention weights are used elsewhere, by {user.name}"
-                )
-    return None
+        heads = tuple(atom for atom in Operand(q.node, (outer[1],)).atoms if atom not in group)
+        roles = Roles(outer[0], heads, group, queries, keys, width, value_width)
+    else:
+        q = peeled(q, factors=False, repeats=False)
+        roles = assign(q, k, v, keys, width)
+    if isinstance(roles, str):
+        raise Reject(anchor, roles)
+    return AttentionMatch(
+        rule=name,
+        output=anchor,
+        out_axes=(*outer, queries, value_width),
+        q=q,
+        k=k,
+        v=v,
+        roles=roles,
+        mask=_mask_maker(given["attn_mask"], (*outer, queries, keys)),
+        is_causal=given["is_causal"],
+        scale=float(scale),
+        dropout_p=float(given["dropout_p"]),
+    )
 
 
-def insert_attention(graph: Graph, match: AttentionMatch) -> Node:
-    """Replaces the match by a canonical node; weights that leave the module become None."""
-    with graph.inserting_before(match.output):
-        node = graph.call_function(
-            ATTENTION,
-            (match.q, match.k, match.v, match.mask, match.is_causal, match.scale, match.dropout_p),
-        )
-    node.meta = {**match.output.meta, "spelling": match.rule}
-    match.output.replace_all_uses_with(node)
-    leaving = next(item for item in graph.nodes if item.op == "output")
-    for weights in match.weights:
-        if leaving in weights.users:
-            leaving.args = (tuple(None if item is weights else item for item in _returned(leaving)),)
-    return node
+def _agree(of_q: Sequence[Any], of_k: Sequence[Any], of_v: Sequence[Any]) -> None:
+    """Has the sizes that SDPA takes to be equal be one symbol: its fake does not compare them."""
+    if len(of_q) == len(of_k) == len(of_v):
+        pairs = [*zip(of_q[:-2], of_k[:-2], strict=True), *zip(of_k[:-1], of_v[:-1], strict=True)]
+        for a, b in pairs:
+            if not isinstance(a, int) and not isinstance(b, int):
+                torch._check(a == b)
 
 
-def _returned(output: Node) -> tuple[Any, ...]:
-    """The values a graph returns, as a flat tuple."""
-    (values,) = output.args
-    assert isinstance(values, tuple)
-    return values
+def _shared(anchor: Node, axis: Axis, of_q: Any, own: Any) -> Axis:
+    """The axis of keys or values that queries have as ``axis``: the same, none, or the first part of it."""
+    if own == of_q:
+        return axis
+    if own == 1:
+        return ()
+    if not own.is_number or not of_q.is_number or of_q % own:
+        raise Reject(anchor, f"query heads must be a multiple of key and value heads, got {of_q} and {own}")
+    (atom,) = axis
+    if not atom.parts:
+        atom.parts = (Atom(own), Atom(of_q / own))
+    return (atom.parts[0],)
+
+
+def _mask_maker(mask: Any, axes: tuple[Axis, ...]) -> Any:
+    if mask is None:
+        return None
+
+    def make(editor: Editor, roles: Roles) -> Node:
+        own = broadcast_axes(mask, axes)
+        if len(own) == len(axes) == 4:
+            return mask
+        return editor.to_groups(mask, own, roles.scores, broadcast=range(4))
+
+    return make

@@ -61,10 +61,18 @@ def analyse(
                 first = of_path[0]
                 calls.setdefault(path, []).append(ProbedCall(first, _keep(probe, first)))
     planner = Planner(managed=is_transformers(model))
-    found = []
-    for done, (path, of_owner) in enumerate(calls.items()):
+    planned: dict[str, Found] = {}
+    # Inner modules first: a router's softmax inside does not make its parent anything but attention.
+    for done, (path, of_owner) in enumerate(sorted(calls.items(), key=lambda item: -item[0].count("."))):
         module = model.get_submodule(path)
-        inner = next((p for p in calls if p != path and p.startswith(f"{path}." if path else "")), None)
+        inner = next(
+            (
+                p
+                for p, item in planned.items()
+                if p.startswith(f"{path}." if path else "") and getattr(item.plan, "kind", "") != "other"
+            ),
+            None,
+        )
         plan: SitePlan | Refused
         with_keep: Sequence[ProbedCall] = of_owner
         if inner is not None:
@@ -73,10 +81,10 @@ def analyse(
             plan = Refused("the attention is the whole model; wrap it in a module that holds it")
         else:
             plan, with_keep = planner.plan(module, of_owner)
-        found.append(Found(path, module, plan, with_keep))
+        planned[path] = Found(path, module, plan, with_keep)
         if progress is not None:
             progress(f"capture {path}", done + 1, len(calls))
-    return Analysis(probes, outputs, found)
+    return Analysis(probes, outputs, [planned[path] for path in calls])
 
 
 @contextmanager

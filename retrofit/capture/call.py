@@ -123,3 +123,13 @@ def spelled(path: LeafPath) -> str:
 def tensor_leaves(values: Mapping[str, Any]) -> dict[LeafPath, Tensor]:
     """The tensors among the leaves of ``values``."""
     return {path: leaf for path, leaf in leaves(values).items() if isinstance(leaf, Tensor)}
+
+
+def same_tensors(values: Mapping[str, Any]) -> dict[LeafPath, LeafPath]:
+    """Arguments that are the tensor of an earlier one, by path: ``mha(x, x, x)`` is not ``mha(x, y, z)``."""
+    first: dict[int, LeafPath] = {}
+    return {
+        path: first[id(leaf)]
+        for path, leaf in tensor_leaves(values).items()
+        if len(path) == 1 and leaf.dim() >= 3 and first.setdefault(id(leaf), path) != path
+    }

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.fx import Graph, Node
 
-_SIZE = torch.ops.aten.sym_size.int
+from retrofit.passes.attention.arguments import SIZE_ONLY
 
 
 def ancestors(node: Node, *, through_sizes: bool = True) -> set[Node]:
@@ -21,7 +21,7 @@ def ancestors(node: Node, *, through_sizes: bool = True) -> set[Node]:
         if current in found:
             continue
         found.add(current)
-        if not through_sizes and current.op == "call_function" and current.target is _SIZE:
+        if not through_sizes and current.op == "call_function" and current.target in SIZE_ONLY:
             continue
         pending.extend(current.all_input_nodes)
     return found

@@ -22,9 +22,10 @@ from retrofit.capture.call import (
     Signature,
     is_cache,
     rebuild,
+    same_tensors,
     tensor_leaves,
 )
-from retrofit.capture.record import OwnerCall
+from retrofit.capture.record import OwnerCall, slow_path
 from retrofit.capture.standin import CHILD, TENSOR, TracedCalls, is_tensor_slot, stand_ins
 from retrofit.errors import CaptureError
 from retrofit.passes.attention.rule import remove_dead
@@ -39,27 +40,35 @@ class Captured:
         inputs: Where each placeholder's value is found in a call, by placeholder name.
         output: The module's output, ``TENSOR`` where the graph's next output goes.
         constants: Tensors the forward made once, by the attribute name the graph uses.
+        same: Arguments that must be the same tensor as another one, as they were in the call.
     """
 
     graph: Graph
     inputs: Mapping[str, LeafPath]
     output: Any
     constants: Mapping[str, Tensor]
+    same: Mapping[LeafPath, LeafPath]
 
 
 class _FlatCall(nn.Module):
     """Calls the module from a flat list of tensors and returns a flat list."""
 
-    def __init__(self, site: nn.Module, values: dict[str, Any], paths: list[LeafPath]) -> None:
+    def __init__(
+        self,
+        site: nn.Module,
+        values: dict[str, Any],
+        paths: list[LeafPath],
+        same: Mapping[LeafPath, LeafPath],
+    ) -> None:
         super().__init__()
         self.site = site
-        object.__setattr__(self, "_call", (values, paths))
+        object.__setattr__(self, "_call", (values, paths, same))
 
     def forward(self, *tensors: Tensor) -> list[Tensor]:
-        values, paths = self.__dict__["_call"]
-        found, spec = pytree.tree_flatten(
-            self.site(**rebuild(values, dict(zip(paths, tensors, strict=True))))
-        )
+        values, paths, same = self.__dict__["_call"]
+        given = dict(zip(paths, tensors, strict=True))
+        given.update({path: given[first] for path, first in same.items()})
+        found, spec = pytree.tree_flatten(self.site(**rebuild(values, given)))
         template = [TENSOR if isinstance(leaf, Tensor) else leaf for leaf in found]
         self.__dict__["_returned"] = pytree.tree_unflatten(template, spec)
         return [leaf for leaf in found if isinstance(leaf, Tensor)]
@@ -76,14 +85,17 @@ def capture(module: nn.Module, call: OwnerCall) -> Captured:
     tensors = tensor_leaves(values)
     if not tensors:
         raise CaptureError(f"{type(module).__name__} was called without tensors")
-    paths = list(tensors)
-    flat = _FlatCall(module, values, paths)
-    example = tuple(tensor.detach() for tensor in tensors.values())
+    same = same_tensors(values)
+    paths = [path for path in tensors if path not in same]
+    flat = _FlatCall(module, values, paths, same)
+    example = tuple(tensors[path].detach() for path in paths)
     training = [item for item in module.modules() if item.training]
     try:
         module.eval()
-        with torch.no_grad(), stand_ins(module, call.children) as traced:
+        with torch.no_grad(), slow_path(), stand_ins(module, call.children) as traced:
             program = torch.export.export(flat, example, dynamic_shapes=(_dynamic(example),), strict=False)
+            if any(_changes(node) for node in program.graph.nodes):
+                program = program.run_decompositions({})
     except CaptureError:
         raise
     except Exception as error:
@@ -93,7 +105,12 @@ def capture(module: nn.Module, call: OwnerCall) -> Captured:
         for item in training:
             item.training = True
     returned = flat.__dict__["_returned"]
-    return _as_graph(program, module, paths, traced, returned)
+    return _as_graph(program, module, paths, traced, returned, same)
+
+
+def _changes(node: Node) -> bool:
+    """Whether ``node`` changes one of its arguments."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def without_cache(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,7 +122,10 @@ def without_cache(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _dynamic(example: tuple[Tensor, ...]) -> tuple[dict[int, Any], ...]:
-    """Marks batch and length: the sizes of the first tensor's dimension 0 and of its length dimension."""
+    """Marks batch and length: the sizes of the first tensor's dimension 0 and of its length dimension.
+
+    A size of 2 away from the front is more likely a pair than a batch.
+    """
     first = example[0]
     batch = first.shape[0]
     length = first.shape[2] if first.dim() == 4 else first.shape[1] if first.dim() > 1 else 0
@@ -114,7 +134,7 @@ def _dynamic(example: tuple[Tensor, ...]) -> tuple[dict[int, Any], ...]:
         {
             dim: auto
             for dim, size in enumerate(tensor.shape)
-            if size > 1 and ((dim == 0 and size == batch) or size == length)
+            if size > 1 and ((size == batch and (dim == 0 or size > 2)) or size == length)
         }
         for tensor in example
     )
@@ -126,6 +146,7 @@ def _as_graph(
     paths: list[LeafPath],
     traced: TracedCalls,
     returned: Any,
+    same: Mapping[LeafPath, LeafPath],
 ) -> Captured:
     signature = program.graph_signature
     if any(spec.kind is not OutputKind.USER_OUTPUT for spec in signature.output_specs):
@@ -180,7 +201,7 @@ def _as_graph(
     _prefer_first(graph)
     remove_dead(graph)
     graph.lint()
-    return Captured(graph, inputs, returned, constants)
+    return Captured(graph, inputs, returned, constants, same)
 
 
 def _live_name(module: nn.Module, value: Any) -> str | None:

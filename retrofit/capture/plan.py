@@ -16,7 +16,7 @@ from torch.fx import Graph, Node
 from torch.fx.graph_module import _format_import_block
 from torch.package.importer import sys_importer
 
-from retrofit.capture.call import CACHE_NAMES, LeafPath, Signature, is_cache, leaves, lookup
+from retrofit.capture.call import CACHE_NAMES, LeafPath, Signature, is_cache, leaves, lookup, same_tensors
 from retrofit.capture.evaluate import ancestors, evaluate
 from retrofit.capture.export import Captured, capture
 from retrofit.capture.record import OwnerCall
@@ -24,7 +24,7 @@ from retrofit.errors import CaptureError
 from retrofit.passes.attention.arguments import shape
 from retrofit.passes.attention.masks import MaskClass, MaskSample, classify, real_tokens
 from retrofit.passes.attention.rewrite import attentions, normalize, target_call
-from retrofit.passes.attention.rule import Refusal
+from retrofit.passes.attention.rule import Refusal, source_line
 
 MASK_NAME = "attention_mask"
 
@@ -50,6 +50,7 @@ class SitePlan:
         source: Python source of ``forward(self, *tensors, context)``.
         inputs: Where the tensors are found in a call.
         signature: The original's parameters.
+        same: Arguments that must be the same tensor as another one.
         known: Leaves that were not tensors when the graph was made, by path.
         output: The result with ``TENSOR`` in the place of tensors.
         mask_argument: Where the mask is found in a call; None if there is none.
@@ -59,6 +60,7 @@ class SitePlan:
 
     source: str
     inputs: tuple[LeafPath, ...]
+    same: tuple[tuple[LeafPath, LeafPath], ...]
     signature: Signature
     known: tuple[tuple[LeafPath, Any], ...]
     output: Any
@@ -82,7 +84,11 @@ class SitePlan:
 
 @dataclass(frozen=True)
 class Refused:
-    """Why a module has no plan, and what is known of it anyway."""
+    """Why a module has no plan, and what is known of it anyway.
+
+    Attributes:
+        kind: ``self``, ``cross``, ``unknown``, or ``other`` for a softmax that is not attention.
+    """
 
     reason: str
     kind: str = "unknown"
@@ -93,6 +99,7 @@ class _Normalized:
     captured: Captured
     attention: Node | None
     reason: str
+    kind: str = "unknown"
 
 
 class Planner:
@@ -133,7 +140,7 @@ class Planner:
             except CaptureError as error:
                 return Refused(str(error))
             if normalized.attention is None:
-                return Refused(normalized.reason)
+                return Refused(normalized.reason, normalized.kind)
             primary = primary or normalized
             kind = _kind(normalized.attention)
             if kind == "cross":
@@ -147,7 +154,7 @@ class Planner:
         assert primary.attention is not None
         found = classify(samples)
         if isinstance(found, str):
-            return Refused(found, "self")
+            return Refused(f"{found} (at {_where(primary.attention)})", "self")
         if self.managed and len(mask_paths) > 1:
             names = ", ".join(sorted(str(path[0]) for path in mask_paths))
             return Refused(f"the mask is made from several inputs: {names}", "self")
@@ -165,12 +172,18 @@ class Planner:
 
 def _one_attention(captured: Captured, refusals: list[Refusal]) -> _Normalized:
     found = attentions(captured.graph)
-    if refusals:
-        return _Normalized(captured, None, "; ".join(str(refusal) for refusal in refusals))
+    if refusals and not (found and not any(refusal.attention for refusal in refusals)):
+        kind = "unknown" if found or any(refusal.attention for refusal in refusals) else "other"
+        return _Normalized(captured, None, "; ".join(str(refusal) for refusal in refusals), kind)
     if len(found) != 1:
         names = f" ({', '.join(node.name for node in found)})" if found else ""
         return _Normalized(captured, None, f"{len(found)} attentions in one module{names}")
     return _Normalized(captured, found[0], "")
+
+
+def _where(attention: Node) -> str:
+    line = source_line(attention)
+    return f"node {attention.name}, {line}" if line else f"node {attention.name}"
 
 
 def _kind(attention: Node) -> str:
@@ -249,6 +262,8 @@ def _plan(
     assert k is not None
     assert v is not None
     keep_mask = not managed and bool(_mask_paths(normalized))
+    if keep_mask:
+        _as_visible(graph, attention, normalized.attention)
     target_call(graph, attention, keep_mask=keep_mask)
     code = graph.python_code("self")
     used = [node.name for node in graph.nodes if node.op == "placeholder"][:-1]
@@ -264,6 +279,7 @@ def _plan(
     return SitePlan(
         source=_format_import_block(code.globals, sys_importer) + "\n" + code.src,
         inputs=tuple(captured.inputs[name] for name in used),
+        same=tuple(captured.same.items()),
         signature=signature,
         known=known,
         output=captured.output,
@@ -280,6 +296,15 @@ def _plan(
         scale=float(normalized.attention.args[5]),  # type: ignore[arg-type]
         dropout=float(normalized.attention.args[6]),  # type: ignore[arg-type]
     )
+
+
+def _as_visible(graph: Graph, attention: Node, of_capture: Node) -> None:
+    """Turns an additive mask, known to do nothing but hide, into a boolean one: whatever hides, hides all."""
+    mask, value = attention.args[3], of_capture.args[3]
+    if isinstance(value, Node) and isinstance(mask, Node) and value.meta["val"].is_floating_point():
+        with graph.inserting_before(attention):
+            visible = graph.call_function(torch.ops.aten.eq.Scalar, (mask, 0))
+        attention.args = (*attention.args[:3], visible, *attention.args[4:])
 
 
 def _identity(module: nn.Module, call: OwnerCall, signature: Signature) -> Any:
@@ -302,7 +327,8 @@ def _identity(module: nn.Module, call: OwnerCall, signature: Signature) -> Any:
         for path, leaf in leaves(signature.bind(call.args, call.kwargs)).items()
         if path[0] not in CACHE_NAMES and not is_cache(leaf)
     )
-    return tuple(parts), arguments
+    same = tuple(same_tensors(signature.bind(call.args, call.kwargs)).items())
+    return tuple(parts), arguments, same
 
 
 def _plain_attributes(module: nn.Module) -> tuple[tuple[str, Any], ...]:

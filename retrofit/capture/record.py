@@ -5,17 +5,17 @@ model(**inputs)  →  Recording(owners={"model.layers.0.self_attn": [call]}, chi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-_SDPA = (F.scaled_dot_product_attention,)
-_SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
+_SOFTMAX = (torch.ops.aten._softmax.default, torch.ops.aten._safe_softmax.default)
+_FUSED = ("scaled_dot_product", "native_multi_head_attention", "transformer_encoder_layer", "flex_attention")
 _PASSED_THROUGH = (nn.Softmax, nn.Dropout)
 
 
@@ -65,22 +65,32 @@ class _Frame:
         self.call = call
 
 
-class _Watch(TorchFunctionMode):
+class _Watch(TorchDispatchMode):
+    """Sees every kernel that runs, whatever Python or TorchScript function it was called by."""
+
     def __init__(self, stack: list[_Frame]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.stack = stack
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        if func in _SDPA or func in _SOFTMAX:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        fused = any(part in func.__name__ for part in _FUSED)
+        if fused or func in _SOFTMAX:
             owner = next((f for f in reversed(self.stack) if not isinstance(f.module, _PASSED_THROUGH)), None)
             if owner is not None:
-                if func in _SDPA:
-                    owner.call.sdpa += 1
-                else:
-                    owner.call.softmax += 1
+                owner.call.sdpa += fused
+                owner.call.softmax += not fused
         return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def slow_path() -> Iterator[None]:
+    """Has torch.nn's attention modules call one another instead of one fused kernel for all."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def record(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Recording:
@@ -106,7 +116,7 @@ def record(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
         handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
         handles.append(module.register_forward_hook(leave, with_kwargs=True))
     try:
-        with torch.no_grad(), _Watch(stack):
+        with torch.no_grad(), slow_path(), _Watch(stack):
             output = model(*args, **kwargs)
     finally:
         for handle in handles:

@@ -134,12 +134,6 @@ NEAR_MISSES = {
         "positive number",
     ),
     "a gate": (lambda q, k, v: F.softmax(q, -1) * q, "not into a product"),
-    "three dimensions": (
-        lambda q, k, v: F.scaled_dot_product_attention(
-            q.flatten(0, 1), _repeat(k).flatten(0, 1), _repeat(v).flatten(0, 1)
-        ),
-        "rank 3",
-    ),
 }
 
 
