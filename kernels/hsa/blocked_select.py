@@ -136,7 +136,7 @@ def _votes(queries: Tensor, nodes: Rows, leaves: Tensor, allowed: Tensor) -> Ten
     """Votes [B·Hkv·R, Q, C] of all blocks at once."""
     width, each, rows = leaves.shape[-1], nodes.group, allowed.shape[-2]
     scores = torch.bmm(queries.flatten(0, 2), _members(nodes, leaves, queries.dtype))
-    scores = scores.reshape(len(scores), -1, rows, width, each).amax(-1)
+    scores = scores.unflatten(-1, (width, each)).unflatten(1, (-1, rows)).amax(-1)
     return scores.masked_fill(~allowed.flatten(0, 2)[:, None], -torch.inf).softmax(-1).sum(1)
 
 
