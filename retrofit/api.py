@@ -24,7 +24,7 @@ from retrofit.capture.probes import ExampleInputs, is_transformers
 from retrofit.configs import DenseConfig, HSAConfig, TargetConfig
 from retrofit.errors import ConfigError, NoAttentionFound
 from retrofit.site import RetrofittedAttention, build_target
-from retrofit.verify import ModelCheck, first_tensor, verify_site
+from retrofit.verify import ModelCheck, first_tensor, proof, verify_site
 
 
 @dataclass(frozen=True)
@@ -177,6 +177,36 @@ def convert(
         VerificationError: If a rewritten site or the whole model differs from the original.
         CaptureError: If an example is needed, or the model cannot be called with it.
     """
+    return _convert(model, config, example_inputs, where, progress, implementation, {})
+
+
+def convert_again(
+    model: nn.Module,
+    config: Mapping[str, TargetConfig],
+    example_inputs: ExampleInputs | None,
+    proofs: Mapping[str, str],
+) -> ConvertReport:
+    """Converts a model that was converted before, as when it is loaded.
+
+    Args:
+        model: Its original form.
+        config: The target of each site, by path.
+        example_inputs: As for :func:`convert`.
+        proofs: Of the sites' earlier verification (see ``retrofit.verify.proof``), by path; sites that are still
+            what was verified are not verified again.
+    """
+    return _convert(model, config, example_inputs, "*", None, "auto", proofs)
+
+
+def _convert(
+    model: nn.Module,
+    config: TargetConfig | Mapping[str, TargetConfig],
+    example_inputs: ExampleInputs | None,
+    where: str | Sequence[str],
+    progress: Progress | None,
+    implementation: str,
+    proofs: Mapping[str, str],
+) -> ConvertReport:
     choose = _chooser(config)
     globs = (where,) if isinstance(where, str) else tuple(where)
     before = sites(model)
@@ -216,25 +246,30 @@ def convert(
         ]
         errors: dict[str, float] = {}
         for done, ((item, _, _), site) in enumerate(zip(chosen, built, strict=True)):
+            if proofs.get(item.path) == proof(site):
+                continue
             errors[item.path] = verify_site(item, site)
             if progress is not None:
                 progress(f"verify {item.path}", done + 1, len(chosen))
-        check = ModelCheck(
-            model, analysis.probes, analysis.outputs, _real_tokens(analysis, [item for item, _, _ in chosen])
-        )
+        check = None
+        if errors:
+            keep = _real_tokens(analysis, [item for item, _, _ in chosen])
+            check = ModelCheck(model, analysis.probes, analysis.outputs, keep)
         fingerprint = next((site.fingerprint for _, site in before), ()) or _fingerprint(model)
         changed = True
         renewed = {site.path for site in built}
         for site in (*built, *(site for path, site in before if path not in renewed)):
             _exchange(model, site.original, site)
         _enable(model)
-        with dense(model):
-            prefill, decode = check.compare(model)
+        prefill, decode = None, None
+        if check is not None:
+            with dense(model):
+                prefill, decode = check.compare(model)
         for (item, plan, target), site in zip(chosen, built, strict=True):
             site.retrofit = build_target(plan, target, _like(item), implementation=implementation)
             site.retrofit.train(site.training)
             site.fingerprint = fingerprint
-        _record(model)
+        _record(model, example_inputs)
     except BaseException:
         if changed:
             _put_back(model)
@@ -339,11 +374,11 @@ def _fingerprint(model: nn.Module) -> tuple[tuple[str, float], ...]:
         )
 
 
-def _record(model: nn.Module) -> None:
+def _record(model: nn.Module, example_inputs: ExampleInputs | None = None) -> None:
     if is_transformers(model):
-        from retrofit import saving
+        from retrofit.record import record
 
-        saving.record(model)
+        record(model, example_inputs)
 
 
 def _info(item: Found, target: str | None) -> SiteInfo:

@@ -1,12 +1,9 @@
 """Save a converted model, and load it converted.
 
-    config.json     "retrofit": {"version": 1, "sites": {"model.layers.0.self_attn": {"target": "hsa", …}}, …}
-                    "quantization_config": {"quant_method": "retrofit"}
-                    "attn_implementation": "retrofit"
-
-The record says what was converted. The second entry is the place where transformers lets a library change a
-model between building it and loading its weights; nothing is quantised, and a loaded model says so. The third
-makes transformers refuse the folder where retrofit has not been imported, instead of loading it as dense.
+The record in config.json (see ``retrofit.record``) says what was converted. Its ``quantization_config`` is the place
+where transformers lets a library change a model between building it and loading its weights; nothing is quantised,
+and a loaded model says so. Its ``attn_implementation`` makes transformers refuse the folder where retrofit has not
+been imported, instead of loading it as dense.
 So ``model.save_pretrained``, ``Trainer`` and ``AutoModelForCausalLM.from_pretrained`` do the right thing.
 """
 
@@ -15,102 +12,24 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from retrofit import folders
-from retrofit.configs import TargetConfig, config_from_dict, config_to_dict
 from retrofit.errors import ModelLoadError, OutputError
-
-METHOD = "retrofit"
-VERSION = 1
-SHAPE = ("heads", "kv_heads", "head_dim", "value_dim", "scale", "causal", "sliding_window", "implementation")
-"""What a target is built from besides its configuration."""
-
-
-# The record.
-
-
-def record(model: nn.Module) -> None:
-    """Writes down in ``model.config`` what is converted, for whoever saves it; a plain module keeps no record.
-
-    Args:
-        model: A converted model, or one that wraps it, as PEFT does.
-    """
-    from retrofit.api import sites
-
-    root = _root(model)
-    if root is None:
-        return
-    converted = sites(root)
-    if not converted:
-        forget(model)
-        return
-    root.config.retrofit = {
-        "version": VERSION,
-        "retrofit_version": _own_version(),
-        "sites": {path: config_to_dict(site.retrofit.config) for path, site in converted},
-        "shapes": {path: {name: getattr(site.retrofit, name) for name in SHAPE} for path, site in converted},
-    }
-    method = getattr(getattr(root.config, "quantization_config", None), "quant_method", None)
-    if method in (None, METHOD):
-        root.config.quantization_config = RetrofitQuantizationConfig()
-    root.config.attn_implementation = _implementations(root.config)
-
-
-def forget(model: nn.Module) -> None:
-    """Removes the record, after the last site was reverted."""
-    root = _root(model)
-    if root is None:
-        return
-    values = vars(root.config)
-    values.pop("retrofit", None)
-    values.pop("attn_implementation", None)
-    if isinstance(values.get("quantization_config"), RetrofitQuantizationConfig):
-        del values["quantization_config"]
-
-
-def _root(model: nn.Module) -> Any:
-    """The transformers model in ``model``, without what is wrapped around it; None if there is none."""
-    from transformers import PreTrainedModel
-
-    return next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
-
-
-def _implementations(config: Any) -> str | dict[str, Any]:
-    """The attention implementation of a configuration as its constructor takes it, parts included."""
-    parts = {name: getattr(config, name, None) for name in config.sub_configs}
-    found = {name: part._attn_implementation_internal for name, part in parts.items() if part is not None}
-    return (
-        {"": config._attn_implementation_internal, **found} if found else config._attn_implementation_internal
-    )
-
-
-def _own_version() -> str:
-    try:
-        return version("retrofit-attention")
-    except PackageNotFoundError:
-        return "unknown"
-
+from retrofit.record import (
+    METHOD,
+    RetrofitQuantizationConfig,
+    recorded_example,
+    recorded_sites,
+    transformers_model,
+)
 
 # What transformers calls.
-
-
-class RetrofitQuantizationConfig(QuantizationConfigMixin):
-    """The entry of config.json that names retrofit to transformers; what was converted is in ``retrofit``."""
-
-    def __init__(self, **values: Any) -> None:
-        self.quant_method = METHOD  # type: ignore[assignment]
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """Reads it like the dictionary it is in the file; transformers does when given a loaded config."""
-        return vars(self).get(name, default)
 
 
 class RetrofitLoader(HfQuantizer):
@@ -121,24 +40,29 @@ class RetrofitLoader(HfQuantizer):
     """
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        for path, (config, shape) in _sites(model).items():
-            from retrofit.targets import target_class
+        from retrofit.targets import target_class
 
-            model.get_submodule(path).add_module("retrofit", target_class(config)(config, **shape))
+        for path, noted in recorded_sites(model).items():
+            target = target_class(noted.config)(noted.config, **noted.shape)
+            model.get_submodule(path).add_module("retrofit", target)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         from retrofit import masks
-        from retrofit.api import convert, sites
+        from retrofit.api import convert_again, sites
 
         self._disown(model)
         masks.restore(model)
-        configs: dict[str, TargetConfig] = {}
-        loaded: dict[str, Mapping[str, torch.Tensor]] = {}
-        for path, (config, _) in _sites(model).items():
-            configs[path] = config
-            loaded[path] = model.get_submodule(path)._modules.pop("retrofit").state_dict()
-        convert(model, configs)
+        noted = recorded_sites(model)
+        loaded: dict[str, Mapping[str, torch.Tensor]] = {
+            path: model.get_submodule(path)._modules.pop("retrofit").state_dict() for path in noted
+        }
+        convert_again(
+            model,
+            {path: site.config for path, site in noted.items()},
+            recorded_example(model),
+            {path: site.proof for path, site in noted.items() if site.proof is not None},
+        )
         for path, site in sites(model):
             site.retrofit.load_state_dict(loaded[path])
         return model
@@ -178,41 +102,6 @@ def register() -> None:
     auto.AUTO_QUANTIZER_MAPPING[METHOD] = RetrofitLoader
 
 
-def _sites(model: Any) -> dict[str, tuple[TargetConfig, dict[str, Any]]]:
-    """Reads the record: configuration and shape by the path that the site has in this model."""
-    noted = getattr(model.config, "retrofit", None)
-    if not isinstance(noted, dict) or not noted.get("sites"):
-        raise ModelLoadError(
-            "config.json names retrofit as its loader but has no record of what was converted; "
-            "save the model again with retrofit.save_pretrained"
-        )
-    if noted.get("version") != VERSION:
-        raise ModelLoadError(
-            f"the folder was written by retrofit {noted.get('retrofit_version')} (record version "
-            f"{noted.get('version')}), this one reads version {VERSION}; update retrofit-attention"
-        )
-    found = {}
-    for path, values in noted["sites"].items():
-        if path not in noted.get("shapes", {}):
-            raise ModelLoadError(f"the record in config.json has no shape for {path}; save the model again")
-        found[_path_in(model, path)] = (config_from_dict(values), noted["shapes"][path])
-    return found
-
-
-def _path_in(model: Any, path: str) -> str:
-    """The path of a recorded site in ``model``, which may be the saved model or only its body."""
-    prefix = f"{model.base_model_prefix}."
-    for candidate in (path, path.removeprefix(prefix), prefix + path):
-        try:
-            model.get_submodule(candidate)
-        except AttributeError:
-            continue
-        return candidate
-    raise ModelLoadError(
-        f"config.json records a converted site {path}, which {type(model).__name__} does not have"
-    )
-
-
 # Saving and loading by hand.
 
 
@@ -234,7 +123,9 @@ def save_pretrained(model: nn.Module, path: str | Path, tokenizer: Any = None) -
 
     if not isinstance(model, PreTrainedModel):
         remedy = (
-            "merge its adapters first" if _root(model) is not None else "use torch.save on its state_dict"
+            "merge its adapters first"
+            if transformers_model(model) is not None
+            else "use torch.save on its state_dict"
         )
         raise OutputError(
             f"only a transformers model can be saved as a folder, got {type(model).__name__}; {remedy}"

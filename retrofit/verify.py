@@ -7,7 +7,9 @@ the logits of cached steps. Only real tokens count: rows that are padding mean n
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -49,6 +51,37 @@ def verify_site(found: Found, site: RetrofittedAttention) -> float:
     return worst
 
 
+def proof(site: RetrofittedAttention) -> str:
+    """A digest of all that the round trip of ``site`` depends on.
+
+    A site of the same graph, shapes, dtype, device and versions as one that was verified needs no verification.
+    """
+    plan = site.plan
+    like = next(site.original.parameters(), torch.zeros(()))
+    parts = [
+        *(f"{name} {_version(name)}" for name in ("torch", "transformers", "retrofit-attention")),
+        f"{like.dtype} {like.device.type} {type(site.original).__qualname__}",
+        plan.source,
+        *(f"{path} {value!r}" for path, value in plan.known if isinstance(value, (bool, int, float, str))),
+        repr((plan.inputs, plan.mask, plan.mask_argument, plan.keep_mask, plan.scale, plan.dropout)),
+        repr((plan.heads, plan.kv_heads, plan.head_dim, plan.value_dim)),
+        *(f"{name} {value.tolist()}" for name, value in plan.constants),
+    ]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+
+def own_version() -> str:
+    """The version of retrofit; ``unknown`` where it runs without being installed."""
+    return _version("retrofit-attention")
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "unknown"
+
+
 def _can_be_float32(site: RetrofittedAttention) -> bool:
     """Whether nothing in the graph or the weights ties the site to its lower precision."""
     casts = ("torch.bfloat16", "torch.float16")
@@ -73,10 +106,14 @@ def _error_in_float32(found: Found, site: RetrofittedAttention, probed: ProbedCa
 
 def _float32(values: Mapping[str, Any]) -> dict[str, Any]:
     """``values`` with every floating tensor in float32."""
-    changed: dict[str, Any] = pytree.tree_map(
-        lambda leaf: leaf.float() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf,
-        dict(values),
-    )
+    made: dict[int, Tensor] = {}  # arguments that are one tensor stay one
+
+    def change(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            return made.setdefault(id(leaf), leaf.float())
+        return leaf
+
+    changed: dict[str, Any] = pytree.tree_map(change, dict(values))
     return changed
 
 

@@ -15,9 +15,11 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 
 import retrofit
+from retrofit import api
 from retrofit.configs import HSAConfig, MAHAConfig
 from retrofit.errors import ConfigError, ModelLoadError, OutputError
 from retrofit.saving import check_folder, new_folder
+from retrofit.verify import verify_site
 
 IDS = torch.arange(1, 101)[None] % 127 + 1
 
@@ -187,6 +189,42 @@ def test_an_encoder(folder: Path) -> None:
     retrofit.convert(model, retrofit.DenseConfig())
     retrofit.save_pretrained(model, folder)
     assert torch.equal(retrofit.from_pretrained(folder)(IDS).logits, model(IDS).logits)
+
+
+def test_a_model_that_needs_an_example_is_loaded_with_one_like_it(folder: Path) -> None:
+    from transformers import ViTConfig, ViTModel
+
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = ViTModel(ViTConfig(**shape, image_size=32, patch_size=4), add_pooling_layer=False).eval()
+    pixels = torch.randn(2, 3, 32, 32)
+    retrofit.convert(model, retrofit.DenseConfig(), {"pixel_values": pixels, "return_dict": True})
+    retrofit.save_pretrained(model, folder)
+    loaded = ViTModel.from_pretrained(folder, add_pooling_layer=False)
+    assert [path for path, _ in retrofit.sites(loaded)] == [path for path, _ in retrofit.sites(model)]
+    assert torch.equal(loaded(pixels).last_hidden_state, model(pixels).last_hidden_state)
+
+
+def test_what_was_verified_at_conversion_is_not_verified_again(
+    dense: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verified: list[str] = []
+
+    def watched(found: Any, site: Any) -> float:
+        verified.append(found.path)
+        return verify_site(found, site)
+
+    monkeypatch.setattr(api, "verify_site", watched)
+    retrofit.save_pretrained(dense, folder)
+    retrofit.from_pretrained(folder)
+    assert verified == []
+    retrofit.from_pretrained(folder, dtype=torch.float64)
+    assert len(verified) == 2
+    file = folder / "config.json"
+    record = json.loads(file.read_text())
+    record["retrofit"]["verified"]["model.layers.1.self_attn"] = "of something else"
+    file.write_text(json.dumps(record))
+    retrofit.from_pretrained(folder)
+    assert verified[2:] == ["model.layers.1.self_attn"]
 
 
 def test_the_tokenizer_goes_with_it(dense: Any, folder: Path) -> None:
