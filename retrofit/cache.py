@@ -219,7 +219,7 @@ def layer_for(cache: Any, layer_idx: int, site: str) -> RetrofitLayer:
     Raises:
         CacheError: If the cache is of another kind, or holds tokens whose state is not known.
     """
-    remedy = "leave past_key_values out, or pass RetrofitCache(model)"
+    remedy = "leave past_key_values and cache_implementation out, or pass RetrofitCache(model)"
     if hasattr(cache, "self_attention_cache"):
         cache = cache.self_attention_cache
     if not isinstance(cache, Cache):

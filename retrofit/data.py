@@ -54,6 +54,15 @@ def documents(source: Source = DEFAULT_SOURCE, *, field: str = "text") -> Iterat
     return _not_blank(texts, name)
 
 
+def check(source: str, *, field: str = "text") -> None:
+    """Reads the first text of ``source``, before anything long is done for the rest.
+
+    Raises:
+        DataError: As ``documents``.
+    """
+    next(documents(source, field=field))
+
+
 def tokens(
     source: Source | Tensor,
     tokenizer: Any = None,

@@ -228,7 +228,7 @@ def _make(
     if attention_mask.shape[-1] < seen:
         raise MaskError(
             f"attention_mask must have {seen} columns, one for each token, the cached ones included, "
-            f"got {attention_mask.shape[-1]}"
+            f"got {attention_mask.shape[-1]}; if the cache is static, pass RetrofitCache(model) instead"
         )
     mask = attention_mask[:, :seen]
     if original is None and not torch.compiler.is_compiling() and bool(mask.all()):
@@ -257,8 +257,8 @@ def _kind_of(
     if bidirectional and window is not None:
         made = "bidirectional sliding"
     message = (
-        f"converted attention does a {made} mask with padding at the ends, got another; put packed sequences "
-        "(position_ids that start again within a row) in rows of their own, leave layers with chunks or "
+        f"the attention mask must be {made} with padding at the ends of a row, got another; if position_ids start "
+        "again within a row (packed sequences), give each sequence a row of its own; leave layers with chunks or "
         "bidirectional blocks out with where=…"
     )
     if use_vmap:

@@ -182,6 +182,11 @@ class RetrofittedAttention(nn.Module):
                     "convert with an example that leaves it out"
                 )
             tensors.append(tensor)
+        if 0 in tensors[0].shape:
+            raise CaptureError(
+                f"{self.path} needs at least one row and one token, got {spelled(plan.inputs[0])} of shape "
+                f"{list(tensors[0].shape)}; leave empty batches out"
+            )
         self._check_rest(values)
         mask = lookup(values, plan.mask_argument) if plan.mask_argument is not None else None
         results = iter(self._run(self, *tensors, _Context(mask, self._layer(values))))

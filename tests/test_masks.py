@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import retrofit
 from retrofit import masks
-from retrofit.errors import MaskError, ModelLoadError
+from retrofit.errors import CacheError, CaptureError, MaskError, ModelLoadError
 from retrofit.masks import to_start_length
 
 
@@ -163,6 +163,22 @@ def test_packed_sequences_are_refused(converted: Any) -> None:
     converted(
         input_ids=torch.randint(1, 128, (1, 20)), position_ids=torch.arange(5, 25)[None], use_cache=False
     )
+
+
+def test_a_static_cache_is_named(converted: Any) -> None:
+    from transformers import StaticCache
+
+    cache = StaticCache(config=converted.config, max_cache_len=64)
+    ids = torch.ones(1, 40, dtype=torch.int64)
+    with pytest.raises(MaskError, match=r"64 columns.*got 40; if the cache is static, pass RetrofitCache"):
+        converted(ids, attention_mask=torch.ones_like(ids), past_key_values=cache)
+    with pytest.raises(CacheError, match=r"leave past_key_values and cache_implementation out"):
+        converted.generate(ids, max_new_tokens=2, cache_implementation="static")
+
+
+def test_an_empty_batch_is_refused(converted: Any) -> None:
+    with pytest.raises(CaptureError, match=r"layers.0.self_attn needs at least one row.*\[0, 40, 64\]"):
+        converted(torch.ones(0, 40, dtype=torch.int64))
 
 
 def test_a_whole_mask_from_the_user(tiny_llama: Callable, converted: Any) -> None:

@@ -30,8 +30,10 @@ def bench(
     sizes = whole_numbers("--lengths", lengths)
 
     from retrofit.benchmark import benchmark
+    from retrofit.data import check
     from retrofit.loading import load_model
 
+    check(data)
     loaded = load_model(model, dtype=dtype, device=device)
     found = benchmark(
         loaded.model,

@@ -53,6 +53,7 @@ def distill(
     device: Device = "cpu",
 ) -> Shown:
     """Train MODEL to do what its own weights do with dense attention, and save it in OUTPUT."""
+    from retrofit.data import check
     from retrofit.distill import DistillConfig
     from retrofit.distill import distill as train
     from retrofit.loading import load_model
@@ -63,6 +64,7 @@ def distill(
     config = DistillConfig(**known("--set", options, [field.name for field in fields(DistillConfig)]))
     run = checkpoints if checkpoints is not None else output.with_name(f"{output.name}.checkpoints")
     check_folder(output)
+    check(data)
     loaded = load_model(model, dtype=dtype, device=device)
     done = train(loaded.model, data, config, tokenizer=loaded.tokenizer, output=run, resume=resume)
     save_pretrained(loaded.model, output, tokenizer=loaded.tokenizer)

@@ -36,11 +36,13 @@ def evaluate(
     trust_remote_code: TrustRemoteCode = False,
 ) -> Shown:
     """Measure the perplexity of MODEL and count the keys its queries attend to."""
+    from retrofit.data import check
     from retrofit.evaluate import evaluate as measure
     from retrofit.evaluate import passkey as retrieve
     from retrofit.loading import load_model
 
     options: dict[str, Any] = {"length": length, "stride": stride, "sequences": sequences}
+    check(data)
     loaded = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     found = measure(loaded.model, data, tokenizer=loaded.tokenizer, against_dense=against_dense, **options)
     document: dict[str, Any] = {"model": model, "data": data, **found.to_dict()}

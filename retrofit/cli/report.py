@@ -44,10 +44,13 @@ def report(
     timed = None if benchmark is None else read_json(benchmark)
 
     from retrofit.api import sites
+    from retrofit.data import check
     from retrofit.evaluate import evaluate as measure
     from retrofit.loading import load_model
     from retrofit.report import report as gather
 
+    if measured is None and evaluate:
+        check(data)
     loaded = load_model(model, dtype=dtype, device=device)
     if measured is None and evaluate and sites(loaded.model):
         measured = measure(loaded.model, data, tokenizer=loaded.tokenizer, length=length, sequences=1)

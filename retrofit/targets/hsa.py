@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from retrofit.configs import HSAConfig
 from retrofit.errors import CacheError, ConfigError
 from retrofit.kernels.hsa.account import count
-from retrofit.kernels.hsa.geometry import Geometry
+from retrofit.kernels.hsa.geometry import MAX_POSITIONS, Geometry
 from retrofit.kernels.hsa.ops import hsa_attention
 from retrofit.kernels.hsa.selector import sample_positions, selector_loss
 from retrofit.kernels.hsa.state import HSAState
@@ -94,6 +94,11 @@ class HSAAttention(TargetAttention):
                     f"the cache layer holds {k.shape[2] - new} tokens but not what this site selected for them; "
                     "fill the cache through the converted model, or start from an empty one"
                 )
+        if k.shape[2] > MAX_POSITIONS:
+            raise ConfigError(
+                f"a row must have at most {MAX_POSITIONS:,} tokens for HSA, got {k.shape[2]:,}; leave the sites out "
+                "with where=… or give them DenseConfig()"
+            )
         nodes = self._pool_keys(k, call.start, new, state)
         value_nodes = self._pool_values(v, call.start, new, state)
         out, spans, first = hsa_attention(

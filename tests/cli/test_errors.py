@@ -140,6 +140,13 @@ def test_text_that_is_not_utf8(retrofit: Run, converted_folder: Path, tmp_path: 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("command", ["bench", "distill", "eval", "report"])
+def test_the_text_is_looked_at_before_the_model(retrofit: Run, tmp_path: Path, command: str) -> None:
+    output = [tmp_path / "out"] if command == "distill" else []
+    result = retrofit(command, tmp_path / "nowhere", *output, "--data", tmp_path / "none.txt")
+    _fails(result, "none.txt does not exist")
+
+
 def test_distillation_of_a_model_that_is_not_converted(
     retrofit: Run, tiny_folder: Path, tmp_path: Path
 ) -> None:

@@ -73,6 +73,13 @@ def test_learned_pooling_starts_at_the_mean(tiny_hsa: HSAConfig, pooling: str) -
     )
 
 
+def test_rows_beyond_the_grid_are_refused(tiny_hsa: HSAConfig) -> None:
+    tokens = 2**21 + 1
+    q, k = torch.zeros(1, 4, 1, 16), torch.zeros(1, 2, 1, 16).expand(-1, -1, tokens, -1)
+    with pytest.raises(ConfigError, match=r"at most 2,097,152 tokens for HSA, got 2,097,153"):
+        HSAAttention(tiny_hsa, **SHAPE)(q, k, k, call(tokens, [0]))
+
+
 def test_dense_until_stands_for_all_that_fits(tiny_hsa: HSAConfig) -> None:
     assert geometry_of(tiny_hsa).dense_until == 72
     assert geometry_of(replace(tiny_hsa, query_block=16)).dense_until == 80
