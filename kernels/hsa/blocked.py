@@ -12,6 +12,7 @@ Positions before the dense end go through dense attention. The rest goes a few q
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ from retrofit.kernels.hsa import blocked_select as select
 from retrofit.kernels.hsa import blocked_tile as executed
 from retrofit.kernels.hsa.blocked_backward import hsa_attention_backward
 from retrofit.kernels.hsa.blocked_call import Call, block_leaves
+from retrofit.kernels.hsa.blocked_lists import attend_lists
 from retrofit.kernels.hsa.blocked_rows import Rows
 from retrofit.kernels.hsa.blocked_scratch import Scratch
 from retrofit.kernels.hsa.blocked_tile import Sources
@@ -59,26 +61,21 @@ def hsa_attention(
     if past_spans is not None and past_first is not None:
         spans[:, :, : past_spans.shape[2]] = past_spans
         first[:, :, : past_first.shape[2]] = past_first
+    attend_densely = partial(dense.dense_attention, scale=scale, causal=causal, sliding_window=sliding_window)
+    if call.is_dense and call.uniform:
+        return attend_densely(q, k, v, start, length), spans, first
     out = q.new_zeros(*q.shape[:3], v.shape[3])
     for rows, queries, keys, *at in call.dense_parts():
-        out[rows, :, queries] = dense.dense_attention(
-            q[rows, :, queries],
-            k[rows, :, keys],
-            v[rows, :, keys],
-            *at,
-            scale=scale,
-            causal=causal,
-            sliding_window=sliding_window,
-        )
+        out[rows, :, queries] = attend_densely(q[rows, :, queries], k[rows, :, keys], v[rows, :, keys], *at)
     if call.is_dense:
         return out, spans, first
 
     _coarse(call, q, nodes, spans)
     by_leaf = tables.complete_rows(nodes[0], g.nodes_in_span(0))
     sources = call.sources(k, v, nodes, value_nodes, gate)
-    scratch = Scratch(call.lists) if q.device.type == "cpu" else None
-    by_length = scratch is not None and sources.gate is None
-    size = call.large_chunk_size if by_length else call.chunk_size(sources.gate is not None)
+    scratch = Scratch() if q.device.type == "cpu" else None
+    by_list = scratch is not None and sources.gate is None
+    size = call.list_chunk_size if by_list else call.chunk_size(sources.gate is not None)
 
     def work(block: Tensor) -> None:
         part, chosen = block_step(
@@ -142,8 +139,8 @@ def block_step(
         causal: Whether a query sees only itself and what lies before it.
         sliding_window: A query sees no keys this far or farther before it; 0 for no limit.
         geometry: The sizes.
-        scratch: Memory for working on a few lists at a time, to stay in the cache; shapes then depend on data.
-            None for all at once.
+        scratch: Memory for working on one list of leaves at a time, to stay in the cache; shapes then depend on
+            data. None for all at once.
 
     Returns:
         The output, [B, Hkv, R, G·query_block, Dv], meaningless where there is no new query; and ``first``.
@@ -165,7 +162,7 @@ def block_step(
         scratch=scratch,
     )
     if scratch is not None and sources.gate is None:
-        return executed.attend_lists(
+        return attend_lists(
             queries,
             sources,
             *execute.listed(leaves, first, g),

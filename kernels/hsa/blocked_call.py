@@ -14,8 +14,8 @@ from retrofit.kernels.hsa.blocked_rows import Rows
 from retrofit.kernels.hsa.blocked_tile import Sources
 from retrofit.kernels.hsa.geometry import Geometry
 
-LARGE_CHUNK_LISTS = 96
-"""Blocks of one kv head whose indices and masks are made at once."""
+CHUNK_LISTS = 48
+"""Blocks of one kv head whose indices and masks are made at once, where lists are worked on one by one."""
 
 CHUNK_BYTES = 3 * 2**20
 """Scores of one chunk; a few times as much lives at once. Larger chunks leave the cache."""
@@ -194,17 +194,10 @@ class Call:
         return max(1, min(CHUNK_BYTES // each, longest))
 
     @property
-    def lists(self) -> int:
-        """Blocks of one kv head whose scores fit into ``CHUNK_BYTES``."""
-        g = self.geometry
-        nodes = g.leaf_width * g.nodes_in_span(0)
-        return max(1, CHUNK_BYTES // (self.group * g.query_block * nodes * self.dtype.itemsize))
-
-    @property
-    def large_chunk_size(self) -> int:
-        """Query blocks to a chunk that is worked on ``lists`` at a time."""
+    def list_chunk_size(self) -> int:
+        """Query blocks to a chunk that is worked on one list at a time."""
         longest = max(end - begin for begin, end in self.sparse)
-        return max(1, min(LARGE_CHUNK_LISTS // (len(self.lows) * self.kv_heads), longest))
+        return max(1, min(CHUNK_LISTS // (len(self.lows) * self.kv_heads), longest))
 
     @property
     def highest_level(self) -> int:

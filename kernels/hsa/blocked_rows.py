@@ -37,6 +37,12 @@ class Rows(NamedTuple):
         index = index.clamp(min=0).minimum(self.last.reshape(-1, 1, *extra))
         return (self.base.reshape(*self.base.shape, *extra) + index * self.step).flatten()
 
+    def numbers(self, index: Tensor, tokens: int) -> Tensor:
+        """Numbers of the rows with the ``tokens`` tokens in each of ``index`` [..., S]: [..., S], or all of them."""
+        if self.group != 1 or tokens == 1:
+            return index
+        return (index[..., None] * tokens + torch.arange(tokens, device=index.device)).flatten(-2)
+
     def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Rows of the table for ``index`` [B, Hkv, R, S], flat, and what is in them, [B·Hkv·R, S·group, D]."""
         flat = self.flat(index)

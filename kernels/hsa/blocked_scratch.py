@@ -10,14 +10,9 @@ from torch import Tensor
 
 
 class Scratch(threading.local):
-    """Buffers by name, for each thread its own.
+    """Buffers by name, for each thread its own."""
 
-    Args:
-        lists: Blocks of one kv head to work on at a time, to stay in the cache.
-    """
-
-    def __init__(self, lists: int) -> None:
-        self.lists = lists
+    def __init__(self) -> None:
         self._kept: dict[str, Tensor] = {}
 
     def empty(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
@@ -27,8 +22,3 @@ class Scratch(threading.local):
             room = 1 << (size - 1).bit_length()  # growing often would touch fresh pages each time
             kept = self._kept[name] = torch.empty(room, dtype=like.dtype, device=like.device)
         return kept[:size].view(shape)
-
-    def rows(self, name: str, table: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
-        """Returns the rows ``index`` [M] of ``table`` in ``dtype``, in the buffer ``name``."""
-        found = self.empty(name, (len(index), table.shape[1]), table)
-        return torch.index_select(table, 0, index, out=found).to(dtype)

@@ -107,8 +107,8 @@ def leaf_step(
         causal: Whether a query sees only itself and what lies before it.
         sliding_window: A query sees no keys this far or farther before it; 0 for no limit.
         geometry: The sizes.
-        scratch: Memory for scoring a few lists at a time, to stay in the cache; None for all at once, without
-            a look at the data.
+        scratch: Memory for scoring the leaves of one list at a time, to stay in the cache; None for all at once,
+            without a look at the data.
     """
     g, (batch, heads, blocks, width) = geometry, leaves.shape
     rows = g.query_block

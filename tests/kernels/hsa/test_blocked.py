@@ -117,6 +117,9 @@ CASES = {
     "levels": lambda: Case(1100, heads=2, kv_heads=1, geometry=replace(TINY, beam=2, budget=16)),
     "dense start": lambda: Case(300, starts=(0, 9), geometry=replace(TINY, dense_until=160)),
     "summaries": lambda: Case(200, starts=(0, 9), summaries=True),
+    "summaries, one node to a leaf": lambda: Case(
+        200, summaries=True, geometry=replace(TINY, node=8, nodes_per_span=4)
+    ),
     "summaries, levels": lambda: Case(
         900, heads=2, kv_heads=1, summaries=True, geometry=replace(TINY, beam=2, budget=16)
     ),
