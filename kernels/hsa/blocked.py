@@ -4,7 +4,8 @@ Positions before the dense end go through dense attention. The rest goes a few q
 
     coarse_spans   the coarse steps of ``COARSE_TILE`` blocks at once
     leaf_step      each query chooses its leaves
-    fetch, attend  sinks, window and the chosen leaves are fetched and attended to
+    fetch, attend  sinks, window and the chosen leaves are fetched and attended to;
+                   on CPU by ``attend_lists``, one list of leaves at a time
 
 ``block_step`` is the last three as one function of tensors: with ``tiles`` given, no shape in it depends on data.
 """

@@ -185,25 +185,17 @@ def best(votes: Tensor, allowed: Tensor, count: int) -> Tensor:
     if count >= votes.shape[-1]:
         return allowed
     votes = torch.where(allowed, votes, -1.0)
-    least = _nth_highest(votes, count)
-    chosen = votes >= least
-    if (
-        not torch.compiler.is_exporting()
-        and votes.device.type == "cpu"
-        and int(chosen.sum()) == count * least.numel()
-    ):
-        return chosen & allowed  # no ties
+    if votes.device.type == "cpu" and not torch.compiler.is_exporting():
+        place = votes.shape[-1] - count  # NumPy selects with vector instructions, PyTorch without
+        least = torch.from_numpy(np.partition(votes.detach().numpy(), place, axis=-1)[..., place, None])
+        chosen = votes >= least
+        if int(chosen.sum()) == count * least.numel():  # no ties
+            return chosen & allowed
+    else:
+        least = votes.topk(count, dim=-1, sorted=False).values.amin(-1, keepdim=True)
     above, level = votes > least, votes == least
     room = count - above.sum(-1, keepdim=True, dtype=torch.int32)
     return (above | (level & (level.cumsum(-1, dtype=torch.int32) <= room))) & allowed
-
-
-def _nth_highest(votes: Tensor, count: int) -> Tensor:
-    """The vote at place ``count`` from the top, [..., 1]."""
-    if votes.device.type != "cpu" or torch.compiler.is_exporting():
-        return votes.topk(count, dim=-1, sorted=False).values.amin(-1, keepdim=True)
-    place = votes.shape[-1] - count  # NumPy selects with vector instructions, an order of magnitude faster
-    return torch.from_numpy(np.partition(votes.numpy(), place, axis=-1)[..., place : place + 1])
 
 
 def _members(nodes: Rows, ids: Tensor, dtype: torch.dtype) -> Tensor:
