@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from retrofit.distill.config import DistillConfig
-from retrofit.distill.run import DistillReport, StageReport, distill
+from retrofit.distill.reports import DistillReport, StageReport
+from retrofit.distill.run import distill
 
 __all__ = ["DistillConfig", "DistillReport", "StageReport", "distill"]
