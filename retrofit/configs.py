@@ -57,7 +57,7 @@ class HSAConfig:
     node: int = 4
     fanout: int = 8
     nodes_per_span: int = 16
-    beam: int = 32
+    beam: int = 31
     query_block: int = 32
     pooling: str = "mean"
     summaries: bool = False

@@ -5,7 +5,10 @@ hsa_attention(q, k, v, nodes=…, scale=…, geometry=…)  →  out, spans, fir
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib.util
+from collections.abc import Callable, Sequence
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,7 +21,7 @@ from retrofit.kernels.dense.ops import visible_pairs
 from retrofit.kernels.hsa import account, blocked, reference
 from retrofit.kernels.hsa.geometry import Geometry
 
-IMPLEMENTATIONS = ("auto", "reference", "blocked")
+IMPLEMENTATIONS = ("auto", "reference", "blocked", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 _SIZES = (
@@ -63,7 +66,10 @@ def _hsa_attention(
     dense_until: int,
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    run = reference.hsa_attention if implementation == "reference" else blocked.hsa_attention
+    geometry = Geometry(
+        window, sink, budget, block, node, fanout, nodes_per_span, beam, query_block, dense_until
+    )
+    run = _implementation(implementation, q, v, gate, causal, sliding_window, geometry)
     return run(
         q,
         k,
@@ -78,10 +84,49 @@ def _hsa_attention(
         scale=scale,
         causal=causal,
         sliding_window=sliding_window,
-        geometry=Geometry(
-            window, sink, budget, block, node, fanout, nodes_per_span, beam, query_block, dense_until
-        ),
+        geometry=geometry,
     )
+
+
+def _implementation(
+    name: str,
+    q: Tensor,
+    v: Tensor,
+    gate: Tensor | None,
+    causal: bool,
+    sliding_window: int,
+    geometry: Geometry,
+) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """The function of that name; ``auto`` is ``triton`` for what it can do on a GPU, and else ``blocked``."""
+    if name == "reference":
+        return reference.hsa_attention
+    if name == "blocked" or (name == "auto" and not (q.is_cuda and _has_triton())):
+        return blocked.hsa_attention
+    kernels = _triton()
+    options = {"causal": causal, "sliding_window": sliding_window, "gate": gate, "geometry": geometry}
+    missing = kernels.unsupported(q, v, **options)
+    if missing is None:
+        return kernels.hsa_attention
+    if name == "auto":
+        return blocked.hsa_attention
+    raise ConfigError(
+        f"implementation='triton' does not do {missing}; use implementation='auto' or 'blocked'"
+    )
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _triton() -> ModuleType:
+    if not _has_triton():
+        raise ConfigError(
+            "implementation='triton' needs the package triton; install it with pip install triton"
+        )
+    from retrofit.kernels.hsa import triton  # not at import time: it is optional and slow to import
+
+    return triton
 
 
 @_hsa_attention.register_fake
@@ -253,7 +298,8 @@ def hsa_attention(
         causal: Whether a query sees only itself and what lies before it.
         sliding_window: A query sees no keys this far or farther before it; 0 for no limit.
         geometry: The sizes.
-        implementation: ``auto``, ``reference`` or ``blocked``.
+        implementation: ``reference``, ``blocked``, ``triton``, or ``auto``: ``triton`` on a GPU for what it can
+            do (causal, no sliding window, no summaries, sizes that are powers of two) and else ``blocked``.
 
     Returns:
         The output [B, Hq, T, Dv], zero for padding; per query block the kept spans of level 1, int32
