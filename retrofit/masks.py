@@ -265,8 +265,10 @@ def _kind_of(
         raise MaskError(message)
     if function is None:
         return made
+    edges = [] if window is None else [window - 1, window, window + 1]  # where chunks differ from windows
     distance = torch.tensor(
-        [sign * 4**power for power in range(11) for sign in (1, -1)], device=queries.device
+        [sign * size for size in (*(4**power for power in range(11)), *edges) for sign in (1, -1)],
+        device=queries.device,
     )
     distance = distance[:, None, None]
     rows = torch.arange(batch, device=queries.device)[:, None]
@@ -397,7 +399,10 @@ def _rebuild(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 def _rebuilt(mask: Tensor, made: str, module: nn.Module, hidden: Tensor, past: Any) -> Tensor | None:
     from transformers import masking_utils
 
-    function = getattr(masking_utils, _FUNCTIONS[made])
+    name = _FUNCTIONS[made]
+    if made == "sliding" and getattr(module.config, "sliding_window", None) is None:
+        name = "create_chunked_causal_mask"  # within the first chunk both are the same
+    function = getattr(masking_utils, name)
     options: dict[str, Any] = {}
     layer = getattr(module, "layer_idx", None)
     if past is not None and layer is not None and "layer_idx" in inspect.signature(function).parameters:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from retrofit.capture.call import CACHE_NAMES, is_cache, lookup, spelled
+from retrofit.capture.export import expanded
 from retrofit.capture.plan import SitePlan, compiled
 from retrofit.capture.standin import is_tensor_slot
 from retrofit.errors import CaptureError
@@ -181,7 +182,7 @@ class RetrofittedAttention(nn.Module):
                     f"{self.path} needs {spelled(path)}, which it was captured with, got None; "
                     "convert with an example that leaves it out"
                 )
-            tensors.append(tensor)
+            tensors.append(expanded(tensor, tensors[0]) if path in plan.rows else tensor)
         if 0 in tensors[0].shape:
             raise CaptureError(
                 f"{self.path} needs at least one row and one token, got {spelled(plan.inputs[0])} of shape "

@@ -95,6 +95,7 @@ SIZES = {
     "attention_window": 24,
     "local_attention": 24,
     "window_size": 24,
+    "attention_chunk_size": 24,
     "mamba_d_state": 16,
     "mamba_n_heads": 4,
     "mamba_d_head": 32,
@@ -121,32 +122,56 @@ SIZES = {
 def tiny_config(cls: type, overrides: dict[str, Any] | None = None) -> Any:
     """Returns a configuration of ``cls`` with every size reduced that its default one has."""
     default = cls()
-    kwargs: dict[str, Any] = {}
-    names = {*dir(default), *getattr(default, "attribute_map", {})}
-    for name, size in SIZES.items():
-        if name in names and isinstance(getattr(default, name, None), int):
-            kwargs[name] = size
+    given = {name: value for name in _settable(cls, default) if (value := _read(default, name)) is not None}
+    kwargs: dict[str, Any] = {name: size for name, size in SIZES.items() if isinstance(given.get(name), int)}
+    if "qk_rope_head_dim" in kwargs:
+        kwargs.pop("head_dim", None)
+        if "head_dim" in given:
+            kwargs["head_dim"] = kwargs["qk_rope_head_dim"]
+        if "num_key_value_heads" in given:
+            kwargs["num_key_value_heads"] = 4
     for name in ("num_key_value_heads", "n_head_kv", "num_kv_heads", "swa_num_key_value_heads"):
-        value = getattr(default, name, None) if name in names else None
-        if isinstance(value, int) and not isinstance(value, bool):
-            heads = getattr(default, "num_attention_heads", value)
+        value = given.get(name)
+        if isinstance(value, int) and not isinstance(value, bool) and name not in kwargs:
+            heads = given.get("num_attention_heads", value)
             kwargs[name] = 1 if value == 1 else 4 if value == heads else 2
-    kinds = getattr(default, "layer_types", None)
+    if given.get("is_decoder") is False and not given.get("is_encoder_decoder"):
+        kwargs["is_decoder"] = True
+    kinds = given.get("layer_types")
     if isinstance(kinds, (list, tuple)) and kinds:
         kinds = list(dict.fromkeys(kinds))
         kinds += kinds[-1:] * (len(kinds) == 1)
         kwargs["layer_types"] = kinds
         kwargs["num_hidden_layers"] = len(kinds)
-    for name in names:
-        value = getattr(default, name, None) if name.endswith("token_id") else None
-        if isinstance(value, int) and value >= SIZES["vocab_size"]:
+    for name, value in given.items():
+        if name.endswith("token_id") and isinstance(value, int) and value >= SIZES["vocab_size"]:
             kwargs[name] = 7
-    for name, sub in getattr(cls, "sub_configs", {}).items():
-        if getattr(default, name, None) is not None and isinstance(sub, type) and hasattr(sub, "sub_configs"):
-            own = type(getattr(default, name))
-            kwargs[name] = tiny_config(own).to_dict()
+    for name in getattr(cls, "sub_configs", {}):
+        sub = given.get(name)
+        if hasattr(sub, "to_dict"):
+            kwargs[name] = tiny_config(type(sub)).to_dict()
     kwargs.update(overrides or {})
-    return cls(**kwargs)
+    return cls(**{name: value for name, value in kwargs.items() if value is not ...})
+
+
+def _settable(cls: type, default: Any) -> list[str]:
+    """Names that a configuration may be given."""
+    names = {*vars(default), *getattr(cls, "attribute_map", {}), *getattr(cls, "__dataclass_fields__", {})}
+    names |= {name for name in SIZES if _read(default, name) is not None}
+    mapped = getattr(cls, "attribute_map", {})
+    return sorted(
+        name
+        for name in names
+        for kept in [getattr(cls, mapped.get(name, name), None)]
+        if not (isinstance(kept, property) and kept.fset is None)
+    )
+
+
+def _read(config: Any, name: str) -> Any:
+    try:
+        return getattr(config, name)
+    except Exception:  # per-layer attributes have no one value
+        return None
 
 
 class _Count(TorchDispatchMode):
@@ -175,6 +200,8 @@ def sweep(name: str, config_class: type, model_class: type) -> dict[str, Any]:
     row: dict[str, Any] = {"architecture": name, "class": model_class.__name__}
     try:
         config = tiny_config(config_class, OVERRIDES.get(name))
+        if not isinstance(config, model_class.config_class or object):
+            config = config.get_text_config(decoder=True)
         torch.manual_seed(0)
         model = model_class(config).eval()
     except Exception as error:
@@ -190,8 +217,10 @@ def sweep(name: str, config_class: type, model_class: type) -> dict[str, Any]:
         found = {site.path: site for site in report.sites}
         row["counted"] = len(counted)
         row["missed"] = sorted(path for path in counted if not _covered(path, found))
-        row["sites"] = len(found)
-        refused = Counter(f"{site.reason}" for site in report.sites if not site.convertible)
+        attention = [site for site in report.sites if site.kind != "other"]
+        row["sites"] = len(attention)
+        row["other_softmax"] = len(found) - len(attention)
+        refused = Counter(f"{site.reason}" for site in attention if not site.convertible)
         row["refused"] = dict(refused)
         row["convertible"] = sum(site.convertible for site in report.sites)
         row["seconds"] = round(time.perf_counter() - start, 1)
@@ -270,7 +299,22 @@ def _line(error: BaseException) -> str:
     return f"{type(error).__name__}: " + (str(error).strip().splitlines() or [""])[0][:300]
 
 
-OVERRIDES: dict[str, dict[str, Any]] = {}
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
+    "deepseek_v2": {"num_experts_per_tok": 2, "moe_intermediate_size": 48},
+    "falcon_h1": {"mamba_d_ssm": 128},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "nemotron": {"num_key_value_heads": 2},
+    "nemotron_h": {"layers_block_type": ["mamba", "attention"]},
+    "prophetnet": {"num_hidden_layers": ...},
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
+    "xlnet": {"max_position_embeddings": ...},
+    "xmod": {"default_language": "en_XX"},
+}
+"""What the sizes alone do not settle; ``...`` leaves an argument out."""
 
 
 def _work(name: str, config_class: type, model_class: type, pipe: Any) -> None:
@@ -292,14 +336,44 @@ def architectures(names: list[str]) -> list[tuple[str, type, type]]:
     return found
 
 
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as Markdown: the totals, then one line for each architecture."""
+    import transformers
+
+    totals = Counter(row["verdict"] for row in rows)
+    built = sum(count for verdict, count in totals.items() if verdict not in NOT_SWEPT)
+    lines = [
+        "# Causal language models of transformers",
+        "",
+        f"transformers {transformers.__version__}, torch {torch.__version__.split('+')[0]}; tiny random models, float32, CPU. Made by",
+        "`scripts/sweep_transformers.py`; the raw results are in the JSON file beside this one.",
+        "",
+        f"{len(rows)} architectures, {built} with attention that could be built and run offline: "
+        + ", ".join(f"{count} {verdict}" for verdict, count in totals.most_common())
+        + ".",
+        "",
+        "| architecture | sites | convertible | verdict | why |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        why = row.get("error") or "; ".join(row.get("refused", {}))
+        cells = [row["architecture"], row.get("sites", ""), row.get("convertible", ""), row["verdict"], why]
+        lines.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+NOT_SWEPT = ("not built", "not run", "no attention", "timed out or killed")
+"""Verdicts that say nothing about the attention."""
+
+
 def main() -> None:
     """Runs the sweep, one process after the other; the result file grows with each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*")
+    parser.add_argument("names", nargs="*", help="architectures to renew in the file; all if none is named")
     parser.add_argument("--output", type=Path, required=True)
     given = parser.parse_args()
     context = multiprocessing.get_context("fork")
-    rows = []
+    rows = json.loads(given.output.read_text()) if given.names and given.output.exists() else []
     for name, config_class, model_class in architectures(given.names):
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(target=_work, args=(name, config_class, model_class, sender))
@@ -310,9 +384,13 @@ def main() -> None:
         except EOFError:
             row = {"architecture": name, "class": model_class.__name__, "verdict": "timed out or killed"}
         process.join()
-        rows.append(row)
+        rows = sorted(
+            [other for other in rows if other["architecture"] != name] + [row],
+            key=lambda row: str(row["architecture"]),
+        )
         print(name, row["verdict"], row.get("error", row.get("refused", "")), file=sys.stderr, flush=True)
         given.output.write_text(json.dumps(rows, indent=1) + "\n")
+        given.output.with_suffix(".md").write_text(table(rows))
     print(Counter(row["verdict"] for row in rows))
 
 

@@ -6,6 +6,7 @@ q (b, kv, group, t, d), k (b, kv, s, d), v (b, kv, s, e)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import sympy
@@ -52,7 +53,9 @@ class Roles:
         return self.batch, (*self.heads, *self.group), self.queries, self.value_width
 
 
-def assign(q: Operand, k: Operand, v: Operand, keys: Axis, width: Axis) -> Roles | str:
+def assign(
+    q: Operand, k: Operand, v: Operand, keys: Axis, width: Axis, outer_axes: Sequence[Axis]
+) -> Roles | str:
     """Returns the roles of the axes, or why they are not those of attention.
 
     Args:
@@ -61,6 +64,7 @@ def assign(q: Operand, k: Operand, v: Operand, keys: Axis, width: Axis) -> Roles
         v: The values.
         keys: What the softmax is over.
         width: What the scores are summed over.
+        outer_axes: The dimensions of the scores as the product made them.
     """
     keys, width = leaves(keys), leaves(width)
     of_q, of_k, of_v = q.atoms, k.atoms, v.atoms
@@ -73,7 +77,7 @@ def assign(q: Operand, k: Operand, v: Operand, keys: Axis, width: Axis) -> Roles
     own = [atom for atom in outer if atom not in of_k]
     if any(atom not in of_q and atom not in keys and atom not in width for atom in of_k):
         return "the keys have an axis of their own besides their number"
-    queries = _queries(own)
+    queries = _queries(own, [leaves(axis) for axis in outer_axes])
     if isinstance(queries, str):
         return queries
     if any(atom in of_v for atom in queries):
@@ -93,11 +97,11 @@ def assign(q: Operand, k: Operand, v: Operand, keys: Axis, width: Axis) -> Roles
     return Roles(tuple(batch), tuple(heads), group, queries, keys, width, value_width)
 
 
-def _queries(own: list[Atom]) -> Axis | str:
+def _queries(own: list[Atom], outer_axes: Sequence[Axis]) -> Axis | str:
     """The atoms among those that only the queries have that number the queries."""
     if not own:
         return "there is no axis of queries: one query attends"
-    varying = [atom for atom in own if not atom.size.is_number]
-    if len(varying) > 1:
+    varying = tuple(atom for atom in own if not atom.size.is_number)
+    if len(varying) > 1 and not any(set(varying) <= set(axis) for axis in outer_axes):
         return "the keys are the same for every row of the batch"
-    return (varying[0],) if varying else (own[-1],)
+    return varying or (own[-1],)

@@ -91,12 +91,34 @@ def follow_scores(softmax: Node) -> tuple[Product, list[Step]]:
                 if step.role in ("mask", "row") and any(depends_on(item, product.node) for item in others):
                     what = "mask" if step.role == "mask" else "factor on the scores"
                     raise Reject(step.node, f"the {what} depends on the scores")
+            _only_for(softmax, product, steps)
             return product, steps[::-1]
         if is_call(current, *PRODUCTS):
             raise Reject(current, "the scores are an einsum that is no plain product of two")
         step = _step(softmax, current)
         steps.append(step)
         current = step.source
+
+
+def _only_for(softmax: Node, product: Product, steps: Sequence[Step]) -> None:
+    """Checks that nothing the module returns is made from the scores but by way of the softmax."""
+    path = {product.node, softmax, *(step.node for step in steps)}
+    for node in path - {softmax}:
+        for user in node.users:
+            if (
+                user in path
+                or user.target in SIZE_ONLY
+                or all(_is_neutral(item, steps) for item in user.users)
+            ):
+                continue
+            if is_call(user, aten.type_as.default) and user.args[0] is not node:
+                continue  # only for its dtype
+            if user.op == "output" or _results([user]):
+                raise Named(user, f"the scores are used elsewhere, by {user.name}")
+
+
+def _is_neutral(node: Node, steps: Sequence[Step]) -> bool:
+    return any(step.node is node and step.role == "neutral" for step in steps)
 
 
 def _step(softmax: Node, node: Any) -> Step:

@@ -72,7 +72,8 @@ class EagerSpelling(Rule[AttentionMatch]):
 
 
 def _match(name: str, softmax: Node, product: Product, steps: list[Step], weights: Any) -> AttentionMatch:
-    axes = fresh(sizes(product.node))
+    outer = fresh(sizes(product.node))
+    axes = list(outer)
     named = dict(zip(product.result, axes, strict=True))
     before: list[tuple[Axis, ...]] = []  # what the scores' dimensions stand for ahead of each step
     for step in steps:
@@ -112,7 +113,7 @@ def _match(name: str, softmax: Node, product: Product, steps: list[Step], weight
     v = peeled(_operand(second, 1 - w_side, of_values), factors=False, repeats=True)
     out_axes = tuple(of_values[label] for label in second.result)
     rows = _rows(steps, before, keys)
-    roles = assign(q, k, v, keys, width)
+    roles = assign(q, k, v, keys, width, outer)
     if isinstance(roles, str):
         raise Reject(softmax, roles)
     scale = product.factor * q.factor * k.factor
@@ -130,7 +131,7 @@ def _match(name: str, softmax: Node, product: Product, steps: list[Step], weight
         scale=scale,
         is_causal=False,
         dropout_p=weights.dropout_p,
-        mask=_mask_maker(product, steps, of_scores),
+        mask=_mask_maker(product, steps, before, of_scores, keys),
         rows=rows,
         leaving=weights.leaving,
     )
@@ -176,23 +177,47 @@ def _second_axes(second: Product, w_side: int, axes: Sequence[Axis]) -> dict[str
 
 
 def _rows(steps: list[Step], before: list[tuple[Axis, ...]], keys: Axis) -> tuple[RowFactor, ...]:
-    """The factors that are tensors; none may vary over the keys."""
+    """The factors that are tensors; one that varies over the keys must be a mask's, which comes after it."""
     found = []
-    for step, axes in zip(steps, before, strict=True):
+    for number, (step, axes) in enumerate(zip(steps, before, strict=True)):
         if step.role != "row":
             continue
-        other = step.node.args[1] if step.node.args[0] is step.source else step.node.args[0]
-        assert isinstance(other, Node)
+        other = _other(step)
         own = broadcast_axes(other, axes)
-        if {atom for axis in own for atom in leaves(axis)} & set(leaves(keys)):
+        if _varies(own, keys):
+            if is_call(step.node, aten.mul.Tensor) and any(later.role == "mask" for later in steps[number:]):
+                continue
             raise Reject(step.node, "the scores are multiplied with a tensor that varies over the keys")
         found.append(RowFactor(other, own, is_call(step.node, aten.div.Tensor)))
     return tuple(found)
 
 
-def _mask_maker(product: Product, steps: list[Step], axes: tuple[Axis, ...]) -> Any:
+def _other(step: Step) -> Node:
+    other = step.node.args[1] if step.node.args[0] is step.source else step.node.args[0]
+    assert isinstance(other, Node)
+    return other
+
+
+def _varies(own: Sequence[Axis], keys: Axis) -> bool:
+    return bool({atom for axis in own for atom in leaves(axis)} & set(leaves(keys)))
+
+
+def _mask_maker(
+    product: Product,
+    steps: list[Step],
+    before: list[tuple[Axis, ...]],
+    axes: tuple[Axis, ...],
+    keys: Axis,
+) -> Any:
     """Makes the mask by running the steps on scores of zero: what comes out is what they add or hide."""
-    first = next((number for number, step in enumerate(steps) if step.role == "mask"), None)
+    gates = {
+        step.node
+        for step, at in zip(steps, before, strict=True)
+        if step.role == "row" and _varies(broadcast_axes(_other(step), at), keys)
+    }
+    first = next(
+        (number for number, step in enumerate(steps) if step.role == "mask" or step.node in gates), None
+    )
     if product.added is not None:
         first = 0
     if first is None:
@@ -216,6 +241,10 @@ def _mask_maker(product: Product, steps: list[Step], axes: tuple[Axis, ...]) -> 
             current = editor.call(aten.add.Tensor, current, term)
         for step in kept:
             current = _again(editor, step, current)
+            if step.node in gates:
+                # What is multiplied with anything but 1 had better be hidden.
+                whole = editor.call(aten.eq.Scalar, _other(step), 1)
+                current = editor.call(aten.where.ScalarOther, whole, current, float("-inf"))
         own = tuple(() if size == 1 else axis for size, axis in zip(sizes(current), axes, strict=True))
         return editor.to_groups(current, own, roles.scores, broadcast=range(4))
 

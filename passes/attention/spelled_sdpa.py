@@ -85,7 +85,7 @@ def _match(name: str, anchor: Node) -> AttentionMatch:
         roles = Roles(outer[0], heads, group, queries, keys, width, value_width)
     else:
         q = peeled(q, factors=False, repeats=False)
-        roles = assign(q, k, v, keys, width)
+        roles = assign(q, k, v, keys, width, [*outer, queries])
     if isinstance(roles, str):
         raise Reject(anchor, roles)
     return AttentionMatch(

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from retrofit.capture.plan import Planner, ProbedCall, Refused, SitePlan
 from retrofit.capture.probes import ExampleInputs, Probe, is_transformers, make_probes
@@ -84,7 +86,57 @@ def analyse(
         planned[path] = Found(path, module, plan, with_keep)
         if progress is not None:
             progress(f"capture {path}", done + 1, len(calls))
+    with evaluating(model):
+        _refuse_used_weights(model, planned, probes[0], outputs[0])
     return Analysis(probes, outputs, [planned[path] for path in calls])
+
+
+def _refuse_used_weights(model: nn.Module, planned: dict[str, Found], probe: Probe, output: Any) -> None:
+    """Refuses modules whose attention weights the model goes on to use, as it shows when they are None."""
+    giving = [path for path, item in planned.items() if isinstance(item.plan, SitePlan) and item.plan.lost]
+    if not giving or _same_without(model, planned, giving, probe, output):
+        return
+    for path in giving:
+        if not _same_without(model, planned, [path], probe, output):
+            reason = "the attention weights that it returns are used by the module around it"
+            planned[path] = replace(planned[path], plan=Refused(reason, "self"))
+
+
+def _same_without(
+    model: nn.Module, planned: dict[str, Found], paths: Sequence[str], probe: Probe, output: Any
+) -> bool:
+    """Whether the model gives the same if the modules at ``paths`` return None in the place of weights."""
+    handles = [
+        planned[path].module.register_forward_hook(_Without(planned[path].plan.lost))  # type: ignore[union-attr]
+        for path in paths
+    ]
+    try:
+        with torch.no_grad():
+            got = model(*probe.args, **probe.kwargs)
+    except Exception:  # whatever it did with the weights, it cannot do with None
+        return False
+    finally:
+        for handle in handles:
+            handle.remove()
+    first, expected = (
+        next(leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor))
+        for value in (got, output)
+    )
+    return torch.equal(first, expected)
+
+
+class _Without:
+    """A forward hook that replaces some of the tensors in a result by None."""
+
+    def __init__(self, lost: tuple[int, ...]) -> None:
+        self.lost = lost
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        leaves, spec = pytree.tree_flatten(output)
+        tensors = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        for number in self.lost:
+            leaves[tensors[number]] = None
+        return pytree.tree_unflatten(leaves, spec)
 
 
 @contextmanager

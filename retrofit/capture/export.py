@@ -41,6 +41,7 @@ class Captured:
         output: The module's output, ``TENSOR`` where the graph's next output goes.
         constants: Tensors the forward made once, by the attribute name the graph uses.
         same: Arguments that must be the same tensor as another one, as they were in the call.
+        rows: Inputs whose one row stands for every row of the batch; the graph takes them expanded.
     """
 
     graph: Graph
@@ -48,6 +49,7 @@ class Captured:
     output: Any
     constants: Mapping[str, Tensor]
     same: Mapping[LeafPath, LeafPath]
+    rows: tuple[LeafPath, ...]
 
 
 class _FlatCall(nn.Module):
@@ -88,7 +90,11 @@ def capture(module: nn.Module, call: OwnerCall) -> Captured:
     same = same_tensors(values)
     paths = [path for path in tensors if path not in same]
     flat = _FlatCall(module, values, paths, same)
-    example = tuple(tensors[path].detach() for path in paths)
+    rows = tuple(path for path in paths if _is_one_row(tensors[path], tensors[paths[0]]))
+    example = tuple(
+        expanded(tensors[path].detach(), tensors[paths[0]]) if path in rows else tensors[path].detach()
+        for path in paths
+    )
     training = [item for item in module.modules() if item.training]
     try:
         module.eval()
@@ -105,7 +111,17 @@ def capture(module: nn.Module, call: OwnerCall) -> Captured:
         for item in training:
             item.training = True
     returned = flat.__dict__["_returned"]
-    return _as_graph(program, module, paths, traced, returned, same)
+    return _as_graph(program, module, paths, traced, returned, same, rows)
+
+
+def _is_one_row(tensor: Tensor, first: Tensor) -> bool:
+    """Whether ``tensor`` holds the positions of a row, once for the whole batch of ``first``."""
+    return not tensor.is_floating_point() and tensor.dim() == 2 and tensor.shape[0] == 1 < first.shape[0]
+
+
+def expanded(tensor: Tensor, first: Tensor) -> Tensor:
+    """``tensor`` with as many rows as ``first``."""
+    return tensor.expand(first.shape[0], *tensor.shape[1:]) if tensor.shape[0] == 1 else tensor
 
 
 def _changes(node: Node) -> bool:
@@ -147,6 +163,7 @@ def _as_graph(
     traced: TracedCalls,
     returned: Any,
     same: Mapping[LeafPath, LeafPath],
+    rows: tuple[LeafPath, ...],
 ) -> Captured:
     signature = program.graph_signature
     if any(spec.kind is not OutputKind.USER_OUTPUT for spec in signature.output_specs):
@@ -201,7 +218,7 @@ def _as_graph(
     _prefer_first(graph)
     remove_dead(graph)
     graph.lint()
-    return Captured(graph, inputs, returned, constants, same)
+    return Captured(graph, inputs, returned, constants, same, rows)
 
 
 def _live_name(module: nn.Module, value: Any) -> str | None:

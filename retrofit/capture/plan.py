@@ -6,6 +6,7 @@ calls of a module on the probes  →  one graph per spelling of the call  →  c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +18,8 @@ from torch.fx.graph_module import _format_import_block
 from torch.package.importer import sys_importer
 
 from retrofit.capture.call import CACHE_NAMES, LeafPath, Signature, is_cache, leaves, lookup, same_tensors
-from retrofit.capture.evaluate import ancestors, evaluate
-from retrofit.capture.export import Captured, capture
+from retrofit.capture.evaluate import ancestors, concrete, evaluate, evaluate_for, symbols_of
+from retrofit.capture.export import Captured, capture, expanded
 from retrofit.capture.record import OwnerCall
 from retrofit.errors import CaptureError
 from retrofit.passes.attention.arguments import shape
@@ -27,6 +28,8 @@ from retrofit.passes.attention.rewrite import attentions, normalize, target_call
 from retrofit.passes.attention.rule import Refusal, source_line
 
 MASK_NAME = "attention_mask"
+FAR = (2048, 1024, 512, 256, 128, 64)  # lengths at which a mask made of sizes alone is looked at again
+MOST_SCORES = 2**25
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,10 @@ class SitePlan:
         inputs: Where the tensors are found in a call.
         signature: The original's parameters.
         same: Arguments that must be the same tensor as another one.
+        rows: Inputs that are expanded to the rows of the first.
         known: Leaves that were not tensors when the graph was made, by path.
         output: The result with ``TENSOR`` in the place of tensors.
+        lost: Which of the tensors in the result become None: attention weights.
         mask_argument: Where the mask is found in a call; None if there is none.
         keep_mask: Whether the graph computes the mask and hands it to the target call.
         spelling: Which rule recognised the attention.
@@ -61,9 +66,11 @@ class SitePlan:
     source: str
     inputs: tuple[LeafPath, ...]
     same: tuple[tuple[LeafPath, LeafPath], ...]
+    rows: tuple[LeafPath, ...]
     signature: Signature
     known: tuple[tuple[LeafPath, Any], ...]
     output: Any
+    lost: tuple[int, ...]
     constants: tuple[tuple[str, Tensor], ...]
     mask_argument: LeafPath | None
     keep_mask: bool
@@ -152,7 +159,7 @@ class Planner:
             mask_paths |= _mask_paths(normalized)
         assert primary is not None
         assert primary.attention is not None
-        found = classify(samples)
+        found = classify([*samples, *_longer(module, primary, calls[0].call, signature)])
         if isinstance(found, str):
             return Refused(f"{found} (at {_where(primary.attention)})", "self")
         if self.managed and len(mask_paths) > 1:
@@ -204,7 +211,12 @@ def _kind(attention: Node) -> str:
 
 def _values(captured: Captured, call: OwnerCall, signature: Signature) -> dict[str, Any]:
     bound = signature.bind(call.args, call.kwargs)
-    return {name: lookup(bound, path) for name, path in captured.inputs.items()}
+    values = {name: lookup(bound, path) for name, path in captured.inputs.items()}
+    first = next(iter(values.values()))
+    for name, path in captured.inputs.items():
+        if path in captured.rows:
+            values[name] = expanded(values[name], first)
+    return values
 
 
 def _sample(
@@ -219,15 +231,47 @@ def _sample(
     with torch.no_grad():
         if isinstance(mask, Node):
             value = evaluate(graph, mask, module, values, constants)
-        first = next(iter(values.values()))
-    length = _length_of(first, value)
-    return MaskSample(value, bool(is_causal), first.shape[0], length, probed.keep)
+    batch, length = _rows_and_keys(normalized, values)
+    keep = probed.keep if probed.keep is not None and probed.keep.shape == (batch, length) else None
+    return MaskSample(value, bool(is_causal), batch, length, keep)
 
 
-def _length_of(first: Tensor, mask: Tensor | None) -> int:
-    if mask is not None and mask.shape[-1] > 1:
-        return int(mask.shape[-1])
-    return int(first.shape[2] if first.dim() == 4 else first.shape[1])
+def _rows_and_keys(normalized: _Normalized, values: Mapping[str, Any]) -> tuple[int, int]:
+    assert normalized.attention is not None
+    k = normalized.attention.args[1]
+    assert isinstance(k, Node)
+    batch, _, length, _ = concrete(shape(k) or (), symbols_of(normalized.captured.graph, values))
+    return batch, length
+
+
+def _longer(
+    module: nn.Module, normalized: _Normalized, call: OwnerCall, signature: Signature
+) -> list[MaskSample]:
+    """The mask as it is far beyond the example, if sizes alone make it: a window may be wider than the example."""
+    attention = normalized.attention
+    assert attention is not None
+    q, mask = attention.args[0], attention.args[3]
+    if not isinstance(mask, Node) or _mask_paths(normalized):
+        return []
+    assert isinstance(q, Node)
+    queries = (shape(q) or ())[2]
+    if isinstance(queries, int) or not queries.node.expr.is_Symbol:
+        return []
+    graph = normalized.captured.graph
+    known = symbols_of(graph, _values(normalized.captured, call, signature))
+    for length in FAR:
+        sizes = {**known, queries.node.expr: length}
+        try:
+            if math.prod(concrete(shape(mask) or (), sizes)) > MOST_SCORES:
+                continue
+            with torch.no_grad():
+                value = evaluate_for(graph, mask, module, sizes, normalized.captured.constants)
+            batch = concrete(shape(q) or (), sizes)[0]
+        except (RuntimeError, IndexError):
+            continue  # longer than what the module has a mask for
+        if value.shape[-1] == length:
+            return [MaskSample(value, bool(attention.args[4]), batch, length, None)]
+    return []
 
 
 def _mask_paths(normalized: _Normalized) -> set[LeafPath]:
@@ -280,9 +324,11 @@ def _plan(
         source=_format_import_block(code.globals, sys_importer) + "\n" + code.src,
         inputs=tuple(captured.inputs[name] for name in used),
         same=tuple(captured.same.items()),
+        rows=captured.rows,
         signature=signature,
         known=known,
         output=captured.output,
+        lost=tuple(place for place, item in enumerate(returned or ()) if item is None),
         constants=tuple(captured.constants.items()),
         mask_argument=argument,
         keep_mask=keep_mask,

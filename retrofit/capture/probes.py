@@ -131,12 +131,16 @@ def _made_up(model: nn.Module) -> dict[str, Any]:
 
 
 def _length(model: nn.Module, config: Any) -> int:
-    """A length beyond every sliding window, within the positions, and unlike any size of the weights."""
+    """A length beyond every sliding window and chunk, within the positions, and unlike any size of the weights."""
     windows = [0]
     for module in model.modules():
-        window = getattr(module, "sliding_window", None)
-        if isinstance(window, int):
-            windows.append(window)
+        for name in ("sliding_window", "attention_chunk_size"):
+            window = getattr(module, name, None)
+            if isinstance(window, int):
+                windows.append(window)
+    chunk = getattr(config, "attention_chunk_size", None)
+    if isinstance(chunk, int) and "chunked_attention" in (getattr(config, "layer_types", None) or ()):
+        windows.append(chunk)
     window = getattr(config, "sliding_window", None)
     if isinstance(window, int) and getattr(config, "use_sliding_window", True):
         windows.append(window)

@@ -12,7 +12,7 @@ from retrofit.cli.options import Device, Dtype, Model, TrustRemoteCode
 from retrofit.cli.output import Shown, command
 from retrofit.progress import count
 
-COLUMNS = ("heads", "kv_heads", "head_dim", "mask", "spelling", "target", "convertible", "reason")
+COLUMNS = ("kind", "heads", "kv_heads", "head_dim", "mask", "spelling", "target", "convertible", "reason")
 
 
 @command
@@ -28,17 +28,22 @@ def inspect(
 
     loaded = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     found = inspect_model(loaded.model, progress=count)
-    sites = list(found.sites)
+    sites = [site for site in found.sites if site.kind != "other"]
+    others = [site for site in found.sites if site.kind == "other"]
     convertible = sum(site.convertible for site in sites)
     document = {
         "model": model,
         "architecture": type(loaded.model).__name__,
         "convertible": convertible,
         "sites": sites,
+        "other_softmax": others,
     }
     title = f"{model}: {len(sites)} attention sites, {convertible} convertible"
+    tables = [_table(title, sites)]
+    if others:
+        tables.append(_table(f"{len(others)} modules with a softmax that is not attention", others))
     following = f"retrofit convert {model} OUTPUT --target hsa" if convertible else "retrofit convert --help"
-    return Shown(document, [_table(title, sites)], following)
+    return Shown(document, tables, following)
 
 
 def _table(title: str, sites: list[Any]) -> Table:
