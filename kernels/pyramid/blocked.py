@@ -72,7 +72,7 @@ def extend_pyramid(
         origin = cells * ratio if level else cells * ratio + (start + offset)[:, None]
         last = children.shape[2] - 1
         parts = [_take(children, (origin + i).clamp(max=last)) for i in range(ratio)]
-        children = _pool(parts, pooling, weight)
+        children = pool(parts, pooling, weight)
         if levels is not None:
             place = cells[:, None, :, None].expand_as(children)
             room_for_new = torch.zeros_like(children)
@@ -94,7 +94,7 @@ def _take(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
 
-def _pool(members: Sequence[Tensor], pooling: str, weight: Tensor | None) -> Tensor:
+def pool(members: Sequence[Tensor], pooling: str, weight: Tensor | None) -> Tensor:
     # ratio members, each [B,H,C,D]  →  [B,H,C,D], accumulated in float32 at least
     dtype = members[0].dtype
     wide = torch.promote_types(dtype, torch.float32)

@@ -13,6 +13,7 @@ from retrofit.kernels.maha import ops as _maha_ops  # noqa: F401
 from retrofit.kernels.pyramid import ops as _pyramid_ops  # noqa: F401
 from retrofit.onnx.bodies.dense import dense_attention
 from retrofit.onnx.bodies.hsa import hsa_attention
+from retrofit.onnx.bodies.listed import TRANSLATIONS
 from retrofit.onnx.bodies.maha import maha_attention
 from retrofit.onnx.bodies.pyramid import extend_pyramid
 from retrofit.onnx.nodes import CustomNode
@@ -23,7 +24,7 @@ def custom_nodes() -> list[CustomNode]:
     ops = torch.ops.retrofit
     return [
         CustomNode(ops.dense_attention.default, "DenseAttention", dense_attention),
-        CustomNode(ops.hsa_attention.default, "HSAAttention", hsa_attention),
+        CustomNode(ops.hsa_attention.default, "HSAAttention", hsa_attention, inner=TRANSLATIONS),
         CustomNode(ops.maha_attention.default, "MAHAAttention", maha_attention),
         CustomNode(ops.extend_pyramid.default, "ExtendPyramid", extend_pyramid, outputs=_levels),
     ]

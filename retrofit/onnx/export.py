@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,9 @@ from retrofit.errors import ExportError
 from retrofit.folders import new_folder
 from retrofit.onnx.calls import CallModel
 from retrofit.onnx.custom import custom_nodes
-from retrofit.onnx.nodes import DOMAIN, add_functions, opaque_translations
-from retrofit.onnx.translate import translate
+from retrofit.onnx.layers import equal_layers, unroll
+from retrofit.onnx.nodes import DOMAIN, CustomNode, add_functions, opaque_translations
+from retrofit.onnx.translate import remove_repetitions, shrink, translate
 from retrofit.onnx.verify import TOLERANCES, Difference, verify
 from retrofit.site import RetrofittedAttention
 
@@ -141,23 +142,17 @@ def export_onnx(
     try:
         with new_folder(path, is_export, "earlier export") as folder:
             tell("translating the model")
-            call = CallModel(model, with_past=with_past)
             nodes = custom_nodes()
-            program = translate(
-                call,
-                call.example(),
-                call.dynamic(),
-                opset=opset,
-                output_names=call.output_names,
-                translations=opaque_translations(nodes),
-            )
+            call, program = _translated(model, nodes, with_past, opset)
             tell("deriving the bodies of the custom nodes")
             add_functions(program.model, nodes, opset)
             counts = Counter(node.op_type for node in program.model.graph if node.domain == DOMAIN)
             bodies = len(program.model.functions)
             inlined = sum(counts.values()) > INLINE_ABOVE if inline == "auto" else bool(inline)
+            if inlined:
+                InlinePass()(program.model)
+                remove_repetitions(program.model)
             for tidy in (
-                *([InlinePass()] if inlined else []),
                 RemoveUnusedNodesPass(),
                 RemoveUnusedFunctionsPass(),
                 RemoveUnusedOpsetsPass(),
@@ -198,6 +193,38 @@ def export_onnx(
     finally:
         model.train(training)
     return report
+
+
+def _translated(
+    model: torch.nn.Module, nodes: Sequence[CustomNode], with_past: bool | None, opset: int
+) -> tuple[CallModel, torch.onnx.ONNXProgram]:
+    """The model with opaque custom nodes; of many equal layers a few are translated and the others copied."""
+
+    def whole() -> tuple[CallModel, torch.onnx.ONNXProgram]:
+        call = CallModel(model, with_past=with_past)
+        program = translate(
+            call,
+            call.example(),
+            call.dynamic(),
+            opset=opset,
+            output_names=call.output_names,
+            translations=opaque_translations(nodes),
+            shrunk=False,
+        )
+        return call, program
+
+    layers = equal_layers(model)
+    if layers is None:
+        call, program = whole()
+    else:
+        with layers.shortened():
+            call, program = whole()
+        call = CallModel(model, with_past=with_past)
+        weights = {**dict(call.named_parameters(remove_duplicate=False)), **dict(call.named_buffers())}
+        if not unroll(program.model.graph, f"model.{layers.path}", len(layers.modules), weights):
+            call, program = whole()
+    shrink(program.model)
+    return call, program
 
 
 def _refuse_what_does_not_run(model: torch.nn.Module, check: bool) -> None:

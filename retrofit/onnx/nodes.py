@@ -15,7 +15,7 @@ opaque because a function known to the exporter would be inlined by its version 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import onnx
@@ -51,6 +51,7 @@ class CustomNode:
         hidden: Arguments that are no attributes of the node, because they choose how and not what to compute.
         outputs: Number of outputs by the arguments, for an operator that returns a list; None for as many as
             the operator's schema says.
+        inner: How operators that the body calls, other than those of torch, become nodes.
     """
 
     op: Any
@@ -58,6 +59,7 @@ class CustomNode:
     body: Callable[..., Any]
     hidden: tuple[str, ...] = ("implementation",)
     outputs: Callable[[Mapping[str, Any]], int] | None = None
+    inner: Mapping[Callable[..., Any], Callable[..., Any]] = field(default_factory=dict)
 
 
 def opaque_translations(nodes: Sequence[CustomNode]) -> dict[Callable[..., Any], Callable[..., Any]]:
@@ -227,6 +229,7 @@ def _function(node: CustomNode, arguments: Mapping[str, Any], overload: str, ops
             for name, value in present.items()
         },
         opset=opset,
+        translations=node.inner,
     )
     function = as_function(program.model.graph, program.model.functions, (DOMAIN, node.name, overload))
     given = {value.name: value for value in function.inputs}

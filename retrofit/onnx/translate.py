@@ -33,6 +33,7 @@ def translate(
     opset: int,
     output_names: Sequence[str] | None = None,
     translations: Mapping[Callable[..., Any], Callable[..., Any]] | None = None,
+    shrunk: bool = True,
 ) -> torch.onnx.ONNXProgram:
     """Returns ``module``, called with the one dict ``inputs``, as an ONNX program.
 
@@ -43,6 +44,7 @@ def translate(
         opset: Version of the standard operators.
         output_names: Names of the outputs.
         translations: How operators of torch that are not standard become nodes.
+        shrunk: Whether to fold constants and to remove what is there twice.
     """
     with _quiet(), torch.no_grad():
         exported = torch.export.export(
@@ -62,7 +64,8 @@ def translate(
             optimize=False,
         )
     assert program is not None
-    _shrink(program.model)
+    if shrunk:
+        shrink(program.model)
     return program
 
 
@@ -73,14 +76,19 @@ def _unless_shared(node: ir.Node) -> bool | None:
     return None
 
 
-def _shrink(model: ir.Model) -> None:
+def shrink(model: ir.Model) -> None:
     """Folds constants and removes what is there twice: a runtime reads a function once for every call of it.
 
     The exporter's own optimisation also tries hundreds of rewriting rules, for more time than all the rest takes.
     """
     fold_constants_ir(model, onnx_shape_inference=True, should_fold=_unless_shared)
+    RemoveUnusedNodesPass()(model)
+    remove_repetitions(model)
+
+
+def remove_repetitions(model: ir.Model) -> None:
+    """Keeps one of several equal constants and of several equal computations."""
     for step in (
-        RemoveUnusedNodesPass(),
         LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         LiftSubgraphInitializersToMainGraphPass(),
         DeduplicateInitializersPass(),
