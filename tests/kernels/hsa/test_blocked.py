@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
 from retrofit.kernels.hsa import blocked, reference
 from retrofit.kernels.hsa.geometry import Geometry
@@ -277,3 +281,43 @@ def test_a_budget_for_all_is_dense_attention() -> None:
         case.q, case.k, case.v, is_causal=True, scale=0.25, enable_gqa=True
     )
     assert error(case.run(blocked)[0], expected) < 2e-6
+
+
+class LiveBytes(TorchDispatchMode):
+    """Adds up the tensors that are alive at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.seen = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor) and x.untyped_storage() not in self.seen:
+                storage = x.untyped_storage()
+                self.seen[storage] = weakref.finalize(storage, self.add, -storage.nbytes())
+                self.add(storage.nbytes())
+        return result
+
+    def add(self, count: int) -> None:
+        self.live += count
+        self.peak = max(self.peak, self.live)
+
+
+@pytest.mark.parametrize("summaries", [False, True])
+def test_memory_is_linear_in_the_length(summaries: bool) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a dispatch mode sees its own thread alone
+    try:
+        peaks = []
+        for slots in (1500, 3000):
+            case = Case(slots, heads=2, kv_heads=1, summaries=summaries)
+            with LiveBytes() as count:
+                case.run(blocked)
+            peaks.append(count.peak)
+    finally:
+        torch.set_num_threads(threads)
+    output = 2 * 12 * 4  # bytes a token
+    assert peaks[0] >= 1500 * output
+    assert peaks[1] - peaks[0] <= 1500 * 10 * output
