@@ -174,7 +174,7 @@ class RetrofittedAttention(nn.Module):
                     f"{self.path} was captured with {spelled(path)} and {spelled(first)} the same tensor, got two; "
                     "convert with an example that has two"
                 )
-        tensors = []
+        tensors: list[Tensor] = []
         for path in plan.inputs:
             tensor = lookup(values, path)
             if tensor is None:

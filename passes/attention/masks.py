@@ -130,8 +130,23 @@ def visible_keys(mask: Tensor) -> Tensor | str:
         return f"a mask of dtype {mask.dtype}"
     hidden = mask <= max(torch.finfo(mask.dtype).min / 2, -1e30)
     if bool(((mask != 0) & ~hidden & ~(mask <= -1e4)).any()):
-        return "the mask adds a bias to the scores"
+        return f"the mask adds a bias to the scores, {_kind_of_bias(mask, hidden)}"
     return mask == 0
+
+
+def _kind_of_bias(mask: Tensor, hidden: Tensor) -> str:
+    """What the bias in a mask […, T, N] depends on, as far as a softmax over the keys can tell."""
+    queries, keys = mask.shape[-2:]
+    if queries != keys:
+        return "the same for every query" if queries == 1 else "of an unknown kind"
+    # A constant in a row changes no softmax.
+    bias = (mask - mask.diagonal(dim1=-2, dim2=-1)[..., None]).masked_fill(hidden, float("nan"))
+    by_distance = all(
+        bool((line - line[..., :1]).abs().nan_to_num().max() <= 1e-4 * line.abs().nan_to_num().max() + 1e-6)
+        for offset in range(-queries + 1, queries)
+        for line in [bias.diagonal(offset, dim1=-2, dim2=-1)]
+    )
+    return "by distance alone (as ALiBi does)" if by_distance else "not by distance alone"
 
 
 def _real_tokens(shown: Tensor) -> Tensor | None:

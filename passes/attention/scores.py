@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.fx import Node
 
-from retrofit.passes.attention.arguments import SIZE_ONLY, arguments, is_call, shape
+from retrofit.passes.attention.arguments import SIZE_ONLY, arguments, is_call
 from retrofit.passes.attention.axes import RESHAPES, SAME, permutation
 from retrofit.passes.attention.operands import CASTS, constant, constant_factor
 from retrofit.passes.attention.products import PRODUCTS, Product, read_product
@@ -343,13 +343,14 @@ def _same_mask(node: Node, hiding: Sequence[Step]) -> bool:
 
 
 def _equal(a: Any, b: Any) -> bool:
-    """Whether two nodes compute the same from the same."""
+    """Whether two arguments are computed in the same way from the same."""
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(_equal(x, y) for x, y in zip(a, b, strict=True))
     if not isinstance(a, Node) or not isinstance(b, Node):
         return type(a) is type(b) and a == b
     if a is b:
         return True
-    if a.op != b.op or a.target != b.target or a.kwargs != b.kwargs or len(a.args) != len(b.args):
-        return False
-    if a.op != "call_function" or shape(a) is None:
-        return False
-    return all(_equal(x, y) for x, y in zip(a.args, b.args, strict=True))
+    if isinstance(a.meta.get("val"), torch.SymInt) and isinstance(b.meta.get("val"), torch.SymInt):
+        return str(a.meta["val"]) == str(b.meta["val"])
+    same = a.op == b.op == "call_function" and a.target == b.target and a.kwargs == b.kwargs
+    return same and _equal(a.args, b.args)

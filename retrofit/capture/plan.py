@@ -152,6 +152,9 @@ class Planner:
             kind = _kind(normalized.attention)
             if kind == "cross":
                 return Refused("cross-attention keeps its own attention", "cross")
+            if _is_selected(normalized.attention):
+                reason = "the mask is a selection of keys by another score (topk)"
+                return Refused(f"{reason} (at {_where(normalized.attention)})", "self")
             try:
                 samples.append(_sample(module, normalized, probed, signature))
             except CaptureError as error:
@@ -186,6 +189,14 @@ def _one_attention(captured: Captured, refusals: list[Refusal]) -> _Normalized:
         names = f" ({', '.join(node.name for node in found)})" if found else ""
         return _Normalized(captured, None, f"{len(found)} attentions in one module{names}")
     return _Normalized(captured, found[0], "")
+
+
+def _is_selected(attention: Node) -> bool:
+    """Whether the mask hides what a search, made in the module, did not choose."""
+    mask = attention.args[3]
+    return isinstance(mask, Node) and any(
+        node.target is torch.ops.aten.topk.default for node in ancestors(mask, through_sizes=False)
+    )
 
 
 def _where(attention: Node) -> str:
@@ -297,6 +308,7 @@ def _plan(
     graph = Graph()
     copied: dict[Node, Node] = {}
     returned = graph.graph_copy(captured.graph, copied)
+    assert isinstance(returned, tuple)
     graph.output(returned)
     assert normalized.attention is not None
     attention = copied[normalized.attention]
@@ -328,7 +340,7 @@ def _plan(
         signature=signature,
         known=known,
         output=captured.output,
-        lost=tuple(place for place, item in enumerate(returned or ()) if item is None),
+        lost=tuple(place for place, item in enumerate(returned) if item is None),
         constants=tuple(captured.constants.items()),
         mask_argument=argument,
         keep_mask=keep_mask,

@@ -268,7 +268,12 @@ def _windowed(t, w):
         ([_sample(_keep(0, 4)[:, None, None, :])], "key padding"),
         ([_sample(_windowed(T, 4)[None, None])], "sliding window(4)"),
         ([_sample((_windowed(T, 4) & _keep(3)[:, None, None, :]), _keep(3))], "sliding window(4)+padding"),
-        ([_sample(-torch.arange(T).float()[None, None, None])], "adds a bias"),
+        ([_sample(-torch.arange(T).float()[None, None, None])], "the same for every query"),
+        (
+            [_sample(-torch.arange(T).float().expand(1, 4, T, T))],
+            "adds a bias to the scores, by distance alone",
+        ),
+        ([_sample(torch.rand(1, 4, T, T))], "adds a bias to the scores, not by distance alone"),
         ([_sample((torch.arange(T) % 2 == 0)[None, None, None])], "middle of a row"),
         ([_sample(torch.rand(1, 4, T, T) > 0.5)], "differs between heads"),
         ([_sample(_causal(T).T[None, None])], "none of"),
