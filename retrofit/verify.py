@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from retrofit.capture.analyse import Found, evaluating
 from retrofit.capture.call import is_cache
-from retrofit.capture.plan import ProbedCall
+from retrofit.capture.observe import ProbedCall
 from retrofit.capture.probes import Probe
 from retrofit.errors import VerificationError
 from retrofit.site import RetrofittedAttention

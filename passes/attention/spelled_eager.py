@@ -26,7 +26,8 @@ from retrofit.passes.attention.operands import Operand, constant_factor, peeled
 from retrofit.passes.attention.products import Product
 from retrofit.passes.attention.roles import Roles, assign
 from retrofit.passes.attention.rule import Refusal, Reject, Rule, calls
-from retrofit.passes.attention.scores import SOFTMAX, Named, Step, follow_scores, follow_weights
+from retrofit.passes.attention.scores import SOFTMAX, Named, Step, follow_scores
+from retrofit.passes.attention.weights import Weights, follow_weights
 
 aten = torch.ops.aten
 
@@ -71,7 +72,7 @@ class EagerSpelling(Rule[AttentionMatch]):
         insert_attention(graph, match)
 
 
-def _match(name: str, softmax: Node, product: Product, steps: list[Step], weights: Any) -> AttentionMatch:
+def _match(name: str, softmax: Node, product: Product, steps: list[Step], weights: Weights) -> AttentionMatch:
     outer = fresh(sizes(product.node))
     axes = list(outer)
     named = dict(zip(product.result, axes, strict=True))

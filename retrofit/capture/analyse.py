@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from retrofit.capture.plan import Planner, ProbedCall, Refused, SitePlan
+from retrofit.capture.observe import ProbedCall
+from retrofit.capture.plan import Planner, Refused, SitePlan
 from retrofit.capture.probes import ExampleInputs, Probe, is_transformers, make_probes
 from retrofit.capture.record import OwnerCall, Recording, record
 from retrofit.errors import CaptureError

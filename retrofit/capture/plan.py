@@ -6,7 +6,6 @@ calls of a module on the probes  →  one graph per spelling of the call  →  c
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +16,17 @@ from torch.fx import Graph, Node
 from torch.fx.graph_module import _format_import_block
 from torch.package.importer import sys_importer
 
-from retrofit.capture.call import CACHE_NAMES, LeafPath, Signature, is_cache, leaves, lookup, same_tensors
-from retrofit.capture.evaluate import ancestors, concrete, evaluate, evaluate_for, symbols_of
-from retrofit.capture.export import Captured, capture, expanded
+from retrofit.capture.call import CACHE_NAMES, LeafPath, Signature, is_cache, leaves, same_tensors
+from retrofit.capture.export import Captured, capture
+from retrofit.capture.observe import (
+    Normalized,
+    ProbedCall,
+    is_selected,
+    kind_of,
+    longer_samples,
+    mask_paths_of,
+    sample_of,
+)
 from retrofit.capture.record import OwnerCall
 from retrofit.errors import CaptureError
 from retrofit.passes.attention.arguments import shape
@@ -28,21 +35,6 @@ from retrofit.passes.attention.rewrite import attentions, normalize, target_call
 from retrofit.passes.attention.rule import Refusal, source_line
 
 MASK_NAME = "attention_mask"
-FAR = (2048, 1024, 512, 256, 128, 64)  # lengths at which a mask made of sizes alone is looked at again
-MOST_SCORES = 2**25
-
-
-@dataclass(frozen=True)
-class ProbedCall:
-    """One call of a module, with what the probe says about its rows.
-
-    Attributes:
-        call: The call and its result.
-        keep: bool [B, N], the real tokens; None if the probe does not say.
-    """
-
-    call: OwnerCall
-    keep: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -101,14 +93,6 @@ class Refused:
     kind: str = "unknown"
 
 
-@dataclass(frozen=True)
-class _Normalized:
-    captured: Captured
-    attention: Node | None
-    reason: str
-    kind: str = "unknown"
-
-
 class Planner:
     """Makes plans; identical modules share one captured graph.
 
@@ -120,7 +104,7 @@ class Planner:
     def __init__(self, *, managed: bool) -> None:
         self.managed = managed
         self.captures = 0
-        self._graphs: dict[Any, _Normalized] = {}
+        self._graphs: dict[Any, Normalized] = {}
 
     def plan(
         self, module: nn.Module, calls: Sequence[ProbedCall]
@@ -140,7 +124,7 @@ class Planner:
     ) -> SitePlan | Refused:
         signature = Signature.of(module)
         mask_paths: set[LeafPath] = set()
-        primary: _Normalized | None = None
+        primary: Normalized | None = None
         for probed in calls:
             try:
                 normalized = self._normalized(module, probed.call, signature)
@@ -149,20 +133,20 @@ class Planner:
             if normalized.attention is None:
                 return Refused(normalized.reason, normalized.kind)
             primary = primary or normalized
-            kind = _kind(normalized.attention)
+            kind = kind_of(normalized.attention)
             if kind == "cross":
                 return Refused("cross-attention keeps its own attention", "cross")
-            if _is_selected(normalized.attention):
+            if is_selected(normalized.attention):
                 reason = "the mask is a selection of keys by another score (topk)"
                 return Refused(f"{reason} (at {_where(normalized.attention)})", "self")
             try:
-                samples.append(_sample(module, normalized, probed, signature))
+                samples.append(sample_of(module, normalized, probed, signature))
             except CaptureError as error:
                 return Refused(str(error))
-            mask_paths |= _mask_paths(normalized)
+            mask_paths |= mask_paths_of(normalized)
         assert primary is not None
         assert primary.attention is not None
-        found = classify([*samples, *_longer(module, primary, calls[0].call, signature)])
+        found = classify([*samples, *longer_samples(module, primary, calls[0].call, signature)])
         if isinstance(found, str):
             return Refused(f"{found} (at {_where(primary.attention)})", "self")
         if self.managed and len(mask_paths) > 1:
@@ -170,7 +154,7 @@ class Planner:
             return Refused(f"the mask is made from several inputs: {names}", "self")
         return _plan(primary, found, signature, calls[0].call, mask_paths, managed=self.managed)
 
-    def _normalized(self, module: nn.Module, call: OwnerCall, signature: Signature) -> _Normalized:
+    def _normalized(self, module: nn.Module, call: OwnerCall, signature: Signature) -> Normalized:
         key = _identity(module, call, signature)
         if key not in self._graphs:
             self.captures += 1
@@ -180,23 +164,15 @@ class Planner:
         return self._graphs[key]
 
 
-def _one_attention(captured: Captured, refusals: list[Refusal]) -> _Normalized:
+def _one_attention(captured: Captured, refusals: list[Refusal]) -> Normalized:
     found = attentions(captured.graph)
     if refusals and not (found and not any(refusal.attention for refusal in refusals)):
         kind = "unknown" if found or any(refusal.attention for refusal in refusals) else "other"
-        return _Normalized(captured, None, "; ".join(str(refusal) for refusal in refusals), kind)
+        return Normalized(captured, None, "; ".join(str(refusal) for refusal in refusals), kind)
     if len(found) != 1:
         names = f" ({', '.join(node.name for node in found)})" if found else ""
-        return _Normalized(captured, None, f"{len(found)} attentions in one module{names}")
-    return _Normalized(captured, found[0], "")
-
-
-def _is_selected(attention: Node) -> bool:
-    """Whether the mask hides what a search, made in the module, did not choose."""
-    mask = attention.args[3]
-    return isinstance(mask, Node) and any(
-        node.target is torch.ops.aten.topk.default for node in ancestors(mask, through_sizes=False)
-    )
+        return Normalized(captured, None, f"{len(found)} attentions in one module{names}")
+    return Normalized(captured, found[0], "")
 
 
 def _where(attention: Node) -> str:
@@ -204,99 +180,8 @@ def _where(attention: Node) -> str:
     return f"node {attention.name}, {line}" if line else f"node {attention.name}"
 
 
-def _kind(attention: Node) -> str:
-    q, k = attention.args[0], attention.args[1]
-    assert isinstance(q, Node)
-    assert isinstance(k, Node)
-    q_shape, k_shape = shape(q), shape(k)
-    if q_shape is None or k_shape is None or str(q_shape[2]) != str(k_shape[2]):
-        return "cross"
-    if q.op == "placeholder":
-        return "self"
-    first = [node for node in ancestors(q, through_sizes=False) if node.op == "placeholder"]
-    hidden = max(first, key=lambda node: len(shape(node) or ()), default=None)
-    earlier = ancestors(k, through_sizes=False)
-    lead = min(first, key=lambda node: list(q.graph.nodes).index(node), default=None)
-    return "self" if lead is None or lead in earlier or hidden in earlier else "cross"
-
-
-def _values(captured: Captured, call: OwnerCall, signature: Signature) -> dict[str, Any]:
-    bound = signature.bind(call.args, call.kwargs)
-    values = {name: lookup(bound, path) for name, path in captured.inputs.items()}
-    first = next(iter(values.values()))
-    for name, path in captured.inputs.items():
-        if path in captured.rows:
-            values[name] = expanded(values[name], first)
-    return values
-
-
-def _sample(
-    module: nn.Module, normalized: _Normalized, probed: ProbedCall, signature: Signature
-) -> MaskSample:
-    attention = normalized.attention
-    assert attention is not None
-    mask, is_causal = attention.args[3], attention.args[4]
-    values = _values(normalized.captured, probed.call, signature)
-    graph, constants = normalized.captured.graph, normalized.captured.constants
-    value = None
-    with torch.no_grad():
-        if isinstance(mask, Node):
-            value = evaluate(graph, mask, module, values, constants)
-    batch, length = _rows_and_keys(normalized, values)
-    keep = probed.keep if probed.keep is not None and probed.keep.shape == (batch, length) else None
-    return MaskSample(value, bool(is_causal), batch, length, keep)
-
-
-def _rows_and_keys(normalized: _Normalized, values: Mapping[str, Any]) -> tuple[int, int]:
-    assert normalized.attention is not None
-    k = normalized.attention.args[1]
-    assert isinstance(k, Node)
-    batch, _, length, _ = concrete(shape(k) or (), symbols_of(normalized.captured.graph, values))
-    return batch, length
-
-
-def _longer(
-    module: nn.Module, normalized: _Normalized, call: OwnerCall, signature: Signature
-) -> list[MaskSample]:
-    """The mask as it is far beyond the example, if sizes alone make it: a window may be wider than the example."""
-    attention = normalized.attention
-    assert attention is not None
-    q, mask = attention.args[0], attention.args[3]
-    if not isinstance(mask, Node) or _mask_paths(normalized):
-        return []
-    assert isinstance(q, Node)
-    queries = (shape(q) or ())[2]
-    if isinstance(queries, int) or not queries.node.expr.is_Symbol:
-        return []
-    graph = normalized.captured.graph
-    known = symbols_of(graph, _values(normalized.captured, call, signature))
-    for length in FAR:
-        sizes = {**known, queries.node.expr: length}
-        try:
-            if math.prod(concrete(shape(mask) or (), sizes)) > MOST_SCORES:
-                continue
-            with torch.no_grad():
-                value = evaluate_for(graph, mask, module, sizes, normalized.captured.constants)
-            batch = concrete(shape(q) or (), sizes)[0]
-        except (RuntimeError, IndexError):
-            continue  # longer than what the module has a mask for
-        if value.shape[-1] == length:
-            return [MaskSample(value, bool(attention.args[4]), batch, length, None)]
-    return []
-
-
-def _mask_paths(normalized: _Normalized) -> set[LeafPath]:
-    """The inputs whose values, not only sizes, make the mask."""
-    assert normalized.attention is not None
-    mask = normalized.attention.args[3]
-    if not isinstance(mask, Node):
-        return set()
-    inputs = normalized.captured.inputs
-    return {inputs[node.name] for node in ancestors(mask, through_sizes=False) if node.op == "placeholder"}
-
-
 def _plan(
-    normalized: _Normalized,
+    normalized: Normalized,
     mask: MaskClass,
     signature: Signature,
     call: OwnerCall,
@@ -317,7 +202,7 @@ def _plan(
     assert q is not None
     assert k is not None
     assert v is not None
-    keep_mask = not managed and bool(_mask_paths(normalized))
+    keep_mask = not managed and bool(mask_paths_of(normalized))
     if keep_mask:
         _as_visible(graph, attention, normalized.attention)
     target_call(graph, attention, keep_mask=keep_mask)
