@@ -11,6 +11,14 @@ from pathlib import Path
 
 from retrofit.errors import OutputError, RetrofitError
 
+EXPORT_RECORD = "export.json"
+"""The file that marks a folder as an ONNX export; such a folder also has the ``config.json`` of its model."""
+
+
+def is_export(path: Path) -> bool:
+    """Whether an export wrote ``path``."""
+    return (path / EXPORT_RECORD).is_file()
+
 
 @contextmanager
 def new_folder(path: str | Path, is_ours: Callable[[Path], bool], kind: str) -> Iterator[Path]:
@@ -54,10 +62,16 @@ def check_folder(path: Path, is_ours: Callable[[Path], bool], kind: str) -> None
     if path.is_dir():
         if any(path.iterdir()) and not is_ours(path):
             raise OutputError(
-                f"{path} is not empty and holds no {kind}; give another folder, or empty it first"
+                f"{path} is not empty and holds no {kind}{_instead(path)}; give another folder, or empty it first"
             )
     elif path.exists():
         raise OutputError(f"{path} is a file; give a folder")
+
+
+def _instead(path: Path) -> str:
+    if is_export(path):
+        return ", but an ONNX export"
+    return ", but a model" if (path / "config.json").is_file() else ""
 
 
 def _replace(path: Path, filling: Path) -> None:

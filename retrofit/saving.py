@@ -190,6 +190,8 @@ def check_folder(path: Path) -> None:
 
 
 def _is_ours(path: Path) -> bool:
+    if folders.is_export(path):
+        return False  # its config.json has the record too
     try:
         return "retrofit" in json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

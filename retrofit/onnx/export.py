@@ -25,7 +25,7 @@ from onnx_ir.passes.common import (
 
 from retrofit.configs import MAHAConfig
 from retrofit.errors import ExportError
-from retrofit.folders import new_folder
+from retrofit.folders import EXPORT_RECORD, is_export, new_folder
 from retrofit.onnx.calls import CallModel
 from retrofit.onnx.custom import custom_nodes
 from retrofit.onnx.layers import equal_layers, unroll
@@ -35,7 +35,6 @@ from retrofit.onnx.verify import TOLERANCES, Difference, verify
 from retrofit.site import RetrofittedAttention
 
 OPSET = 20
-RECORD = "export.json"
 INLINE_ABOVE = 8
 """Custom nodes from which loading a model with functions takes too long."""
 EXTERNAL_ABOVE = 2**31 - 2**24
@@ -189,7 +188,7 @@ def export_onnx(
                 tied_embeddings=_tied(model) and _stored_once(saved),
                 worst=worst,
             )
-            (folder / RECORD).write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+            (folder / EXPORT_RECORD).write_text(json.dumps(report.to_dict(), indent=2) + "\n")
     finally:
         model.train(training)
     return report
@@ -267,11 +266,6 @@ def _text(tokenizer: Any) -> torch.Tensor | None:
 
     text = "\n\n".join(topics[key] for key in sorted(topics))
     return torch.tensor(tokenizer(text[:8_000], add_special_tokens=False)["input_ids"])
-
-
-def is_export(folder: Path) -> bool:
-    """Whether an export wrote ``folder``."""
-    return (folder / RECORD).is_file()
 
 
 def _tied(model: Any) -> bool:

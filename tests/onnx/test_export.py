@@ -16,9 +16,8 @@ import torch
 import retrofit
 from retrofit.configs import DenseConfig, HSAConfig, MAHAConfig
 from retrofit.errors import ExportError, OutputError
-from retrofit.folders import new_folder
+from retrofit.folders import is_export, new_folder
 from retrofit.onnx import OnnxModel, export_onnx
-from retrofit.onnx.export import is_export
 
 
 def greedy(model: Any, ids: torch.Tensor, mask: torch.Tensor, tokens: int) -> np.ndarray[Any, Any]:
@@ -99,6 +98,21 @@ def test_a_folder_that_is_not_ours_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="is not empty"), new_folder(tmp_path, is_export, "earlier export"):
         pass
     assert [item.name for item in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_an_export_and_a_saved_model_never_replace_each_other(
+    tiny_llama: Callable[..., Any], tmp_path: Path
+) -> None:
+    model = tiny_llama(num_hidden_layers=1)
+    retrofit.convert(model, DenseConfig())
+    saved, exported = tmp_path / "saved", tmp_path / "exported"
+    retrofit.save_pretrained(model, saved)
+    export_onnx(model, exported, check=False)
+    with pytest.raises(OutputError, match=r"exported is not empty .* but an ONNX export"):
+        retrofit.save_pretrained(model, exported)
+    with pytest.raises(OutputError, match=r"saved is not empty .* but a model"):
+        export_onnx(model, saved)
+    assert (exported / "model.onnx").is_file() and (saved / "model.safetensors").is_file()
 
 
 def test_an_earlier_export_is_replaced(tmp_path: Path) -> None:

