@@ -232,13 +232,30 @@ def _child_node(
     path, spec, given = traced.calls[node.args[1]]  # type: ignore[index]
     tensors = iter([copied[n] for n in node.args[0]])  # type: ignore[union-attr, index]
     args, kwargs = pytree.tree_unflatten(
-        [next(tensors) if is_tensor_slot(leaf) else leaf for leaf in given], spec
+        [next(tensors) if is_tensor_slot(leaf) else _number(graph, path, leaf) for leaf in given], spec
     )
     call = graph.call_module(path, args, kwargs)
     value = node.meta["val"]
     call.meta = {**node.meta, "val": value[0] if len(value) == 1 else value}
     call.meta["module_class"] = type(module.get_submodule(path))
     return call
+
+
+def _number(graph: Graph, path: str, leaf: Any) -> Any:
+    """What a child is given that is no tensor; a size becomes the node that holds it."""
+    if not isinstance(leaf, torch.SymInt):
+        return leaf
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, torch.SymInt) and value.node.expr == leaf.node.expr:
+            return node
+        if node.op == "placeholder" and isinstance(value, Tensor):
+            for dim, size in enumerate(value.shape):
+                if isinstance(size, torch.SymInt) and size.node.expr == leaf.node.expr:
+                    new = graph.call_function(torch.ops.aten.sym_size.int, (node, dim))
+                    new.meta["val"] = leaf
+                    return new
+    raise CaptureError(f"{path} is called with a number that depends on more than the sizes of the inputs")
 
 
 def _is_single_child(node: Node) -> bool:

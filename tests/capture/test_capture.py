@@ -98,6 +98,33 @@ def test_a_conversion_with_dictionaries_pairs_and_dropout():
     )
 
 
+class Rotary(nn.Module):
+    """A child that is called with a length, as rotary embeddings of older models are."""
+
+    def forward(self, x, tokens):
+        return x * torch.arange(tokens).cos()[:, None]
+
+
+class CallsWithALength(Attention):
+    def __init__(self):
+        super().__init__()
+        self.rotary = Rotary()
+
+    def forward(self, x, pair, **options):
+        return super().forward(self.rotary(x, x.shape[1]), pair, **options)
+
+
+def test_a_child_that_is_given_a_length_gets_the_length_at_hand():
+    torch.manual_seed(0)
+    model = Model().eval()
+    model.first = CallsWithALength().eval()
+    x = torch.randn(3, 17, 24)
+    with torch.no_grad():
+        expected = model(x)
+        api.convert(model, DenseConfig(), {"x": torch.randn(2, 11, 24)})
+        torch.testing.assert_close(model(x), expected)
+
+
 def test_calls_are_bound_taken_apart_and_put_together():
     signature = Signature.of(Attention())
     bound = signature.bind((1, (2, 3)), {"flag": False, "other": [4]})
