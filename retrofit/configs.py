@@ -51,7 +51,7 @@ class HSAConfig:
     target: ClassVar[str] = "hsa"
 
     window: int = 256
-    sink: int = 64
+    sink: int = 32
     budget: int = 480
     block: int = 32
     node: int = 4

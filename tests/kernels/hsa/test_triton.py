@@ -19,7 +19,7 @@ pytest.importorskip("triton")
 
 DEFAULT = Geometry(
     window=256,
-    sink=64,
+    sink=32,
     budget=480,
     block=32,
     node=4,
@@ -49,7 +49,7 @@ run, compiled = JITFunction.run, {}
 def warm(self, *args, grid, warmup, **options):
     compiled[self.__name__] = run(self, *args, grid=grid, warmup=True, **options).asm["cubin"]
 JITFunction.run = warm
-g = Geometry(256, 64, 480, 32, 4, 8, 16, 31, 32, 0)
+g = Geometry(256, 32, 480, 32, 4, 8, 16, 31, 32, 0)
 q, k = (torch.empty(1, heads, 2**18, 64, dtype=torch.bfloat16, device="meta") for heads in (8, 2))
 nodes = [torch.empty(1, 2, 2**18 // g.node_size(i), 64, dtype=torch.bfloat16, device="meta") for i in range(g.levels)]
 at = torch.zeros(1, dtype=torch.int64, device="meta")
@@ -157,8 +157,7 @@ def test_on_a_gpu_equals_blocked(
     case = on(replace(case, geometry=geometry or case.geometry), "cuda", dtype)
     actual, expected = both(case)
     exact = on(replace(case, implementation="blocked"), "cuda", torch.float64).run()
-    same = (actual.first == exact.first).all(-1).float().mean()
-    assert same > (0.999 if dtype == torch.float32 else 0.98)
+    assert (actual.first == expected.first).all(-1).float().mean() > 0.999
     error, bound = ((x.out.double() - exact.out).norm() / exact.out.norm() for x in (actual, expected))
     assert error <= 1.5 * bound + 1e-6
     chunks = case.run_in_chunks([case.tokens - 37, case.tokens - 1])
