@@ -71,8 +71,9 @@ def hsa_attention(
     if call.is_dense:
         return out, spans, first
 
-    _coarse(call, q, nodes, spans)
-    by_leaf = tables.complete_rows(nodes[0], g.nodes_in_span(0))
+    levels = list(nodes)[: call.highest_level + 1]
+    by_span = [tables.complete_rows(level, g.nodes_in_span(i)) for i, level in enumerate(levels)]
+    _coarse(call, q, levels, by_span, spans)
     sources = call.sources(k, v, nodes, value_nodes, gate)
     scratch = Scratch() if q.device.type == "cpu" else None
     by_list = scratch is not None and sources.gate is None
@@ -81,7 +82,7 @@ def hsa_attention(
     def work(block: Tensor) -> None:
         part, chosen = block_step(
             call.queries(q, call.places(block)),
-            by_leaf,
+            by_span[0],
             sources,
             call.pick(spans, block),
             call.pick(first, block),
@@ -201,14 +202,12 @@ def prefix_nodes(level: Tensor, geometry: Geometry) -> Tensor:
     return nodes.unflatten(2, (spans, each)).transpose(2, 3).flatten(0, 1).contiguous()
 
 
-def _coarse(call: Call, q: Tensor, nodes: Sequence[Tensor], spans: Tensor) -> None:
+def _coarse(call: Call, q: Tensor, levels: list[Tensor], by_span: list[Rows], spans: Tensor) -> None:
     """Fills ``spans`` for the blocks whose first query is new."""
     g, size = call.geometry, select.COARSE_TILE
     rows = call.new_blocks
     if all(begin >= end for begin, end in rows):
         return
-    levels = list(nodes)[: call.highest_level + 1]
-    by_span = [tables.complete_rows(level, g.nodes_in_span(i)) for i, level in enumerate(levels)]
     prefixes = [prefix_nodes(level, g).to(call.dtype) for level in levels]
 
     def work(block: Tensor) -> None:

@@ -60,14 +60,14 @@ def padded_rows(x: Tensor, group: int) -> Rows:
 
 
 def complete_rows(x: Tensor, group: int) -> Rows:
-    """The complete rows of ``group`` of x [B, Hkv, n, D], without a copy where x is contiguous."""
-    batch, heads, count, width = x.shape
-    base = torch.arange(batch * heads, device=x.device).reshape(batch, heads)
+    """The complete rows of ``group`` of x [B, Hkv, n, D], without a copy where heads lie whole tokens apart."""
+    count, width = x.shape[2:]
     if count < group:  # nothing to fetch: a row for the unused places
-        return Rows(x.new_zeros(1, group * width), base * 0, 0, group, _last(x, 0))
-    flat = x.contiguous()
-    table = flat.as_strided((batch * heads * count - group + 1, group * width), (width, 1))
-    return Rows(table, base * count, group, group, _last(x, count // group - 1))
+        base = torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device)
+        return Rows(x.new_zeros(1, group * width), base, 0, group, _last(x, 0))
+    x, base, extent = _by_token(x)
+    table = x.as_strided((extent - group + 1, group * width), (width, 1))
+    return Rows(table, base, group, group, _last(x, count // group - 1))
 
 
 def aligned_rows(x: Tensor, start: Tensor, length: Tensor, group: int, tokens: int) -> Rows:
@@ -92,18 +92,23 @@ def aligned_rows(x: Tensor, start: Tensor, length: Tensor, group: int, tokens: i
 
 def token_rows(x: Tensor, start: Tensor, length: Tensor) -> Rows:
     """Single tokens of x [B, Hkv, N, D] by position, without a copy where heads lie whole tokens apart."""
-    batch, heads, slots, width = x.shape
+    slots, width = x.shape[2:]
+    x, base, extent = _by_token(x)
+    table = x.as_strided((extent, width), (width, 1))
+    return Rows(table, base + start.clamp(max=slots - 1)[:, None], 1, 1, (length - 1).clamp(min=0))
+
+
+def _by_token(x: Tensor) -> tuple[Tensor, Tensor, int]:
+    """x [B, Hkv, n, D] or a copy, the token at which each head begins [B, Hkv], and how many there are in all."""
+    batch, heads, count, width = x.shape
     steps = x.stride()
     if steps[3] != 1 or steps[2] != width or steps[1] % width or steps[0] % width:
         x = x.contiguous()
         steps = x.stride()
     by_row, by_head = steps[0] // width, steps[1] // width
-    extent = (batch - 1) * by_row + (heads - 1) * by_head + slots
-    table = x.as_strided((extent, width), (width, 1))
     row = torch.arange(batch, device=x.device)[:, None] * by_row
-    head = torch.arange(heads, device=x.device) * by_head
-    base = row + head + start.clamp(max=slots - 1)[:, None]
-    return Rows(table, base, 1, 1, (length - 1).clamp(min=0))
+    base = row + torch.arange(heads, device=x.device) * by_head
+    return x, base, (batch - 1) * by_row + (heads - 1) * by_head + count
 
 
 def _last(x: Tensor, row: int) -> Tensor:
