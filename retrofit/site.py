@@ -24,6 +24,7 @@ from retrofit.capture.plan import SitePlan, compiled
 from retrofit.capture.standin import is_tensor_slot
 from retrofit.errors import CaptureError
 from retrofit.masks import to_start_length
+from retrofit.passes.attention.masks import visible_keys
 from retrofit.targets.base import TargetAttention
 from retrofit.targets.dense import attend_densely
 
@@ -271,6 +272,8 @@ class RetrofittedAttention(nn.Module):
     def _call(self, q: Tensor, k: Tensor, layer: RetrofitLayer | None, mask: Tensor | None) -> AttentionCall:
         past = layer.get_seq_length() if layer is not None else 0
         slots = past + k.shape[2]
+        if mask is not None and mask.dim() == 4 and mask.shape[2] == 1 < q.shape[2]:
+            mask = _as_padding(mask, q.shape[0])
         if mask is not None and mask.dim() != 2:
             mask = _of_rank_four(mask, q.shape[2])
         start, length = to_start_length(
@@ -300,6 +303,14 @@ def _same(a: Any, b: Any) -> bool:
     if torch.compiler.is_compiling() or not isinstance(a, Tensor) or not isinstance(b, Tensor):
         return False
     return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
+
+
+def _as_padding(mask: Tensor, rows: int) -> Tensor:
+    """A mask [B or 1, 1, 1, N] that hides the same keys from every query as bool [B, N]; any other as it is."""
+    visible = visible_keys(mask)
+    if isinstance(visible, str) or visible.shape[1] != 1:
+        return mask
+    return visible[:, 0, 0].expand(rows, -1)
 
 
 def _of_rank_four(mask: Tensor, tokens: int) -> Tensor:

@@ -303,16 +303,22 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "deepseek_v2": {"num_experts_per_tok": 2, "moe_intermediate_size": 48},
     "falcon_h1": {"mamba_d_ssm": 128},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "hunyuan_v1_moe": {"head_dim": 16},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "ministral": {"head_dim": 16},
     "nemotron": {"num_key_value_heads": 2},
-    "nemotron_h": {"layers_block_type": ["mamba", "attention"]},
+    "nemotron_h": {"n_groups": 1, "layers_block_type": ["mamba", "attention"]},
     "prophetnet": {"num_hidden_layers": ...},
+    "qwen4_exp_text": {"head_dim": 16, "num_key_value_heads": 2},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "xlnet": {"max_position_embeddings": ...},
     "xmod": {"default_language": "en_XX"},
+    "zamba2": {"mamba_ngroups": 1, "n_mamba_heads": 4},
 }
 """What the sizes alone do not settle; ``...`` leaves an argument out."""
 

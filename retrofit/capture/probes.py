@@ -149,7 +149,7 @@ def _length(model: nn.Module, config: Any) -> int:
     most = getattr(config, "max_position_embeddings", None)
     while length in sizes:
         length += 1
-    if isinstance(most, int) and length > most:
+    if isinstance(most, int) and 0 < most < length:
         length = most
         while length in sizes and length > 8:
             length -= 1
