@@ -158,7 +158,7 @@ def test_wrong_arguments_are_named() -> None:
         hsa_attention(arguments.pop("q"), arguments.pop("k"), arguments.pop("v"), **arguments)
 
     with pytest.raises(
-        ConfigError, match="implementation must be one of auto, reference, blocked, got 'fast'"
+        ConfigError, match="implementation must be one of auto, reference, blocked, triton, got 'fast'"
     ):
         call(implementation="fast")
     with pytest.raises(ConfigError, match=r"q must be float32, .* got torch.int64; convert"):
