@@ -14,6 +14,7 @@ import argparse
 import json
 import multiprocessing
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -314,11 +315,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "nemotron": {"num_key_value_heads": 2},
     "nemotron_h": {"n_groups": 1, "layers_block_type": ["mamba", "attention"]},
     "prophetnet": {"num_hidden_layers": ...},
-    "qwen4_exp_text": {"head_dim": 16, "num_key_value_heads": 2},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "xlnet": {"max_position_embeddings": ...},
     "xmod": {"default_language": "en_XX"},
-    "zamba2": {"mamba_ngroups": 1, "n_mamba_heads": 4},
 }
 """What the sizes alone do not settle; ``...`` leaves an argument out."""
 
@@ -352,7 +351,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         "# Causal language models of transformers",
         "",
         f"transformers {transformers.__version__}, torch {torch.__version__.split('+')[0]}; tiny random models, float32, CPU. Made by",
-        "`scripts/sweep_transformers.py`; the raw results are in the JSON file beside this one.",
+        "`scripts/sweep_transformers.py`; the raw results, each with the commit that gave it, are in the JSON file",
+        "beside this one.",
         "",
         f"{len(rows)} architectures, {built} with attention that could be built and run offline: "
         + ", ".join(f"{count} {verdict}" for verdict, count in totals.most_common())
@@ -379,6 +379,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     given = parser.parse_args()
     context = multiprocessing.get_context("fork")
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None
     rows = json.loads(given.output.read_text()) if given.names and given.output.exists() else []
     for name, config_class, model_class in architectures(given.names):
         receiver, sender = context.Pipe(duplex=False)
@@ -390,6 +392,7 @@ def main() -> None:
         except EOFError:
             row = {"architecture": name, "class": model_class.__name__, "verdict": "timed out or killed"}
         process.join()
+        row["commit"] = commit
         rows = sorted(
             [other for other in rows if other["architecture"] != name] + [row],
             key=lambda row: str(row["architecture"]),
