@@ -71,7 +71,7 @@ def main() -> None:
     with torch.no_grad():
         ids = model.generate(**prompt, max_new_tokens=24, do_sample=False)
     exported = OnnxModel(OUTPUT / "onnx").generate(prompt["input_ids"].numpy(), max_new_tokens=24)
-    say(f"torch:       {tokenizer.decode(ids[0])!r}")
+    say(f"torch:       {tokenizer.decode(ids[0, prompt['input_ids'].shape[1] :])!r}")
     say(f"onnxruntime: {tokenizer.decode(exported[0])!r}")
 
     say("timing one site's attention against dense attention")
