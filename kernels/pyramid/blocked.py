@@ -95,7 +95,7 @@ def _take(x: Tensor, index: Tensor) -> Tensor:
 
 
 def pool(members: Sequence[Tensor], pooling: str, weight: Tensor | None) -> Tensor:
-    # ratio members, each [B,H,C,D]  →  [B,H,C,D], accumulated in float32 at least
+    """Pools ``ratio`` members, each [B, H, C, D], into one [B, H, C, D]; accumulates in float32 at least."""
     dtype = members[0].dtype
     wide = torch.promote_types(dtype, torch.float32)
     parts = [part.to(wide) for part in members]
