@@ -1,7 +1,7 @@
 """The converted model as ONNX: time to export and load, agreement with PyTorch, speed, and peak memory.
 
-python benchmarks/onnx.py [MODEL] [--lengths 1 17 700 3400] [--memory-at 8192]
-    writes benchmarks/results/onnx.json
+python benchmarks/export.py [MODEL] [--lengths 1 17 700 3400] [--memory-at 8192]
+    writes benchmarks/results/export.json
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 import retrofit
 from retrofit.onnx import OnnxModel, export_onnx
 
-RESULTS = Path(__file__).parent / "results" / "onnx.json"
+RESULTS = Path(__file__).parent / "results" / "export.json"
 
 
 def main() -> None:
