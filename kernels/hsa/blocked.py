@@ -55,13 +55,8 @@ def hsa_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the output [B, Hq, T, Dv] and the selection (spans, first); arguments as in ``ops``."""
     call = Call.of(q, k, start, length, scale, causal, sliding_window, geometry)
-    g, (batch, kv_heads, tokens) = geometry, k.shape[:3]
-    shape = (batch, kv_heads, g.blocks(tokens))
-    spans = torch.full((*shape, g.beam), -1, dtype=torch.int32, device=q.device)
-    first = torch.full((*shape, g.leaf_width), g.query_block, dtype=torch.uint8, device=q.device)
-    if past_spans is not None and past_first is not None:
-        spans[:, :, : past_spans.shape[2]] = past_spans
-        first[:, :, : past_first.shape[2]] = past_first
+    g = geometry
+    spans, first = g.selection(k, past_spans, past_first)
     attend_densely = partial(dense.dense_attention, scale=scale, causal=causal, sliding_window=sliding_window)
     if call.is_dense and call.uniform:
         return attend_densely(q, k, v, start, length), spans, first

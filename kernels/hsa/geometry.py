@@ -211,6 +211,22 @@ class Geometry:
         shape = spans.shape[:-1]
         return self.leaf_ids(spans, covered.expand(shape), last.expand(shape))
 
+    def selection(
+        self, k: Tensor, past_spans: Tensor | None, past_first: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The selection of a call over the keys k [B, Hkv, N, D]: the past one, and nothing chosen behind it.
+
+        Returns:
+            ``spans``, int32 [B, Hkv, NB, beam], and ``first``, uint8 [B, Hkv, NB, leaf_width].
+        """
+        shape = (*k.shape[:2], self.blocks(k.shape[2]))
+        spans = torch.full((*shape, self.beam), -1, dtype=torch.int32, device=k.device)
+        first = torch.full((*shape, self.leaf_width), self.query_block, dtype=torch.uint8, device=k.device)
+        if past_spans is not None and past_first is not None:
+            spans[:, :, : past_spans.shape[2]] = past_spans
+            first[:, :, : past_first.shape[2]] = past_first
+        return spans, first
+
     def _children(self, spans: Tensor) -> Tensor:
         spans = spans.to(torch.int64).unsqueeze(-1)
         ids = spans * self.fanout + torch.arange(self.fanout, device=spans.device)

@@ -68,12 +68,7 @@ def hsa_attention(
     """
     batch, kv_heads, tokens = k.shape[:3]
     queries, g = q.shape[2], geometry
-    shape = (batch, kv_heads, g.blocks(tokens))
-    spans = torch.full((*shape, g.beam), -1, dtype=torch.int32, device=q.device)
-    first = torch.full((*shape, g.leaf_width), g.query_block, dtype=torch.uint8, device=q.device)
-    if past_spans is not None and past_first is not None:
-        spans[:, :, : past_spans.shape[2]] = past_spans
-        first[:, :, : past_first.shape[2]] = past_first
+    spans, first = g.selection(k, past_spans, past_first)
     out = q.new_zeros(batch, q.shape[1], queries, v.shape[3])
     dtype = torch.promote_types(q.dtype, torch.float32)
     for b in range(batch):

@@ -1,7 +1,8 @@
 """Hierarchical sparse attention by Triton kernels.
 
     top_scores, refine, keep   per level, from the top down  →  spans
-    choose                     spans                         →  first, and the list of leaves of each block
+    choose                     spans                         →  first
+    list_leaves                spans, first                  →  the list of leaves of each block
     attend                     list                          →  out
 
 Nothing is read back from the device, and every buffer's size follows from shapes: a call can be captured in a
@@ -93,28 +94,26 @@ def hsa_attention(
     nodes = [x.contiguous() for x in nodes]
     total_blocks = g.blocks(slots)
     blocks = (tokens + 2 * g.query_block - 2) // g.query_block
-    shape = (batch, kv_heads, total_blocks)
-    spans = torch.full((*shape, g.beam), -1, dtype=torch.int32, device=q.device)
-    first = torch.full((*shape, g.leaf_width), g.query_block, dtype=torch.uint8, device=q.device)
-    if past_spans is not None and past_first is not None:
-        spans[:, :, : past_spans.shape[2]] = past_spans
-        first[:, :, : past_first.shape[2]] = past_first
+    spans, first = g.selection(k, past_spans, past_first)
 
     width = g.beam * g.fanout + g.fanout
     scores = torch.empty(batch * kv_heads, blocks, group, width, dtype=torch.float32, device=q.device)
     by_query = (q.stride(0), q.stride(1), q.stride(2))
     extent = (slots, tokens, blocks)
-    coarse = {
-        "LEVELS": g.levels,
+    shared = {
         "KV_HEADS": kv_heads,
-        "GROUP": group,
         "WINDOW": g.window,
         "SINK": g.sink,
         "BLOCK": g.block,
-        "FANOUT": g.fanout,
-        "BEAM": g.beam,
         "QUERY_BLOCK": g.query_block,
         "DENSE_END": g.dense_end,
+    }
+    coarse = {
+        **shared,
+        "LEVELS": g.levels,
+        "GROUP": group,
+        "FANOUT": g.fanout,
+        "BEAM": g.beam,
         "WIDTH": width,
     }
     precision = "ieee" if q.dtype == torch.float32 else "tf32"
@@ -153,14 +152,6 @@ def hsa_attention(
     scratch = torch.empty(
         programs, group, g.query_block, width + g.fanout, dtype=torch.float32, device=q.device
     )
-    shared = {
-        "KV_HEADS": kv_heads,
-        "WINDOW": g.window,
-        "SINK": g.sink,
-        "BLOCK": g.block,
-        "QUERY_BLOCK": g.query_block,
-        "DENSE_END": g.dense_end,
-    }
     leaves = {"FANOUT": g.fanout, "BEAM": g.beam, "WIDTH": g.leaf_width, "WIDTH_PAD": width}
     select.choose[(programs,)](
         q, nodes[0], start, length, spans, first, scratch, *by_query,
@@ -174,11 +165,10 @@ def hsa_attention(
     )  # fmt: skip
 
     out = torch.zeros(batch, heads, tokens, value_dim, dtype=q.dtype, device=q.device)
-    lse = torch.empty(batch, heads, tokens, dtype=torch.float32, device=q.device)
     parts = -(-group // heads_per_tile)
     keys = KEYS if max(dim, value_dim) * q.element_size() <= 256 else KEYS // 2
     execute.attend[(blocks, parts * batch * kv_heads)](
-        q, k, v, start, length, ordered, counts, out, lse, *by_query,
+        q, k, v, start, length, ordered, counts, out, *by_query,
         k.stride(0), k.stride(1), k.stride(2), v.stride(0), v.stride(1), v.stride(2), *extent, scale,
         LIST=g.leaf_width, GROUP=group, HEADS=heads_per_tile,
         VALUE_DIM=value_dim, VALUE_PAD=_padded(value_dim), KEYS=max(g.block, keys), **product, **shared,

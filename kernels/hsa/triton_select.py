@@ -3,7 +3,8 @@
     top_scores   first queries of many blocks × the nodes that all of them share    →  scores of the top level
     refine       first query of a block × the nodes of its kept spans' children     →  scores of a lower level
     keep         scores  →  votes  →  the best ``beam`` spans
-    choose       all queries of a block × the nodes of its leaf candidates          →  first, list, count
+    choose       all queries of a block × the nodes of its leaf candidates          →  first
+    list_leaves  first                                                              →  list, counts
 
 Scores are products in float32 of the inputs as they are; what a query computes depends neither on its company
 nor on how many tokens a call brings. Blocks are counted from the one that the row's first new query is in.
