@@ -5,7 +5,7 @@ Positions before the dense end go through dense attention. The rest goes a few q
     coarse_spans   the coarse steps of ``COARSE_TILE`` blocks at once
     leaf_step      each query chooses its leaves
     fetch, attend  sinks, window and the chosen leaves are fetched and attended to;
-                   on CPU by ``attend_lists``, one list of leaves at a time
+                   on CPU by ``attend_lists``, a few lists of leaves at a time
 
 ``block_step`` is the last three as one function of tensors: with ``tiles`` given, no shape in it depends on data.
 """
@@ -31,7 +31,6 @@ from retrofit.kernels.hsa.blocked_rows import Rows
 from retrofit.kernels.hsa.blocked_scratch import Scratch
 from retrofit.kernels.hsa.blocked_tile import Sources
 from retrofit.kernels.hsa.geometry import Geometry
-from retrofit.kernels.threads import spread
 
 __all__ = ["block_step", "hsa_attention", "hsa_attention_backward", "prefix_nodes"]
 
@@ -74,7 +73,7 @@ def hsa_attention(
     by_list = scratch is not None and sources.gate is None
     size = call.list_chunk_size if by_list else call.chunk_size(sources.gate is not None)
 
-    def work(block: Tensor) -> None:
+    for block in call.chunks(call.sparse, size):
         part, chosen = block_step(
             call.queries(q, call.places(block)),
             by_span[0],
@@ -94,7 +93,6 @@ def hsa_attention(
         call.put(first, call.sparse, block, chosen)
         call.write(out, block, part)
 
-    spread(work, call.chunks(call.sparse, size), q.device)
     return out, spans, first
 
 
@@ -136,8 +134,8 @@ def block_step(
         causal: Whether a query sees only itself and what lies before it.
         sliding_window: A query sees no keys this far or farther before it; 0 for no limit.
         geometry: The sizes.
-        scratch: Memory for working on one list of leaves at a time, to stay in the cache; shapes then depend on
-            data. None for all at once.
+        scratch: Memory for working on a few lists of leaves at a time, to stay in the cache; shapes then depend
+            on data. None for all at once.
 
     Returns:
         The output, [B, Hkv, R, G·query_block, Dv], meaningless where there is no new query; and ``first``.
@@ -205,7 +203,7 @@ def _coarse(call: Call, q: Tensor, levels: list[Tensor], by_span: list[Rows], sp
         return
     prefixes = [prefix_nodes(level, g).to(call.dtype) for level in levels]
 
-    def work(block: Tensor) -> None:
+    for block in call.chunks(rows, size):
         tops = [
             call.top_level(min(number, end - 1), b)
             for b, (begin, (_, end)) in enumerate(zip(block[:, 0].tolist(), rows, strict=True))
@@ -222,5 +220,3 @@ def _coarse(call: Call, q: Tensor, levels: list[Tensor], by_span: list[Rows], sp
             tops=(min(tops), max(tops)),
         )
         call.put(spans, rows, block, kept)
-
-    spread(work, call.chunks(rows, size), q.device)

@@ -1,8 +1,8 @@
-"""Execution of one list of leaves at a time: what a list needs stays in the cache, in memory used again.
+"""Execution of a few lists of leaves at a time: what they need stays in the cache, in memory used again.
 
-ordered, count  →  per list: gather keys, product, mask, softmax, gather values, product  →  [B, Hkv, R, G·Q, Dv]
+ordered, count  →  per few lists: gather keys, product, mask, softmax, gather values, product  →  [B, Hkv, R, G·Q, Dv]
 
-As ``blocked_tile.fetch`` and ``attend`` without summaries, for a CPU. A list is as long as its own leaves need.
+As ``blocked_tile.fetch`` and ``attend`` without summaries, for a CPU. A list is as long as its few need.
 """
 
 from __future__ import annotations
@@ -46,53 +46,61 @@ def attend_lists(
     """
     g, dtype = geometry, queries.dtype
     tile, exact = execute.list_tile(g), execute.exact_rows(g, causal)
-    tiles = (-(-count.amax(-1).flatten() // tile)).clamp(min=1).tolist()
-    slots = max(tiles) * tile
+    tiles = (-(-count.amax(-1).flatten() // tile)).clamp(min=1)
+    slots = int(tiles.max()) * tile
     by_leaf = causal and not sliding_window  # a query sees whole leaves, the first ones of the list
     rows, bias = execute.plan(
         ordered,
         count,
         block,
         length,
-        0 if by_leaf else max(tiles),
+        0 if by_leaf else slots // tile,
         causal=causal,
         sliding_window=sliding_window,
         geometry=g,
         dtype=dtype,
     )
-    flat, bias, count = queries.flatten(0, 2), bias.flatten(0, 2), count.flatten(0, 2)
     if by_leaf:
         listed = F.pad(ordered[..., :slots], (0, max(0, slots - ordered.shape[-1])))
         rows = torch.cat([rows, listed + g.sink // g.block], dim=-1)
+    tiles, order = tiles.sort()  # lists of much the same length meet
+    flat, bias, count = (x.flatten(0, 2)[order] for x in (queries, bias, count))
+    if by_leaf:
         hidden = torch.arange(slots) >= count[..., None]
         late = torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, execute.HIDDEN)
-        seen_by_all = count[:, 0].tolist()
     tables = (sources.keys, sources.values)
-    places = [x.flat(x.numbers(rows, g.block)).reshape(len(flat), -1) for x in tables]
+    places = [x.flat(x.numbers(rows, g.block)).reshape(len(flat), -1)[order] for x in tables]
     each = places[0].shape[1] // rows.shape[-1]  # rows of the table in ``block`` tokens
-    room = [
-        scratch.empty(name, (places[0].shape[1], x.table.shape[1]), x.table)
-        for name, x in zip(("keys", "values"), tables, strict=True)
-    ]
-    score_room = scratch.empty("scores", (flat.shape[1] * rows.shape[-1] * g.block,), flat)
-    out = flat.new_zeros(*flat.shape[:2], sources.values.table.shape[1] // sources.values.group)
-    for i, (query, part) in enumerate(zip(flat, out, strict=True)):
-        end = exact + tiles[i] * tile
+    out = flat.new_empty(*flat.shape[:2], sources.values.table.shape[1] // sources.values.group)
+    for few in scratch.few(len(flat)):
+        query, part = flat[few], out[few]
+        most = int(tiles[few][-1])
+        end = exact + most * tile
         keys, values = (
-            torch.index_select(x.table, 0, at[i, : end * each], out=found[: end * each])
-            .view(end * g.block, -1)
+            torch.index_select(
+                x.table,
+                0,
+                at[few, : end * each].flatten(),
+                out=scratch.empty(name, (len(query) * end * each, x.table.shape[1]), x.table),
+            )
+            .view(len(query), end * g.block, -1)
             .to(dtype)
-            for x, at, found in zip(tables, places, room, strict=True)
+            for name, x, at in zip(("keys", "values"), tables, places, strict=True)
         )
-        weights = score_room[: len(query) * len(keys)].view(len(query), len(keys))
-        torch.mm(query, keys.t(), out=weights)
-        by_head = weights.view(-1, g.query_block, end, g.block)
-        by_head.flatten(-2)[..., : bias.shape[-1]] += bias[i, :, : len(keys)]
+        weights = scratch.empty("scores", (*query.shape[:2], end * g.block), flat)
+        torch.bmm(query, keys.transpose(1, 2), out=weights)
+        by_head = weights.view(len(query), -1, g.query_block, end, g.block)
+        by_head.flatten(-2)[..., : bias.shape[-1]] += bias[few, None, :, : end * g.block]
         if by_leaf:
-            by_head[..., exact + seen_by_all[i] :, :] += late[i, :, seen_by_all[i] : end - exact, None]
+            seen_by_all = int(count[few, 0].min())
+            by_head[..., exact + seen_by_all :, :] += late[few, None, :, seen_by_all : end - exact, None]
         torch.softmax(weights, -1, out=weights)
         # Tile by tile: the sums of the earlier queries do not depend on how long the list gets.
-        sizes = [(exact + tile) * g.block, *[tile * g.block] * (tiles[i] - 1)]
-        for weight, value in zip(weights.split(sizes, 1), values.split(sizes), strict=True):
-            part.addmm_(weight, value)
-    return out.unflatten(0, queries.shape[:3])
+        sizes = [(exact + tile) * g.block, *[tile * g.block] * (most - 1)]
+        first, *others = zip(weights.split(sizes, -1), values.split(sizes, 1), strict=True)
+        torch.bmm(*first, out=part)
+        for weight, value in others:
+            part.baddbmm_(weight, value)
+    unsorted = torch.empty_like(out)
+    unsorted[order] = out
+    return unsorted.unflatten(0, queries.shape[:3])

@@ -1,19 +1,28 @@
-"""Memory that the steps of one thread use again: fresh pages cost more than what is computed in them."""
+"""Memory that the steps of a call use again: fresh pages cost more than what is computed in them."""
 
 from __future__ import annotations
 
 import math
-import threading
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 
-class Scratch(threading.local):
-    """Buffers by name, for each thread its own."""
+class Scratch:
+    """Buffers by name, for work on a few lists of leaves at a time."""
+
+    LISTS = 4
+    """Lists at a time, at least: more leave the cache, fewer leave cores idle."""
 
     def __init__(self) -> None:
         self._kept: dict[str, Tensor] = {}
+
+    def few(self, lists: int) -> Iterator[slice]:
+        """Yields the lists 0 … lists a few at a time, one or more for each thread."""
+        step = max(self.LISTS, torch.get_num_threads())
+        for begin in range(0, lists, step):
+            yield slice(begin, min(begin + step, lists))
 
     def empty(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """Returns a tensor in the buffer ``name``: what it held before is lost, and it is, with the next call."""

@@ -107,7 +107,7 @@ def leaf_step(
         causal: Whether a query sees only itself and what lies before it.
         sliding_window: A query sees no keys this far or farther before it; 0 for no limit.
         geometry: The sizes.
-        scratch: Memory for scoring the leaves of one list at a time, to stay in the cache; None for all at once,
+        scratch: Memory for scoring the leaves of a few lists at a time, to stay in the cache; None for all at once,
             without a look at the data.
     """
     g, (batch, heads, blocks, width) = geometry, leaves.shape
@@ -145,23 +145,26 @@ def _list_votes(
 ) -> Tensor:
     """Votes [X, Q, C] of queries [X, G·Q, D] for the leaves in rows ``at`` [X, C] of the table of nodes.
 
-    One list at a time: what it needs stays in the cache, and every product has the same shape. ``bias``
-    [X, Q, ·] says who does not see what from leaf ``begin`` on.
+    A few lists at a time: what they need stays in the cache. ``bias`` [X, Q, ·] says who does not see what from
+    leaf ``begin`` on.
     """
-    (lists, width), each = at.shape, nodes.group
-    votes = queries.new_empty(lists, bias.shape[1], width)
-    scores = scratch.empty("node scores", (each, queries.shape[1], width), queries)
-    best_nodes = scratch.empty("leaf scores", scores.shape[1:], queries)
-    by_head = best_nodes.view(-1, *votes.shape[1:])
-    found = scratch.empty("nodes", (width, nodes.table.shape[1]), nodes.table)
-    for query, rows, hidden, vote in zip(queries, at, bias, votes, strict=True):
-        members = torch.index_select(nodes.table, 0, rows, out=found).view(width, each, -1).to(queries.dtype)
-        # The leaves' first nodes, their second ones and so on: the best node is then found along whole rows.
-        torch.bmm(query.expand(each, -1, -1), members.permute(1, 2, 0), out=scores)
-        torch.amax(scores, 0, out=best_nodes)
-        by_head[..., begin:] += hidden
-        torch.softmax(best_nodes, -1, out=best_nodes)
-        torch.sum(by_head, 0, out=vote)
+    width, each, rows = at.shape[1], nodes.group, queries.shape[1]
+    votes = queries.new_empty(len(at), bias.shape[1], width)
+    for few in scratch.few(len(at)):
+        query, vote, count = queries[few], votes[few], len(at[few])
+        found = scratch.empty("nodes", (count * width, nodes.table.shape[1]), nodes.table)
+        torch.index_select(nodes.table, 0, at[few].flatten(), out=found)
+        scores = scratch.empty("node scores", (count, width * each, rows), queries)
+        torch.bmm(found.view(count, width * each, -1).to(queries.dtype), query.transpose(1, 2), out=scores)
+        best_nodes = scratch.empty("best nodes", (count, width, rows), queries)
+        torch.amax(scores.view(count, width, each, rows), 2, out=best_nodes)
+        weights = scratch.empty("leaf scores", (count, rows, width), queries).copy_(
+            best_nodes.transpose(1, 2)
+        )
+        by_head = weights.view(count, -1, *votes.shape[1:])
+        by_head[..., begin:] += bias[few, None]
+        torch.softmax(weights, -1, out=weights)
+        torch.sum(by_head, 1, out=vote)
     return votes
 
 
