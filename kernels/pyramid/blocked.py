@@ -62,6 +62,12 @@ def extend_pyramid(
     for level, (ratio, weight) in enumerate(zip(ratios, weights, strict=True)):
         size = prod(ratios[: level + 1])
         capacity = room // size
+        if levels is None and _lies_at_0(level, start):
+            line = children if level else children[:, :, offset:]
+            end = line.shape[2] // ratio * ratio
+            children = pool([line[:, :, i:end:ratio] for i in range(ratio)], pooling, weight)
+            result.append(children[:, :, :capacity])
+            continue
         # Spare cells at the end take what a row cannot complete yet; with two of them no size can be 0 or 1,
         # for which torch.export would specialise.
         count = (capacity if levels is None else (new + size - 1) // size) + 2
@@ -87,6 +93,13 @@ def crop_pyramid(
     """Returns the levels of the first ``tokens`` index slots."""
     room = max(tokens - offset, 0)
     return [level[:, :, : room // prod(ratios[: i + 1])] for i, level in enumerate(levels)]
+
+
+def _lies_at_0(level: int, start: Tensor) -> bool:
+    """Whether the members of a level built from nothing are known to begin at index 0 in every row."""
+    if torch.compiler.is_exporting():
+        return False
+    return level > 0 or (start.device.type == "cpu" and not bool(start.any()))
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
