@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 import retrofit
-from retrofit.benchmark import environment
+from retrofit.bench import environment
 from retrofit.configs import config_to_dict
 from retrofit.data import tokens
 from retrofit.progress import shown

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from retrofit.api import inspect as inspect
     from retrofit.api import revert as revert
     from retrofit.api import sites as sites
-    from retrofit.benchmark import benchmark as benchmark
+    from retrofit.bench import benchmark as benchmark
     from retrofit.cache import RetrofitCache as RetrofitCache
     from retrofit.configs import DenseConfig as DenseConfig
     from retrofit.configs import HSAConfig as HSAConfig
@@ -43,7 +43,7 @@ _HOME = {
     "inspect": "api",
     "revert": "api",
     "sites": "api",
-    "benchmark": "benchmark",
+    "benchmark": "bench",
     "RetrofitCache": "cache",
     "DenseConfig": "configs",
     "HSAConfig": "configs",

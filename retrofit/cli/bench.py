@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from retrofit.cli.options import Converted, Data, Device, Dtype, whole_numbers
+from retrofit.cli.options import Converted, Data, Device, Dtype, read_json, whole_numbers
 from retrofit.cli.output import Shown, command
+from retrofit.errors import ConfigError
 
 
 @command
@@ -21,18 +23,39 @@ def bench(
     site: Annotated[
         str | None, typer.Option(help="Path of the site to time; the middle one by default.")
     ] = None,
-    repeats: Annotated[int, typer.Option(help="Timed runs of a length; the median counts.")] = 3,
+    repeats: Annotated[int, typer.Option(help="Timed runs of a length, at least; the median counts.")] = 3,
     dense_until: Annotated[int | None, typer.Option(help="In place of the site's own, for HSA.")] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HEADS,KV_HEADS,DIM",
+            help="Bring the recorded inputs to another shape, as in 32,8,128.",
+            show_default=False,
+        ),
+    ] = None,
+    backward: Annotated[bool, typer.Option("--backward", help="Time forward and backward as well.")] = False,
+    rivals: Annotated[
+        str, typer.Option(help="What else to time: flex (FlexAttention on the same blocks), nsa (fla's NSA).")
+    ] = "",
+    random: Annotated[bool, typer.Option("--random", help="Time independent random inputs as well.")] = False,
+    compare: Annotated[
+        Path | None,
+        typer.Option(help="An earlier result, as --json printed it, to compare with.", show_default=False),
+    ] = None,
     dtype: Dtype = "float32",
     device: Device = "cpu",
 ) -> Shown:
     """Time one converted site of MODEL against dense attention on the same inputs."""
     sizes = whole_numbers("--lengths", lengths)
+    heads = None if shape is None else whole_numbers("--shape", shape)
+    if heads is not None and len(heads) != 3:
+        raise ConfigError(f"--shape expects heads, kv heads and dims as in 32,8,128, got {shape!r}")
 
-    from retrofit.benchmark import benchmark
+    from retrofit.bench import benchmark
     from retrofit.data import check
     from retrofit.loading import load_model
 
+    earlier = None if compare is None else read_json(compare)
     check(data)
     loaded = load_model(model, dtype=dtype, device=device)
     found = benchmark(
@@ -43,29 +66,70 @@ def bench(
         site=site,
         repeats=repeats,
         dense_until=dense_until,
+        shape=None if heads is None else (heads[0], heads[1], heads[2]),
+        backward=backward,
+        rivals=[name.strip() for name in rivals.split(",") if name.strip()],
+        random=random,
     )
     document = {"model": model, **found.to_dict()}
-    return Shown(document, [_table(found)], f"retrofit report {model}")
+    notes = [f"{name} left out: {reason}" for name, reason in found.left_out.items()]
+    return Shown(document, [_table(found, earlier), *notes], f"retrofit report {model}")
 
 
-def _table(found: Any) -> Table:
+def _table(found: Any, earlier: Any) -> Table:
+    where = found.environment
+    shape = f"{found.shape['heads']}/{found.shape['kv_heads']} heads of {found.shape['head_dim']}"
     table = Table(
-        title=f"{found.site} on {found.environment['device']}, {found.environment['threads']} threads, {found.dtype}",
+        title=f"{found.site} ({shape}) on {where['device']}, {where['threads']} threads, {found.dtype}",
         caption=f"differs from its reference by {found.error:.1e}",
         title_justify="left",
     )
-    columns = ("tokens", "dense ms", "converted ms", "speed-up", "dense_until=0 ms", "keys", "dense MB", "MB")
+    others = sorted({name for timing in found.timings for name in timing.rivals_ms})
+    both = any(timing.backward for timing in found.timings)
+    columns = [
+        "tokens",
+        "dense ms",
+        "converted ms",
+        "speed-up",
+        "dense_until=0 ms",
+        *(f"{x} ms" for x in others),
+    ]
+    columns += ["both: dense ms", "converted ms", "speed-up"] if both else []
+    columns += ["keys", "TFLOP/s", "dense MB", "MB"] + (["before ms"] if earlier else [])
     for column in columns:
         table.add_column(column, justify="right")
     for timing in found.timings:
-        table.add_row(
-            f"{timing.length:,}",
-            f"{timing.dense_ms:,.1f}",
-            f"{timing.target_ms:,.1f}",
+        kind = "" if timing.inputs == "recorded" else f" {timing.inputs}"
+        row = [
+            f"{timing.length:,}{kind}",
+            f"{timing.dense_ms:,.2f}",
+            f"{timing.target_ms:,.2f}",
             f"{timing.speedup:.2f}",
-            "" if timing.target_from_0_ms is None else f"{timing.target_from_0_ms:,.1f}",
+            _shown(timing.target_from_0_ms),
+            *(_shown(timing.rivals_ms.get(name)) for name in others),
+        ]
+        if timing.backward:
+            dense, target = timing.backward["dense_ms"], timing.backward["target_ms"]
+            row += [f"{dense:,.2f}", f"{target:,.2f}", f"{dense / target:.2f}"]
+        row += [
             f"{timing.keys:,.0f}",
+            f"{timing.target_tflops:,.3g}",
             f"{timing.dense_bytes / 1e6:,.0f}",
             f"{timing.target_bytes / 1e6:,.0f}",
-        )
+        ]
+        if earlier:
+            row.append(_shown(_before(earlier, timing)))
+        table.add_row(*row)
     return table
+
+
+def _shown(milliseconds: float | None) -> str:
+    return "" if milliseconds is None else f"{milliseconds:,.2f}"
+
+
+def _before(earlier: Any, timing: Any) -> float | None:
+    """The converted attention's time of the same length and inputs in an earlier result."""
+    for row in earlier.get("timings", ()):
+        if row["length"] == timing.length and row.get("inputs", "recorded") == timing.inputs:
+            return float(row["target_ms"])
+    return None

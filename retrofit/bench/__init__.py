@@ -1,0 +1,15 @@
+"""Times a converted site's attention against the fastest dense attention, on what the model really computes.
+
+    inputs    q, k, v of one site, recorded on real text; brought to another shape; random ones beside them
+    rivals    dense attention by every backend there is, FlexAttention on the same blocks, NSA by fla
+    measure   median times, peak memory, and where they were taken
+    run       correctness check  →  times by length  →  a report
+
+The cost of a selection depends on the data: queries that stand together choose much the same leaves, independent
+random ones do not.
+"""
+
+from retrofit.bench.measure import environment
+from retrofit.bench.run import BenchmarkReport, Timing, benchmark
+
+__all__ = ["BenchmarkReport", "Timing", "benchmark", "environment"]

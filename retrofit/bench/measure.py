@@ -1,0 +1,108 @@
+"""How long something takes, how much memory it needs, and where that was measured."""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import platform
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+CUDA_MS = 100
+"""Milliseconds spent on timing one function on a GPU, repetitions included."""
+
+
+def medians(runs: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, float]:
+    """Returns the median time of each function, in milliseconds.
+
+    On CPU they take turns, ``repeats`` times, so that a busy moment hits all of them. On CUDA each is repeated
+    for ``CUDA_MS``, at least ``repeats`` times, with a cold L2 cache.
+    """
+    if device.type == "cuda":
+        from triton.testing import do_bench
+
+        found = {}
+        for name, run in runs.items():
+            once = do_bench(run, warmup=CUDA_MS / 4, rep=1, return_mode="median")
+            found[name] = float(
+                do_bench(run, warmup=1, rep=max(CUDA_MS, repeats * once), return_mode="median")
+            )
+        return found
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            started = time.perf_counter()
+            run()
+            times[name].append((time.perf_counter() - started) * 1e3)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def peak_memory(run: Callable[[], Any], device: torch.device) -> int:
+    """Runs ``run`` and returns the bytes it needed at its peak beyond what was held before.
+
+    On CUDA this is the allocator's own account; on CPU the process's resident memory, sampled each millisecond.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        torch.cuda.synchronize(device)
+        return int(torch.cuda.max_memory_allocated(device) - before)
+    with _sampled_memory() as sampled:
+        run()
+    return max(sampled) - sampled[0]
+
+
+@contextmanager
+def _sampled_memory() -> Iterator[list[int]]:
+    import psutil
+
+    process = psutil.Process()
+    gc.collect()
+    samples = [process.memory_info().rss]
+    done = threading.Event()
+
+    def sample() -> None:
+        while not done.wait(1e-3):
+            samples.append(process.memory_info().rss)
+
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
+    try:
+        yield samples
+    finally:
+        samples.append(process.memory_info().rss)
+        done.set()
+        thread.join()
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Hardware, versions and date, for a result that says where it comes from."""
+    facts: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "date": datetime.date.today().isoformat(),
+    }
+    if device.type == "cuda":
+        import triton
+
+        facts["triton"] = triton.__version__
+    return facts
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()

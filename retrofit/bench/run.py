@@ -1,0 +1,311 @@
+"""Times one site of a converted model by length, after a check of the very same inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from retrofit.bench.inputs import Inputs, record
+from retrofit.bench.measure import environment, medians, peak_memory
+from retrofit.bench.rivals import Run, dense_runs, flex_run, nsa_run
+from retrofit.cache import RetrofitLayer
+from retrofit.configs import HSAConfig, config_to_dict
+from retrofit.data import DEFAULT_SOURCE, Source
+from retrofit.errors import BenchmarkError
+from retrofit.kernels.hsa.state import HSAState
+from retrofit.progress import track
+from retrofit.site import AttentionCall
+from retrofit.targets.base import TargetAttention
+from retrofit.targets.hsa import HSAAttention
+
+CHECK_LENGTH = 2048
+"""Tokens on which every timed implementation is first compared with the reference."""
+
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2, torch.float64: 1e-9}
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Times of one sequence length, in milliseconds; memory in bytes beyond the inputs.
+
+    Attributes:
+        length: Tokens in the sequence; the batch is 1.
+        inputs: ``recorded``, or ``random`` for independent normal numbers.
+        dense_ms: Median of the fastest dense backend.
+        dense_backends_ms: The medians of all of them.
+        target_ms: Median of the converted attention, pooling and selection included.
+        target_from_0_ms: The same with ``dense_until=0``; None for a target without that option.
+        keys: Keys executed per query and kv head, mean over all positions.
+        target_tflops: Products with those keys alone, in TFLOP/s.
+        dense_bytes: Peak memory of the fastest dense backend.
+        target_bytes: Peak memory of the converted attention.
+        rivals_ms: Medians of FlexAttention and fla's NSA where they were asked for and ran.
+        backward: The same times for forward and backward together; None if it was not asked for.
+    """
+
+    length: int
+    inputs: str
+    dense_ms: float
+    dense_backends_ms: Mapping[str, float]
+    target_ms: float
+    target_from_0_ms: float | None
+    keys: float
+    target_tflops: float
+    dense_bytes: int
+    target_bytes: int
+    rivals_ms: Mapping[str, float]
+    backward: Mapping[str, float] | None
+
+    @property
+    def speedup(self) -> float:
+        """Dense time over converted time."""
+        return self.dense_ms / self.target_ms
+
+
+@dataclass(frozen=True)
+class BenchmarkReport:
+    """What was timed, where, and with what result; ``left_out`` says why a rival is missing."""
+
+    site: str
+    config: dict[str, Any]
+    shape: dict[str, int]
+    dtype: str
+    error: float
+    timings: list[Timing]
+    left_out: dict[str, str]
+    environment: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form."""
+        timings = [{**asdict(timing), "speedup": timing.speedup} for timing in self.timings]
+        return {**asdict(self), "timings": timings}
+
+
+def benchmark(
+    model: nn.Module,
+    *,
+    tokenizer: Any,
+    source: Source = DEFAULT_SOURCE,
+    lengths: Sequence[int] = (4096, 8192, 16384, 32768, 65536),
+    site: str | None = None,
+    repeats: int = 3,
+    dense_until: int | None = None,
+    shape: tuple[int, int, int] | None = None,
+    backward: bool = False,
+    rivals: Sequence[str] = (),
+    random: bool = False,
+) -> BenchmarkReport:
+    """Times one site of a converted model, the whole op with selection, against dense attention.
+
+    The queries, keys and values are those the site computes on ``source``. Beyond the positions the model
+    has, segments recorded one after the other are joined.
+
+    Args:
+        model: A converted model.
+        tokenizer: Its tokenizer.
+        source: Text to run it on; anything ``retrofit.data.documents`` takes.
+        lengths: Sequence lengths, in tokens.
+        site: Path of the site; None takes the middle one.
+        repeats: Timed runs a length, at least; the median counts.
+        dense_until: Overrides the site's own, for HSA.
+        shape: Heads, kv heads and dims to bring the inputs to; None leaves the site's.
+        backward: Whether to time forward and backward together as well.
+        rivals: What else to time: ``flex`` (FlexAttention on the blocks that HSA selected, without the selection)
+            and ``nsa`` (fla's native sparse attention).
+        random: Whether to time independent random inputs as well, which share no selection.
+
+    Returns:
+        The times, with hardware, versions and date.
+
+    Raises:
+        BenchmarkError: If the model is not converted, the site or a rival unknown, the text too short, the shape
+            does not fit, or the op differs from its reference on these very inputs: a wrong result is not timed.
+    """
+    from retrofit.api import sites
+
+    if unknown := set(rivals) - {"flex", "nsa"}:
+        raise BenchmarkError(f"rivals must be among flex and nsa, got {', '.join(sorted(unknown))}")
+    found = dict(sites(model))
+    if not found:
+        raise BenchmarkError("the model has no converted site; convert it first")
+    path = site if site is not None else list(found)[len(found) // 2]
+    if path not in found:
+        raise BenchmarkError(f"no converted site {path!r}; there are {', '.join(found)}")
+    target = found[path].retrofit
+    inputs = record(model, path, tokenizer, source, max(*lengths, CHECK_LENGTH), target.scale)
+    if shape is not None:
+        inputs = inputs.shaped(*shape)
+        if any(True for _ in target.parameters()):
+            raise BenchmarkError("a site with learned parameters is timed in its own shape; leave shape out")
+        heads, kv_heads, dim = shape
+        target = _with(
+            target, heads=heads, kv_heads=kv_heads, head_dim=dim, value_dim=dim, scale=inputs.scale
+        )
+    if dense_until is not None:
+        if not isinstance(target.config, HSAConfig):
+            raise BenchmarkError(f"dense_until is an option of HSA; {path} is {target.config.target!r}")
+        target = _with(target, config=replace(target.config, dense_until=dense_until))
+    error = check(target, inputs)
+    timings, left_out = [], dict[str, str]()
+    kinds = {"recorded": inputs, **({"random": inputs.random()} if random else {})}
+    for length in track(lengths, "time"):
+        for kind, tensors in kinds.items():
+            timings.append(_time(target, tensors.first(length), kind, repeats, backward, rivals, left_out))
+    q, k = inputs.q, inputs.k
+    return BenchmarkReport(
+        site=path,
+        config=config_to_dict(target.config),
+        shape={"heads": q.shape[1], "kv_heads": k.shape[1], "head_dim": q.shape[3], "batch": q.shape[0]},
+        dtype=str(q.dtype).removeprefix("torch."),
+        error=error,
+        timings=timings,
+        left_out=left_out,
+        environment=environment(q.device),
+    )
+
+
+def check(target: TargetAttention, inputs: Inputs) -> float:
+    """Compares the op with its reference on the first tokens of the inputs.
+
+    Returns:
+        ‖out − reference‖ / ‖reference‖.
+
+    Raises:
+        BenchmarkError: If it is above the dtype's tolerance.
+    """
+    first = inputs.first(CHECK_LENGTH)
+    call = _call(first.q)
+    with torch.no_grad():
+        out = target(first.q, first.k, first.v, call).double()
+        reference = _with(target, implementation="reference")
+        expected = reference(first.q, first.k, first.v, call).double()
+    error = float((out - expected).norm() / expected.norm())
+    if not error <= TOLERANCES[inputs.q.dtype]:
+        raise BenchmarkError(
+            f"the op differs from its reference by {error:.2e} on the inputs to be timed, at most "
+            f"{TOLERANCES[inputs.q.dtype]:.0e} is allowed for {inputs.q.dtype}; nothing was timed"
+        )
+    return error
+
+
+def _with(target: TargetAttention, **changes: Any) -> TargetAttention:
+    names = (
+        "heads",
+        "kv_heads",
+        "head_dim",
+        "value_dim",
+        "scale",
+        "causal",
+        "sliding_window",
+        "implementation",
+    )
+    options = {name: getattr(target, name) for name in ("config", *names)} | changes
+    copied = type(target)(options.pop("config"), **options)
+    copied.load_state_dict(target.state_dict())
+    parameter = next(target.parameters(), None)
+    return copied.to(parameter.device if parameter is not None else "cpu").eval()
+
+
+def _call(q: Tensor) -> AttentionCall:
+    zero = torch.zeros(1, dtype=torch.int64, device=q.device)
+    return AttentionCall(start=zero, length=zero + q.shape[2])
+
+
+def _time(
+    target: TargetAttention,
+    inputs: Inputs,
+    kind: str,
+    repeats: int,
+    backward: bool,
+    rivals: Sequence[str],
+    left_out: dict[str, str],
+) -> Timing:
+    tensors, device = (inputs.q, inputs.k, inputs.v), inputs.q.device
+    call = _call(inputs.q)
+    runs = {"target": Run(partial(_attend, target, call), tensors)}
+    if isinstance(target.config, HSAConfig):
+        from_0 = _with(target, config=replace(target.config, dense_until=0))
+        runs["from_0"] = Run(partial(_attend, from_0, call), tensors)
+    dense = dense_runs(inputs, target.causal)
+    others = _rivals(target, inputs, call, rivals, left_out)
+    everyone = {**runs, **dense, **others}
+
+    keys: list[float] = []
+    target.observer = lambda counts: keys.append(counts["keys"].float().mean().item())
+    runs["target"].forward()
+    target.observer = None
+    forward = medians({name: run.forward for name, run in everyone.items()}, repeats, device)
+    fastest = min(dense, key=forward.__getitem__)
+    products = 2 * inputs.q.shape[1] * inputs.q.shape[2] * (inputs.q.shape[3] + inputs.v.shape[3])
+    return Timing(
+        length=inputs.q.shape[2],
+        inputs=kind,
+        dense_ms=forward[fastest],
+        dense_backends_ms={name: forward[name] for name in dense},
+        target_ms=forward["target"],
+        target_from_0_ms=forward.get("from_0"),
+        keys=keys[0],
+        target_tflops=products * keys[0] / forward["target"] / 1e9,
+        dense_bytes=peak_memory(dense[fastest].forward, device),
+        target_bytes=peak_memory(runs["target"].forward, device),
+        rivals_ms={name: forward[name] for name in others},
+        backward=_backward(everyone, dense, repeats, left_out, device) if backward else None,
+    )
+
+
+def _attend(target: TargetAttention, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    found: Tensor = target(q, k, v, call)
+    return found
+
+
+def _backward(
+    runs: Mapping[str, Run],
+    dense: Mapping[str, Run],
+    repeats: int,
+    left_out: dict[str, str],
+    device: torch.device,
+) -> dict[str, float]:
+    """Forward and backward together: ``target_ms``, ``dense_ms`` and the times of all that took part."""
+    able: dict[str, Callable[[], None]] = {}
+    for name, run in runs.items():
+        if name == "flex":
+            left_out["flex, backward"] = "its block lists are for the forward pass only"
+        else:
+            able[name] = run.both
+    found = medians(able, repeats, device)
+    return {
+        "target_ms": found["target"],
+        "dense_ms": min(found[name] for name in dense),
+        **{f"{name}_ms": found[name] for name in found if name != "target"},
+    }
+
+
+def _rivals(
+    target: TargetAttention,
+    inputs: Inputs,
+    call: AttentionCall,
+    names: Sequence[str],
+    left_out: dict[str, str],
+) -> dict[str, Run]:
+    runs = {}
+    for name in names:
+        try:
+            if name == "nsa":
+                runs[name] = nsa_run(inputs)
+            elif isinstance(target, HSAAttention) and inputs.q.device.type == "cuda":
+                layer = RetrofitLayer()
+                Run(
+                    partial(_attend, target, replace(call, layer=layer)), (inputs.q, inputs.k, inputs.v)
+                ).forward()
+                assert isinstance(layer.state, HSAState)
+                runs[name] = flex_run(inputs, layer.state.spans, layer.state.first, target.geometry)
+            else:
+                left_out[name] = "only HSA on CUDA has blocks to give it"
+        except BenchmarkError as error:
+            left_out[name] = str(error)
+    return runs
