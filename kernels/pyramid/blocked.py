@@ -97,7 +97,7 @@ def crop_pyramid(
 
 def _lies_at_0(level: int, start: Tensor) -> bool:
     """Whether the members of a level built from nothing are known to begin at index 0 in every row."""
-    if torch.compiler.is_exporting():
+    if torch.compiler.is_exporting() or torch.compiler.is_compiling():
         return False
     return level > 0 or (start.device.type == "cpu" and not bool(start.any()))
 

@@ -1,12 +1,14 @@
 """``retrofit::extend_pyramid``: the pyramid as one node of an exported program.
 
-While a model is exported each pyramid is one call of the operator, however many levels it has; otherwise it is
-plain differentiable PyTorch.
+While a model is exported each pyramid is one call of the operator, however many levels it has; on a GPU it is a
+kernel where that can do it; otherwise it is plain differentiable PyTorch.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
+from functools import cache
 from math import prod
 
 import torch
@@ -28,6 +30,13 @@ def extend_pyramid(
 ) -> list[Tensor]:
     """As :func:`retrofit.kernels.pyramid.blocked.extend_pyramid`."""
     if not torch.compiler.is_exporting():
+        if x.is_cuda and not torch.compiler.is_compiling() and _has_triton():
+            from retrofit.kernels.pyramid import triton as kernels
+
+            if kernels.unsupported(x, pooling) is None:
+                return kernels.extend_pyramid(
+                    x, levels, start, new=new, ratios=ratios, offset=offset, pooling=pooling
+                )
         return blocked.extend_pyramid(
             x, levels, start, new=new, ratios=ratios, offset=offset, pooling=pooling, weights=weights
         )
@@ -42,6 +51,11 @@ def extend_pyramid(
         pooling=pooling,
     )
     return result
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 @torch.library.custom_op("retrofit::extend_pyramid", mutates_args=())
