@@ -10,6 +10,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from retrofit.errors import ConfigError
 from retrofit.kernels.dense import blocked, reference
+from retrofit.kernels.dense.scores import PLAIN, ScoreRules
 
 _IMPLEMENTATIONS = ("auto", "reference", "blocked")
 
@@ -21,14 +22,17 @@ def _dense_attention(
     v: Tensor,
     start: Tensor,
     length: Tensor,
+    sinks: Tensor | None,
     *,
     scale: float,
+    softcap: float,
     causal: bool,
     sliding_window: int,
     implementation: str,
 ) -> Tensor:
     run = reference.dense_attention if implementation == "reference" else blocked.dense_attention
-    return run(q, k, v, start, length, scale=scale, causal=causal, sliding_window=sliding_window).contiguous()
+    options = {"scale": scale, "causal": causal, "sliding_window": sliding_window}
+    return run(q, k, v, start, length, rules=ScoreRules(softcap, sinks), **options).contiguous()
 
 
 @_dense_attention.register_fake
@@ -38,8 +42,10 @@ def _(
     v: Tensor,
     start: Tensor,
     length: Tensor,
+    sinks: Tensor | None,
     *,
     scale: float,
+    softcap: float,
     causal: bool,
     sliding_window: int,
     implementation: str,
@@ -55,14 +61,19 @@ def _dense_attention_backward(
     v: Tensor,
     start: Tensor,
     length: Tensor,
+    sinks: Tensor | None,
     *,
     scale: float,
+    softcap: float,
     causal: bool,
     sliding_window: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return blocked.dense_attention_backward(
-        grad, q, k, v, start, length, scale=scale, causal=causal, sliding_window=sliding_window
+) -> list[Tensor]:
+    """Gradients of q, k, v and, if there are any, the sinks."""
+    options = {"scale": scale, "causal": causal, "sliding_window": sliding_window}
+    found = blocked.dense_attention_backward(
+        grad, q, k, v, start, length, rules=ScoreRules(softcap, sinks), **options
     )
+    return [x for x in found if x is not None]
 
 
 @_dense_attention_backward.register_fake
@@ -73,24 +84,28 @@ def _(
     v: Tensor,
     start: Tensor,
     length: Tensor,
+    sinks: Tensor | None,
     *,
     scale: float,
+    softcap: float,
     causal: bool,
     sliding_window: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+) -> list[Tensor]:
+    return [torch.empty_like(x) for x in (q, k, v, sinks) if x is not None]
 
 
 def _setup_context(
     ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any
 ) -> None:
     ctx.save_for_backward(*inputs)
-    ctx.options = {name: keyword_only_inputs[name] for name in ("scale", "causal", "sliding_window")}
+    ctx.options = {
+        name: keyword_only_inputs[name] for name in ("scale", "softcap", "causal", "sliding_window")
+    }
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grads = _dense_attention_backward(grad, *ctx.saved_tensors, **ctx.options)
-    return (*grads, None, None)
+    return (*grads[:3], None, None, grads[3] if len(grads) > 3 else None)
 
 
 _dense_attention.register_autograd(_backward, setup_context=_setup_context)
@@ -138,10 +153,10 @@ def _flops(
     v: Tensor,
     start: Tensor,
     length: Tensor,
-    *,
+    *_: Any,
     causal: bool,
     sliding_window: int,
-    **_: Any,
+    **__: Any,
 ) -> int:
     pairs = visible_pairs(q.shape[2], k.shape[2], start, length, causal=causal, sliding_window=sliding_window)
     return 2 * q.shape[1] * pairs * (q.shape[3] + v.shape[3])
@@ -155,10 +170,10 @@ def _backward_flops(
     v: Tensor,
     start: Tensor,
     length: Tensor,
-    *,
+    *_: Any,
     causal: bool,
     sliding_window: int,
-    **_: Any,
+    **__: Any,
 ) -> int:
     pairs = visible_pairs(q.shape[2], k.shape[2], start, length, causal=causal, sliding_window=sliding_window)
     return 2 * q.shape[1] * pairs * (3 * q.shape[3] + 2 * v.shape[3])
@@ -174,6 +189,7 @@ def dense_attention(
     scale: float,
     causal: bool,
     sliding_window: int = 0,
+    rules: ScoreRules = PLAIN,
     implementation: str = "auto",
 ) -> Tensor:
     """Dense attention over each row's real tokens.
@@ -187,6 +203,7 @@ def dense_attention(
         scale: Factor on the scores.
         causal: Whether keys after the query are hidden.
         sliding_window: If w > 0, key j is visible to query t only if t − w < j; causal only.
+        rules: What else happens to the scores.
         implementation: ``auto``, ``reference`` or ``blocked``.
 
     Returns:
@@ -210,7 +227,9 @@ def dense_attention(
         v,
         start,
         length,
+        rules.sinks,
         scale=scale,
+        softcap=rules.softcap,
         causal=causal,
         sliding_window=sliding_window,
         implementation=implementation,

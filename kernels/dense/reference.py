@@ -1,13 +1,16 @@
 """Dense attention by its formula, with the whole mask: the definition.
 
 out[t] = Σ_j softmax_j(scale · q[t]·k[j]) v[j] over the keys j visible to t: real ones, up to t if causal,
-and later than t − w under a sliding window of w. The queries are the last T of the N index slots.
+and later than t − w under a sliding window of w. The queries are the last T of the N index slots. With a softcap c
+the scores s become c·tanh(s / c); with sinks the softmax has one more term, exp(sink of the head), of value 0.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from retrofit.kernels.dense.scores import PLAIN, ScoreRules
 
 
 def visible(
@@ -36,6 +39,7 @@ def dense_attention(
     scale: float,
     causal: bool,
     sliding_window: int = 0,
+    rules: ScoreRules = PLAIN,
 ) -> Tensor:
     """Dense attention of q [B, Hq, T, D] to k [B, Hkv, N, D], v [B, Hkv, N, Dv]: [B, Hq, T, Dv]."""
     group = q.shape[1] // k.shape[1]
@@ -44,8 +48,16 @@ def dense_attention(
     seen = visible(
         q.shape[2], k.shape[2], start, length, causal=causal, sliding_window=sliding_window
     ).unsqueeze(1)
-    scores = (q @ k.transpose(-1, -2) * scale).masked_fill(~seen, float("-inf"))
+    scores = q @ k.transpose(-1, -2) * scale
+    if rules.softcap:
+        scores = rules.softcap * torch.tanh(scores / rules.softcap)
+    scores = scores.masked_fill(~seen, float("-inf"))
     top = scores.amax(dim=-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
+    if rules.sinks is not None:
+        sink = rules.sinks.to(scores.dtype)[:, None, None]
+        top = torch.maximum(top, sink)
     weights = (scores - top.detach()).exp()
     total = weights.sum(dim=-1, keepdim=True)
+    if rules.sinks is not None:
+        total = total + (sink - top.detach()).exp()
     return (weights / total.clamp(min=torch.finfo(total.dtype).tiny)) @ v

@@ -18,13 +18,15 @@ def dense_attention(
     v: Tensor,
     start: Tensor,
     length: Tensor,
+    sinks: Tensor | None,
     *,
     scale: float,
+    softcap: float,
     causal: bool,
     sliding_window: int,
     implementation: str,
 ) -> Tensor:
-    """As ``torch.ops.retrofit.dense_attention``, exportable."""
+    """As ``torch.ops.retrofit.dense_attention``, exportable. ``export_onnx`` refuses sinks and a softcap."""
     tokens, slots = q.shape[2], k.shape[2]
     size = torch.sym_min(tokens, CHUNK)
     chunks = split(q, size)

@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from retrofit.errors import ConfigError
 from retrofit.kernels.dense import reference
 from retrofit.kernels.dense.ops import dense_attention
+from retrofit.kernels.dense.scores import ScoreRules
 
 
 def _inputs(tokens, slots, start, length, *, heads=4, kv_heads=2, dim=8, dtype=torch.float32, seed=0):
@@ -71,14 +72,64 @@ def test_padding_is_inert_and_gives_zeros():
     torch.testing.assert_close(out[:1, :, 6:], alone)
 
 
+RULES = [(2.0, False), (0.0, True), (1.5, True)]
+
+
+@pytest.mark.parametrize(("softcap", "has_sinks"), RULES)
+@pytest.mark.parametrize(("tokens", "slots", "start", "length", "causal", "window"), CASES[:10])
+def test_a_softcap_and_sinks_follow_their_formulas(
+    tokens, slots, start, length, causal, window, softcap, has_sinks
+):
+    q, k, v, s, n = _inputs(tokens, slots, start, length, dtype=torch.float64)
+    sinks = torch.randn(4, dtype=torch.float64) if has_sinks else None
+    inputs = [x.requires_grad_() for x in (q, k, v, sinks) if x is not None]
+    scores = 0.3 * q @ k.repeat_interleave(2, 1).transpose(-1, -2)
+    if softcap:
+        scores = softcap * (scores / softcap).tanh()
+    seen = reference.visible(tokens, slots, s, n, causal=causal, sliding_window=window)[:, None]
+    scores = scores.masked_fill(~seen, -torch.inf)
+    column = torch.full_like(scores[..., :1], -1e300)
+    if has_sinks:
+        column = column + 1e300 + sinks[:, None, None]
+    weights = torch.cat([scores, column], -1).softmax(-1)[..., :-1].masked_fill(~seen, 0.0)
+    expected = weights @ v.repeat_interleave(2, 1)
+    weight = torch.randn_like(expected)
+    slopes = torch.autograd.grad((expected * weight).sum(), inputs)
+    for implementation in ("reference", "blocked"):
+        out = dense_attention(
+            q,
+            k,
+            v,
+            s,
+            n,
+            scale=0.3,
+            causal=causal,
+            sliding_window=window,
+            rules=ScoreRules(softcap, sinks),
+            implementation=implementation,
+        )
+        torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-11)
+        got = torch.autograd.grad((out * weight).sum(), inputs)
+        for a, b in zip(got, slopes, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
 @pytest.mark.parametrize("implementation", ["reference", "blocked"])
-def test_opcheck(implementation):
+@pytest.mark.parametrize(("softcap", "has_sinks"), [(0.0, False), (1.5, True)])
+def test_opcheck(implementation, softcap, has_sinks):
     q, k, v, s, n = _inputs(9, 17, [3, 0], [14, 17])
+    sinks = torch.randn(4, requires_grad=True) if has_sinks else None
     q, k, v = (x.requires_grad_() for x in (q, k, v))
     torch.library.opcheck(
         torch.ops.retrofit.dense_attention.default,
-        (q, k, v, s, n),
-        {"scale": 0.3, "causal": True, "sliding_window": 0, "implementation": implementation},
+        (q, k, v, s, n, sinks),
+        {
+            "scale": 0.3,
+            "softcap": softcap,
+            "causal": True,
+            "sliding_window": 0,
+            "implementation": implementation,
+        },
     )
 
 
