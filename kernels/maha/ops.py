@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,7 +18,7 @@ from retrofit.kernels.maha import backward, blocked, reference
 from retrofit.kernels.maha.account import visible_pairs
 from retrofit.kernels.maha.bands import Bands
 
-_IMPLEMENTATIONS = ("auto", "reference", "blocked")
+_IMPLEMENTATIONS = ("auto", "reference", "blocked", "triton")
 
 
 @torch.library.custom_op("retrofit::maha_attention", mutates_args=())
@@ -57,7 +60,8 @@ def _maha_attention(
             aggregation=aggregation,
             regularizer=regularizer,
         ).contiguous()
-    return blocked.maha_attention(
+    run = _implementation(implementation, q, v, aggregation, regularizer)
+    out: Tensor = run.maha_attention(
         q,
         k,
         v,
@@ -71,6 +75,37 @@ def _maha_attention(
         aggregation=aggregation,
         regularizer=regularizer,
     )
+    return out
+
+
+def _implementation(name: str, q: Tensor, v: Tensor, aggregation: str, regularizer: str) -> ModuleType:
+    """The module of that name; ``auto`` is ``triton`` for what it can do on a GPU, and else ``blocked``."""
+    if name == "blocked" or (name == "auto" and not (q.is_cuda and _has_triton())):
+        return blocked
+    kernels = _triton()
+    missing = kernels.unsupported(q, v, aggregation=aggregation, regularizer=regularizer)
+    if missing is None:
+        return kernels
+    if name == "auto":
+        return blocked
+    raise ConfigError(
+        f"implementation='triton' does not do {missing}; use implementation='auto' or 'blocked'"
+    )
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _triton() -> ModuleType:
+    if not _has_triton():
+        raise ConfigError(
+            "implementation='triton' needs the package triton; install it with pip install triton"
+        )
+    from retrofit.kernels.maha import triton  # not at import time: it is optional and slow to import
+
+    return triton
 
 
 @_maha_attention.register_fake
@@ -228,13 +263,15 @@ def maha_attention(
         ratio: Ratio of the cells of neighbouring scales.
         aggregation: ``convex`` or ``nash``.
         regularizer: ``entropy`` or ``euclidean``.
-        implementation: ``auto``, ``reference`` or ``blocked``.
+        implementation: ``reference``, ``blocked``, ``triton``, or ``auto``: ``triton`` on a GPU for what it can
+            do (the convex aggregation with entropy) and else ``blocked``.
 
     Returns:
         [B, Hq, T, Dv]; zeros in rows that are padding.
 
     Raises:
-        ConfigError: If an option is unknown, the shapes contradict each other, or ``causal`` is false.
+        ConfigError: If an option is unknown, the shapes contradict each other, ``causal`` is false, or the
+            implementation cannot do what is asked.
     """
     scales = len(widths) + 1
     if implementation not in _IMPLEMENTATIONS:
