@@ -141,7 +141,7 @@ def hsa_attention(
             )  # fmt: skip
         select.keep[(blocks, batch * kv_heads)](
             start, length, spans, scores, *extent, total_blocks, scale,
-            LEVEL=level, WIDTH_PAD=_power(width), GROUPS=min(_power(g.beam), _power(width)), **coarse, num_warps=4,
+            LEVEL=level, WIDTH_PAD=_power(width), BEAM_PAD=min(_power(g.beam), _power(width)), **coarse, num_warps=4,
         )  # fmt: skip
 
     ordered = torch.empty(batch * kv_heads, blocks, g.leaf_width, dtype=torch.int32, device=q.device)
@@ -157,7 +157,7 @@ def hsa_attention(
         q, nodes[0], start, length, spans, first, scratch, *by_query,
         nodes[0].stride(0), nodes[0].stride(1), *extent, total_blocks, nodes[0].shape[2], tiles, scale,
         PER_LEAF=g.nodes_in_span(0), CHOICES=g.leaves_per_query, SPANS=SPANS,
-        GROUPS=min(_power(g.leaves_per_query), width), GROUP=group, HEADS=heads_per_tile,
+        CHOICES_PAD=min(_power(g.leaves_per_query), width), GROUP=group, HEADS=heads_per_tile,
         **product, **shared, **leaves, **(CHOOSE if large else SMALL),
     )  # fmt: skip
     select.list_leaves[(blocks, batch * kv_heads)](

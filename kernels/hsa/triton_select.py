@@ -44,34 +44,16 @@ def top_level(covered, FANOUT: tl.constexpr, LIMIT: tl.constexpr, LEVELS: tl.con
 
 
 @triton.jit
-def kth_bounds(keys, COUNT: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """Per row of integer keys [ROWS, WIDTH] ≥ −1, (low, high): keys above ``high`` are among the largest COUNT.
+def among_best(keys, COUNT: tl.constexpr, COUNT_PAD: tl.constexpr):
+    """Which keys [ROWS, WIDTH] ≥ −1 are among the largest COUNT of their row, ties to the lower index.
 
-    Keys up to ``low`` are not; those between are equal, and there may be more of them than fit. Keys of −1 are
-    never among them.
+    Keys of −1 never are. COUNT_PAD is a power of two, at least COUNT, at most WIDTH.
     """
-    valid = tl.sum((keys >= 0).to(tl.int32), 1)
-    high = tl.max(keys, 1)
-    # Each of at least COUNT groups has a key as high as the lowest of the groups' highest.
-    highest = tl.max(tl.reshape(keys, [ROWS, WIDTH // GROUPS, GROUPS]), 1)
-    low = tl.maximum(tl.min(highest, 1) - 1, -1)
-    low = tl.where(valid <= COUNT, -1, low)
-    high = tl.where(valid <= COUNT, -1, high)
-    active = tl.max(tl.where(high - low > 1, 1, 0), 0)
-    while active > 0:
-        middle = low + (high - low) // 2
-        above = tl.sum((keys > middle[:, None]).to(tl.int32), 1)
-        low = tl.where(above >= COUNT, middle, low)
-        high = tl.where(above <= COUNT, middle, high)
-        active = tl.max(tl.where(high - low > 1, 1, 0), 0)
-    return low, high
-
-
-@triton.jit
-def among_best(keys, low, high, COUNT: tl.constexpr):
-    """Which keys are among the largest COUNT of their row, ties to the lower index; bounds from ``kth_bounds``."""
-    above = keys > high[:, None]
-    level = (keys > low[:, None]) & (keys <= high[:, None])
+    largest = tl.topk(keys, COUNT_PAD)
+    rank = tl.arange(0, COUNT_PAD)
+    least = tl.max(tl.where(rank[None] == COUNT - 1, largest, -1), 1)[:, None]
+    above = keys > least
+    level = (keys == least) & (keys >= 0)
     room = COUNT - tl.sum(above.to(tl.int32), 1)
     if tl.max(tl.sum(level.to(tl.int32), 1) - room, 0) > 0:  # rare
         level = level & (tl.cumsum(level.to(tl.int32), 1) <= room[:, None])
@@ -182,7 +164,7 @@ def keep(
     LEVEL: tl.constexpr, LEVELS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr, FANOUT: tl.constexpr,
     BEAM: tl.constexpr, QUERY_BLOCK: tl.constexpr, DENSE_END: tl.constexpr, WIDTH: tl.constexpr,
-    WIDTH_PAD: tl.constexpr, GROUPS: tl.constexpr,
+    WIDTH_PAD: tl.constexpr, BEAM_PAD: tl.constexpr,
 ):  # fmt: skip
     """Writes the best BEAM spans of LEVEL, ascending, to ``spans`` [B·Hkv, total_blocks, BEAM]."""
     i = tl.program_id(0)
@@ -211,8 +193,7 @@ def keep(
             votes += e / tl.sum(e, 0)
         keys = tl.where(ids >= 0, votes.to(tl.int32, bitcast=True), -1)
         keys2 = tl.reshape(keys, [1, WIDTH_PAD])
-        least, most = kth_bounds(keys2, BEAM, GROUPS, 1, WIDTH_PAD)
-        chosen = among_best(keys2, least, most, BEAM)
+        chosen = among_best(keys2, BEAM, BEAM_PAD)
         slot = tl.reshape(tl.cumsum(chosen.to(tl.int32), 1), [WIDTH_PAD]) - 1
         picked = tl.reshape(chosen, [WIDTH_PAD])
         total = tl.sum(tl.reshape(chosen.to(tl.int32), [WIDTH_PAD]), 0)
@@ -230,7 +211,7 @@ def choose(
     DIM_PAD: tl.constexpr, WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr,
     FANOUT: tl.constexpr, PER_LEAF: tl.constexpr, BEAM: tl.constexpr, QUERY_BLOCK: tl.constexpr,
     DENSE_END: tl.constexpr, CHOICES: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr,
-    SPANS: tl.constexpr, GROUPS: tl.constexpr, PRECISION: tl.constexpr,
+    SPANS: tl.constexpr, CHOICES_PAD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Each new query chooses CHOICES leaves: lowers ``first`` [B·Hkv, total_blocks, WIDTH].
 
@@ -310,8 +291,7 @@ def choose(
                 s = tl.load(at_row[:, None] + candidate[None], mask=open_, other=-float("inf"))
                 votes += tl.exp2(s - lse)
             keys = tl.where(open_, votes.to(tl.int32, bitcast=True), -1)
-            least, most = kth_bounds(keys, CHOICES, GROUPS, QUERY_BLOCK, WIDTH_PAD)
-            chosen = among_best(keys, least, most, CHOICES) & new[:, None]
+            chosen = among_best(keys, CHOICES, CHOICES_PAD) & new[:, None]
             when = tl.min(tl.where(chosen, place[:, None], QUERY_BLOCK), 0)
             held_first = first + (bh * total_blocks + number) * WIDTH + candidate
             before = tl.load(held_first, mask=candidate < WIDTH, other=0).to(tl.int32)
