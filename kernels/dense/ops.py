@@ -31,7 +31,7 @@ def _dense_attention(
     implementation: str,
 ) -> Tensor:
     run = reference.dense_attention if implementation == "reference" else blocked.dense_attention
-    options = {"scale": scale, "causal": causal, "sliding_window": sliding_window}
+    options: dict[str, Any] = {"scale": scale, "causal": causal, "sliding_window": sliding_window}
     return run(q, k, v, start, length, rules=ScoreRules(softcap, sinks), **options).contiguous()
 
 
@@ -69,7 +69,7 @@ def _dense_attention_backward(
     sliding_window: int,
 ) -> list[Tensor]:
     """Gradients of q, k, v and, if there are any, the sinks."""
-    options = {"scale": scale, "causal": causal, "sliding_window": sliding_window}
+    options: dict[str, Any] = {"scale": scale, "causal": causal, "sliding_window": sliding_window}
     found = blocked.dense_attention_backward(
         grad, q, k, v, start, length, rules=ScoreRules(softcap, sinks), **options
     )

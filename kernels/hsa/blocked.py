@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from retrofit.kernels.dense import blocked as dense
+from retrofit.kernels.dense.scores import PLAIN, ScoreRules
 from retrofit.kernels.hsa import blocked_execute as execute
 from retrofit.kernels.hsa import blocked_rows as tables
 from retrofit.kernels.hsa import blocked_select as select
@@ -51,12 +52,15 @@ def hsa_attention(
     causal: bool,
     sliding_window: int,
     geometry: Geometry,
+    rules: ScoreRules = PLAIN,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the output [B, Hq, T, Dv] and the selection (spans, first); arguments as in ``ops``."""
     call = Call.of(q, k, start, length, scale, causal, sliding_window, geometry)
     g = geometry
     spans, first = g.selection(k, past_spans, past_first)
-    attend_densely = partial(dense.dense_attention, scale=scale, causal=causal, sliding_window=sliding_window)
+    attend_densely = partial(
+        dense.dense_attention, scale=scale, causal=causal, sliding_window=sliding_window, rules=rules
+    )
     if call.is_dense and call.uniform:
         return attend_densely(q, k, v, start, length), spans, first
     out = q.new_zeros(*q.shape[:3], v.shape[3])
@@ -67,7 +71,7 @@ def hsa_attention(
 
     levels = list(nodes)[: call.highest_level + 1]
     by_span = [tables.complete_rows(level, g.nodes_in_span(i)) for i, level in enumerate(levels)]
-    _coarse(call, q, levels, by_span, spans)
+    _coarse(call, q, levels, by_span, spans, rules)
     sources = call.sources(k, v, nodes, value_nodes, gate)
     scratch = Scratch() if q.device.type == "cpu" else None
     by_list = scratch is not None and sources.gate is None
@@ -88,6 +92,7 @@ def hsa_attention(
             causal=causal,
             sliding_window=sliding_window,
             geometry=g,
+            rules=rules,
             scratch=scratch,
         )
         call.put(first, call.sparse, block, chosen)
@@ -111,6 +116,7 @@ def block_step(
     causal: bool,
     sliding_window: int,
     geometry: Geometry,
+    rules: ScoreRules = PLAIN,
     scratch: Scratch | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Leaf step and execution of R query blocks of each row; a pure function of tensors.
@@ -134,6 +140,7 @@ def block_step(
         causal: Whether a query sees only itself and what lies before it.
         sliding_window: A query sees no keys this far or farther before it; 0 for no limit.
         geometry: The sizes.
+        rules: What else happens to the scores.
         scratch: Memory for working on a few lists of leaves at a time, to stay in the cache; shapes then depend
             on data. None for all at once.
 
@@ -154,8 +161,10 @@ def block_step(
         causal=causal,
         sliding_window=sliding_window,
         geometry=g,
+        rules=rules,
         scratch=scratch,
     )
+    rules = executed.rules_by_query(rules, queries)
     if scratch is not None and sources.gate is None:
         return attend_lists(
             queries,
@@ -167,6 +176,7 @@ def block_step(
             causal=causal,
             sliding_window=sliding_window,
             geometry=g,
+            rules=rules,
         ), first
     tile = executed.fetch(
         sources,
@@ -181,7 +191,7 @@ def block_step(
         geometry=g,
         dtype=queries.dtype,
     )
-    return executed.attend(queries, tile, sources.gate, causal=causal, geometry=g), first
+    return executed.attend(queries, tile, sources.gate, causal=causal, geometry=g, rules=rules), first
 
 
 def prefix_nodes(level: Tensor, geometry: Geometry) -> Tensor:
@@ -195,7 +205,14 @@ def prefix_nodes(level: Tensor, geometry: Geometry) -> Tensor:
     return nodes.unflatten(2, (spans, each)).transpose(2, 3).flatten(0, 1).contiguous()
 
 
-def _coarse(call: Call, q: Tensor, levels: list[Tensor], by_span: list[Rows], spans: Tensor) -> None:
+def _coarse(
+    call: Call,
+    q: Tensor,
+    levels: list[Tensor],
+    by_span: list[Rows],
+    spans: Tensor,
+    rules: ScoreRules,
+) -> None:
     """Fills ``spans`` for the blocks whose first query is new."""
     g, size = call.geometry, select.COARSE_TILE
     rows = call.new_blocks
@@ -218,5 +235,6 @@ def _coarse(call: Call, q: Tensor, levels: list[Tensor], by_span: list[Rows], sp
             call.length,
             **call.rules,
             tops=(min(tops), max(tops)),
+            rules=rules,
         )
         call.put(spans, rows, block, kept)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from retrofit.kernels.dense.scores import PLAIN, ScoreRules, share_of_keys
 from retrofit.kernels.hsa.geometry import Geometry
 
 LIST_TOKENS = 256
@@ -170,7 +171,15 @@ def list_bias(count: Tensor, slots: int, geometry: Geometry, dtype: torch.dtype)
     return windows.index_select(0, offset.flatten()).reshape(*count.shape, width)
 
 
-def attend(queries: Tensor, bias: Tensor, keys: Tensor, values: Tensor, exact: int, tile: int) -> Tensor:
+def attend(
+    queries: Tensor,
+    bias: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    exact: int,
+    tile: int,
+    rules: ScoreRules = PLAIN,
+) -> Tensor:
     """One softmax over the fetched keys.
 
     Args:
@@ -180,19 +189,30 @@ def attend(queries: Tensor, bias: Tensor, keys: Tensor, values: Tensor, exact: i
         values: [X, W, Dv].
         exact: Keys before the list.
         tile: Keys in a tile of the list.
+        rules: What else happens to the scores; the sinks by query, [X, G·Q, 1].
 
     Returns:
         [X, G·Q, Dv].
     """
-    weights = scores(queries, bias, keys).softmax(-1)
-    return accumulate(weights, values, exact, tile)
+    logits = scores(queries, bias, keys, rules)
+    weights = logits.softmax(-1)
+    out = accumulate(weights, values, exact, tile)
+    return out if rules.sinks is None else out * kept(logits, weights, rules.sinks)
 
 
-def scores(queries: Tensor, bias: Tensor, keys: Tensor) -> Tensor:
+def scores(queries: Tensor, bias: Tensor, keys: Tensor, rules: ScoreRules = PLAIN) -> Tensor:
     """queries·keys + bias, [X, G·Q, W]."""
     group = queries.shape[1] // bias.shape[1]
+    if rules.softcap:
+        capped = rules.capped_(torch.bmm(queries, keys.transpose(1, 2))).unflatten(1, (group, -1))
+        return capped.add_(bias[:, None]).flatten(1, 2)
     start = bias[:, None].expand(-1, group, -1, -1).contiguous().flatten(1, 2)
     return start.baddbmm_(queries, keys.transpose(1, 2))
+
+
+def kept(logits: Tensor, weights: Tensor, sinks: Tensor) -> Tensor:
+    """Share of the softmax that the keys keep from the ``sinks`` [X, G·Q, 1]: [X, G·Q, 1]."""
+    return share_of_keys(logits.amax(-1, keepdim=True), weights.amax(-1, keepdim=True), sinks)
 
 
 def accumulate(weights: Tensor, values: Tensor, exact: int, tile: int) -> Tensor:

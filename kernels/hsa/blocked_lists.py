@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from retrofit.kernels.dense.scores import PLAIN, ScoreRules, share_of_keys
 from retrofit.kernels.hsa import blocked_execute as execute
 from retrofit.kernels.hsa.blocked_scratch import Scratch
 from retrofit.kernels.hsa.blocked_tile import Sources
@@ -29,6 +30,7 @@ def attend_lists(
     causal: bool,
     sliding_window: int,
     geometry: Geometry,
+    rules: ScoreRules = PLAIN,
 ) -> Tensor:
     """Attends to sinks, window and the chosen leaves: [B, Hkv, R, G·query_block, Dv].
 
@@ -43,6 +45,7 @@ def attend_lists(
         causal: Whether a query sees only itself and what lies before it.
         sliding_window: A query sees no keys this far or farther before it; 0 for no limit.
         geometry: The sizes.
+        rules: What else happens to the scores; the sinks by query, [B·Hkv·R, G·query_block, 1].
     """
     g, dtype = geometry, queries.dtype
     tile, exact = execute.list_tile(g), execute.exact_rows(g, causal)
@@ -65,6 +68,7 @@ def attend_lists(
         rows = torch.cat([rows, listed + g.sink // g.block], dim=-1)
     tiles, order = tiles.sort()  # lists of much the same length meet
     flat, bias, count = (x.flatten(0, 2)[order] for x in (queries, bias, count))
+    sinks = None if rules.sinks is None else rules.sinks[order]
     if by_leaf:
         hidden = torch.arange(slots) >= count[..., None]
         late = torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, execute.HIDDEN)
@@ -88,12 +92,13 @@ def attend_lists(
             for name, x, at in zip(("keys", "values"), tables, places, strict=True)
         )
         weights = scratch.empty("scores", (*query.shape[:2], end * g.block), flat)
-        torch.bmm(query, keys.transpose(1, 2), out=weights)
+        rules.capped_(torch.bmm(query, keys.transpose(1, 2), out=weights))
         by_head = weights.view(len(query), -1, g.query_block, end, g.block)
         by_head.flatten(-2)[..., : bias.shape[-1]] += bias[few, None, :, : end * g.block]
         if by_leaf:
             seen_by_all = int(count[few, 0].min())
             by_head[..., exact + seen_by_all :, :] += late[few, None, :, seen_by_all : end - exact, None]
+        top = None if sinks is None else weights.amax(-1, keepdim=True)
         torch.softmax(weights, -1, out=weights)
         # Tile by tile: the sums of the earlier queries do not depend on how long the list gets.
         sizes = [(exact + tile) * g.block, *[tile * g.block] * (most - 1)]
@@ -101,6 +106,8 @@ def attend_lists(
         torch.bmm(*first, out=part)
         for weight, value in others:
             part.baddbmm_(weight, value)
+        if sinks is not None and top is not None:
+            part *= share_of_keys(top, weights.amax(-1, keepdim=True), sinks[few])
     unsorted = torch.empty_like(out)
     unsorted[order] = out
     return unsorted.unflatten(0, queries.shape[:3])

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from retrofit.kernels.dense.scores import PLAIN, ScoreRules
 from retrofit.kernels.hsa.blocked_rows import Rows
 from retrofit.kernels.hsa.blocked_scratch import Scratch
 from retrofit.kernels.hsa.geometry import Geometry
@@ -36,6 +37,7 @@ def coarse_spans(
     sliding_window: int,
     geometry: Geometry,
     tops: tuple[int, int],
+    rules: ScoreRules = PLAIN,
 ) -> Tensor:
     """Returns the level-1 spans kept for ``COARSE_TILE`` query blocks: int32 [B, Hkv, R, beam].
 
@@ -50,6 +52,7 @@ def coarse_spans(
         sliding_window: A query sees no keys this far or farther before it; 0 for no limit.
         geometry: The sizes.
         tops: Bounds, both included, on the top levels of these blocks.
+        rules: What else happens to the scores.
     """
     g, (batch, heads, blocks) = geometry, queries.shape[:3]
     t0 = block * g.query_block
@@ -64,13 +67,15 @@ def coarse_spans(
             end = g.sink + (ids + 1) * g.span_size(level)
             allowed = allowed & (end - 1 > (t0 - sliding_window)[:, None, :, None])
         if level >= tops[0]:
-            votes = _prefix_votes(queries, prefixes[level], allowed)
+            votes = _prefix_votes(queries, prefixes[level], allowed, rules)
             if level < tops[1]:
                 votes = torch.where(
-                    (top == level)[..., None], votes, _span_votes(queries, nodes[level], ids, allowed)
+                    (top == level)[..., None],
+                    votes,
+                    _span_votes(queries, nodes[level], ids, allowed, rules),
                 )
         else:
-            votes = _span_votes(queries, nodes[level], ids, allowed)
+            votes = _span_votes(queries, nodes[level], ids, allowed, rules)
         chosen = best(votes, allowed, g.beam)
         kept = torch.where(chosen, ids, _LAST).sort(dim=-1).values[..., : g.beam]
         kept = torch.where(kept == _LAST, -1, kept)
@@ -92,6 +97,7 @@ def leaf_step(
     causal: bool,
     sliding_window: int,
     geometry: Geometry,
+    rules: ScoreRules = PLAIN,
     scratch: Scratch | None = None,
 ) -> Tensor:
     """Returns ``first`` with what the new queries choose: uint8 [B, Hkv, R, C].
@@ -107,6 +113,7 @@ def leaf_step(
         causal: Whether a query sees only itself and what lies before it.
         sliding_window: A query sees no keys this far or farther before it; 0 for no limit.
         geometry: The sizes.
+        rules: What else happens to the scores.
         scratch: Memory for scoring the leaves of a few lists at a time, to stay in the cache; None for all at once,
             without a look at the data.
     """
@@ -119,9 +126,9 @@ def leaf_step(
         begin = g.beam * g.fanout if same else 0
         bias = torch.where(allowed.flatten(0, 2)[..., begin:], 0.0, -torch.inf).to(queries.dtype)
         at = nodes.flat(leaves).reshape(-1, width)
-        votes = _list_votes(queries.flatten(0, 2), nodes, at, bias, begin, scratch)
+        votes = _list_votes(queries.flatten(0, 2), nodes, at, bias, begin, rules, scratch)
     else:
-        votes = _votes(queries, nodes, leaves, allowed)
+        votes = _votes(queries, nodes, leaves, allowed, rules)
     votes = votes.reshape(batch, heads, blocks, rows, width)
     chosen = best(votes, allowed, g.leaves_per_query)
     chosen = (
@@ -132,16 +139,22 @@ def leaf_step(
     return torch.minimum(first, when)
 
 
-def _votes(queries: Tensor, nodes: Rows, leaves: Tensor, allowed: Tensor) -> Tensor:
+def _votes(queries: Tensor, nodes: Rows, leaves: Tensor, allowed: Tensor, rules: ScoreRules) -> Tensor:
     """Votes [B·Hkv·R, Q, C] of all blocks at once."""
     width, each, rows = leaves.shape[-1], nodes.group, allowed.shape[-2]
     scores = torch.bmm(queries.flatten(0, 2), _members(nodes, leaves, queries.dtype))
-    scores = scores.unflatten(-1, (width, each)).unflatten(1, (-1, rows)).amax(-1)
+    scores = rules.capped_(scores.unflatten(-1, (width, each)).unflatten(1, (-1, rows)).amax(-1))
     return scores.masked_fill(~allowed.flatten(0, 2)[:, None], -torch.inf).softmax(-1).sum(1)
 
 
 def _list_votes(
-    queries: Tensor, nodes: Rows, at: Tensor, bias: Tensor, begin: int, scratch: Scratch
+    queries: Tensor,
+    nodes: Rows,
+    at: Tensor,
+    bias: Tensor,
+    begin: int,
+    rules: ScoreRules,
+    scratch: Scratch,
 ) -> Tensor:
     """Votes [X, Q, C] of queries [X, G·Q, D] for the leaves in rows ``at`` [X, C] of the table of nodes.
 
@@ -161,7 +174,7 @@ def _list_votes(
         weights = scratch.empty("leaf scores", (count, rows, width), queries).copy_(
             best_nodes.transpose(1, 2)
         )
-        by_head = weights.view(count, -1, *votes.shape[1:])
+        by_head = rules.capped_(weights).view(count, -1, *votes.shape[1:])
         by_head[..., begin:] += bias[few, None]
         torch.softmax(weights, -1, out=weights)
         torch.sum(by_head, 1, out=vote)
@@ -206,19 +219,20 @@ def _members(nodes: Rows, ids: Tensor, dtype: torch.dtype) -> Tensor:
     return nodes.take(ids)[1].to(dtype).transpose(1, 2)
 
 
-def _span_votes(queries: Tensor, nodes: Rows, ids: Tensor, allowed: Tensor) -> Tensor:
+def _span_votes(queries: Tensor, nodes: Rows, ids: Tensor, allowed: Tensor, rules: ScoreRules) -> Tensor:
     """Votes [B, Hkv, R, W] of the first queries for spans of their own."""
     scores = torch.bmm(queries.flatten(0, 2), _members(nodes, ids, queries.dtype))
     scores = scores.reshape(*ids.shape[:3], -1, ids.shape[3], nodes.group)
-    return scores.amax(-1).masked_fill(~allowed[..., None, :], -torch.inf).softmax(-1).sum(-2)
+    best_nodes = rules.capped_(scores.amax(-1))
+    return best_nodes.masked_fill(~allowed[..., None, :], -torch.inf).softmax(-1).sum(-2)
 
 
-def _prefix_votes(queries: Tensor, prefix: Tensor, allowed: Tensor) -> Tensor:
+def _prefix_votes(queries: Tensor, prefix: Tensor, allowed: Tensor, rules: ScoreRules) -> Tensor:
     """Votes [B, Hkv, R, W] of the first queries for spans 0, 1, …, which all blocks share."""
     batch, heads, blocks, group, width = queries.shape
     each, spans = prefix.shape[1:3]
     shared = queries.reshape(batch * heads, 1, blocks * group, width).expand(-1, each, -1, -1)
     scores = torch.bmm(shared.flatten(0, 1), prefix.flatten(0, 1).transpose(1, 2))
-    scores = scores.reshape(batch, heads, each, blocks, group, spans).amax(2)
+    scores = rules.capped_(scores.reshape(batch, heads, each, blocks, group, spans).amax(2))
     votes = scores.masked_fill(~allowed[..., None, :spans], -torch.inf).softmax(-1).sum(-2)
     return F.pad(votes, (0, allowed.shape[-1] - spans))

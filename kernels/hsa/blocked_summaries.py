@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from retrofit.kernels.dense.scores import PLAIN, ScoreRules
 from retrofit.kernels.hsa.blocked_execute import HIDDEN, accumulate, scores
 from retrofit.kernels.hsa.geometry import Geometry
 
@@ -140,6 +141,7 @@ def attend_with_cover(
     nodes: Tensor,
     value_nodes: Tensor,
     gate: Tensor,
+    rules: ScoreRules = PLAIN,
 ) -> Tensor:
     """One softmax over the fetched keys and, times the gate, the nodes of the cover.
 
@@ -154,22 +156,29 @@ def attend_with_cover(
         nodes: [X, M, D].
         value_nodes: [X, M, Dv].
         gate: At least 0, [X, G·Q, 1].
+        rules: What else happens to the scores; the sinks by query, [X, G·Q, 1].
 
     Returns:
         [X, G·Q, Dv].
     """
-    logits, scored = scores(queries, bias, keys), scores(queries, node_bias, nodes)
-    weights, pooled = shares(logits, scored, gate, exact, tile)
+    logits, scored = scores(queries, bias, keys, rules), scores(queries, node_bias, nodes, rules)
+    weights, pooled = shares(logits, scored, gate, exact, tile, rules.sinks)
     return accumulate(weights, values, exact, tile) + torch.bmm(gate * pooled, value_nodes)
 
 
-def shares(logits: Tensor, summaries: Tensor, gate: Tensor, exact: int, tile: int) -> tuple[Tensor, Tensor]:
+def shares(
+    logits: Tensor, summaries: Tensor, gate: Tensor, exact: int, tile: int, sinks: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Shares of the keys [X, G·Q, W] and, not yet times the gate, of the nodes [X, G·Q, M] in the softmax."""
     highest = summaries.amax(-1, keepdim=True) + gate.log()
     top = torch.maximum(logits.amax(-1, keepdim=True), highest)
+    if sinks is not None:
+        top = torch.maximum(top, sinks)
     weights, pooled = (logits - top).exp(), (summaries - top).clamp(max=80.0).exp()
     total = weights[..., :exact].sum(-1, keepdim=True)
     for begin in range(exact, weights.shape[-1], tile):
         total = total + weights[..., begin : begin + tile].sum(-1, keepdim=True)
     total = total + gate * pooled.sum(-1, keepdim=True)
+    if sinks is not None:
+        total = total + (sinks - top).exp()
     return weights / total, pooled / total

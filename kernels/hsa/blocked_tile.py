@@ -12,6 +12,7 @@ from typing import NamedTuple, overload
 import torch
 from torch import Tensor
 
+from retrofit.kernels.dense.scores import PLAIN, ScoreRules
 from retrofit.kernels.hsa import blocked_execute as execute
 from retrofit.kernels.hsa import blocked_summaries as summaries
 from retrofit.kernels.hsa.blocked_rows import Rows
@@ -122,7 +123,15 @@ def fetch(
     return Tile(bias.flatten(0, 2), node_bias, [at for at, _ in found], [x.to(dtype) for _, x in found])
 
 
-def attend(queries: Tensor, tile: Tile, gate: Tensor | None, *, causal: bool, geometry: Geometry) -> Tensor:
+def attend(
+    queries: Tensor,
+    tile: Tile,
+    gate: Tensor | None,
+    *,
+    causal: bool,
+    geometry: Geometry,
+    rules: ScoreRules = PLAIN,
+) -> Tensor:
     """One softmax over the members of the tile.
 
     Args:
@@ -131,6 +140,7 @@ def attend(queries: Tensor, tile: Tile, gate: Tensor | None, *, causal: bool, ge
         gate: [Hq] in the dtype of the scores; None without summaries.
         causal: Whether a query sees only itself and what lies before it.
         geometry: The sizes.
+        rules: What else happens to the scores; the sinks by query, as from ``rules_by_query``.
 
     Returns:
         [B, Hkv, R, G·query_block, Dv].
@@ -138,11 +148,11 @@ def attend(queries: Tensor, tile: Tile, gate: Tensor | None, *, causal: bool, ge
     keys, values = tile.members[:2]
     parts = (queries.flatten(0, 2), tile.bias, keys, values, *execute.widths(geometry, causal))
     if gate is None or tile.node_bias is None:
-        return execute.attend(*parts).unflatten(0, queries.shape[:3])
+        return execute.attend(*parts, rules).unflatten(0, queries.shape[:3])
     levels = len(tile.members) // 2
     nodes, value_nodes = torch.cat(tile.members[2 : levels + 1], 1), torch.cat(tile.members[levels + 1 :], 1)
     weights = opened(gate, queries)
-    out = summaries.attend_with_cover(*parts, tile.node_bias, nodes, value_nodes, weights)
+    out = summaries.attend_with_cover(*parts, tile.node_bias, nodes, value_nodes, weights, rules)
     return out.unflatten(0, queries.shape[:3])
 
 
@@ -158,7 +168,19 @@ def opened(gate: Tensor | None, queries: Tensor) -> Tensor | None:
     """The gate [Hq] clamped at 0, for each of the queries [B, Hkv, R, G·Q, D]: [X, G·Q, 1]."""
     if gate is None:
         return None
+    return by_query(gate.clamp(min=0), queries)
+
+
+def rules_by_query(rules: ScoreRules, queries: Tensor) -> ScoreRules:
+    """The rules with the sinks for each of the queries [B, Hkv, R, G·Q, D]: [X, G·Q, 1]."""
+    if rules.sinks is None:
+        return rules
+    return rules._replace(sinks=by_query(rules.sinks.to(queries.dtype), queries))
+
+
+def by_query(x: Tensor, queries: Tensor) -> Tensor:
+    """What is one number a head, x [Hq], for each of the queries [B, Hkv, R, G·Q, D]: [X, G·Q, 1]."""
     batch, heads, blocks, places = queries.shape[:4]
-    by_head = gate.clamp(min=0).reshape(1, heads, 1, -1, 1)
+    by_head = x.reshape(1, heads, 1, -1, 1)
     by_head = by_head.expand(batch, -1, blocks, -1, places // by_head.shape[3])
     return by_head.reshape(-1, places, 1)

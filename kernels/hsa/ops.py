@@ -18,6 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from retrofit.errors import ConfigError
 from retrofit.kernels.dense.ops import visible_pairs
+from retrofit.kernels.dense.scores import PLAIN, ScoreRules
 from retrofit.kernels.hsa import account, blocked, reference
 from retrofit.kernels.hsa.geometry import Geometry
 
@@ -50,8 +51,10 @@ def _hsa_attention(
     gate: Tensor | None,
     past_spans: Tensor | None,
     past_first: Tensor | None,
+    sinks: Tensor | None,
     *,
     scale: float,
+    softcap: float,
     causal: bool,
     sliding_window: int,
     window: int,
@@ -69,7 +72,9 @@ def _hsa_attention(
     geometry = Geometry(
         window, sink, budget, block, node, fanout, nodes_per_span, beam, query_block, dense_until
     )
-    run = _implementation(implementation, q, v, gate, causal, sliding_window, geometry)
+    rules = ScoreRules(softcap, sinks)
+    run = _implementation(implementation, q, v, gate, causal, sliding_window, geometry, rules)
+    more = {} if rules.plain else {"rules": rules}
     return run(
         q,
         k,
@@ -85,6 +90,7 @@ def _hsa_attention(
         causal=causal,
         sliding_window=sliding_window,
         geometry=geometry,
+        **more,
     )
 
 
@@ -96,6 +102,7 @@ def _implementation(
     causal: bool,
     sliding_window: int,
     geometry: Geometry,
+    rules: ScoreRules,
 ) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """The function of that name; ``auto`` is ``triton`` for what it can do on a GPU, and else ``blocked``."""
     if name == "reference":
@@ -104,7 +111,7 @@ def _implementation(
         return blocked.hsa_attention
     kernels = _triton()
     options = {"causal": causal, "sliding_window": sliding_window, "gate": gate, "geometry": geometry}
-    missing = kernels.unsupported(q, v, **options)
+    missing = kernels.unsupported(q, v, **options) if rules.plain else "a softcap or sinks in the softmax"
     if missing is None:
         return kernels.hsa_attention
     if name == "auto":
@@ -141,8 +148,10 @@ def _(
     gate: Tensor | None,
     past_spans: Tensor | None,
     past_first: Tensor | None,
+    sinks: Tensor | None,
     *,
     scale: float,
+    softcap: float,
     causal: bool,
     sliding_window: int,
     window: int,
@@ -179,8 +188,10 @@ def _hsa_attention_backward(
     gate: Tensor | None,
     spans: Tensor,
     first: Tensor,
+    sinks: Tensor | None,
     *,
     scale: float,
+    softcap: float,
     causal: bool,
     sliding_window: int,
     window: int,
@@ -195,7 +206,7 @@ def _hsa_attention_backward(
     dense_until: int,
 ) -> list[Tensor]:
     """Gradients of q, k, v, the nodes, the value nodes and, if there is one, the gate."""
-    grad_q, grad_k, grad_v, grad_nodes, grad_value_nodes, grad_gate = blocked.hsa_attention_backward(
+    grad_q, grad_k, grad_v, grad_nodes, grad_value_nodes, *by_head = blocked.hsa_attention_backward(
         grad,
         q,
         k,
@@ -213,9 +224,9 @@ def _hsa_attention_backward(
         geometry=Geometry(
             window, sink, budget, block, node, fanout, nodes_per_span, beam, query_block, dense_until
         ),
+        rules=ScoreRules(softcap, sinks),
     )
-    gates = [] if grad_gate is None else [grad_gate]
-    return [grad_q, grad_k, grad_v, *grad_nodes, *grad_value_nodes, *gates]
+    return [grad_q, grad_k, grad_v, *grad_nodes, *grad_value_nodes, *(x for x in by_head if x is not None)]
 
 
 @_hsa_attention_backward.register_fake
@@ -229,20 +240,22 @@ def _(
     nodes: Sequence[Tensor],
     value_nodes: Sequence[Tensor],
     gate: Tensor | None,
-    *_: Any,
-    **__: Any,
+    spans: Tensor,
+    first: Tensor,
+    sinks: Tensor | None,
+    **_: Any,
 ) -> list[Tensor]:
-    gates = [] if gate is None else [gate]
-    return [torch.empty_like(x) for x in (q, k, v, *nodes, *value_nodes, *gates)]
+    by_head = [x for x in (gate, sinks) if x is not None]
+    return [torch.empty_like(x) for x in (q, k, v, *nodes, *value_nodes, *by_head)]
 
 
 def _setup_context(
     ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any
 ) -> None:
-    q, k, v, start, length, nodes, value_nodes, gate, _, _ = inputs
+    q, k, v, start, length, nodes, value_nodes, gate, _, _, sinks = inputs
     _, spans, first = output
     ctx.counts = len(nodes), len(value_nodes)
-    ctx.save_for_backward(q, k, v, start, length, *nodes, *value_nodes, gate, spans, first)
+    ctx.save_for_backward(q, k, v, start, length, *nodes, *value_nodes, gate, spans, first, sinks)
     ctx.options = {name: value for name, value in keyword_only_inputs.items() if name != "implementation"}
     ctx.mark_non_differentiable(spans, first)
 
@@ -251,12 +264,14 @@ def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     q, k, v, start, length, *rest = ctx.saved_tensors
     levels, value_levels = ctx.counts
     nodes, value_nodes = rest[:levels], rest[levels : levels + value_levels]
-    gate, spans, first = rest[levels + value_levels :]
+    gate, spans, first, sinks = rest[levels + value_levels :]
     grads = _hsa_attention_backward(
-        grad, q, k, v, start, length, nodes, value_nodes, gate, spans, first, **ctx.options
+        grad, q, k, v, start, length, nodes, value_nodes, gate, spans, first, sinks, **ctx.options
     )
     pooled = list(grads[3 : 3 + levels]), list(grads[3 + levels : 3 + levels + value_levels])
-    return (*grads[:3], None, None, *pooled, None if gate is None else grads[-1], None, None)
+    by_head = iter(grads[3 + levels + value_levels :])
+    grad_gate, grad_sinks = (None if x is None else next(by_head) for x in (gate, sinks))
+    return (*grads[:3], None, None, *pooled, grad_gate, None, None, grad_sinks)
 
 
 _hsa_attention.register_autograd(_backward, setup_context=_setup_context)
@@ -278,6 +293,7 @@ def hsa_attention(
     causal: bool = True,
     sliding_window: int = 0,
     geometry: Geometry,
+    rules: ScoreRules = PLAIN,
     implementation: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Hierarchical sparse attention over each row's real tokens.
@@ -298,13 +314,15 @@ def hsa_attention(
         causal: Whether a query sees only itself and what lies before it.
         sliding_window: A query sees no keys this far or farther before it; 0 for no limit.
         geometry: The sizes.
+        rules: What else happens to the scores: a softcap, of nodes as of keys, and sinks, which have no vote.
         implementation: ``reference``, ``blocked``, ``triton``, or ``auto``: ``triton`` on a GPU for what it can
-            do (causal, no sliding window, no summaries, sizes that are powers of two) and else ``blocked``.
+            do (causal, no sliding window, no summaries, plain scores, sizes that are powers of two) and else
+            ``blocked``.
 
     Returns:
         The output [B, Hq, T, Dv], zero for padding; per query block the kept spans of level 1, int32
         [B, Hkv, NB, beam]; and per leaf candidate the row within the block that chose it first, uint8
-        [B, Hkv, NB, C], ``query_block`` for none. Differentiable in q, k, v, nodes, value_nodes and gate.
+        [B, Hkv, NB, C], ``query_block`` for none. Differentiable in q, k, v, nodes, value_nodes, gate and sinks.
 
     Raises:
         ConfigError: If an argument does not fit the others, or the dtype or implementation is unknown.
@@ -325,6 +343,8 @@ def hsa_attention(
         gate,
         past_spans,
         past_first,
+        rules.sinks,
+        softcap=rules.softcap,
         scale=scale,
         causal=causal,
         sliding_window=sliding_window,

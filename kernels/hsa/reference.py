@@ -23,6 +23,7 @@ from math import log
 import torch
 from torch import Tensor
 
+from retrofit.kernels.dense.scores import PLAIN, ScoreRules
 from retrofit.kernels.hsa.geometry import Geometry
 
 
@@ -42,6 +43,7 @@ def hsa_attention(
     causal: bool,
     sliding_window: int,
     geometry: Geometry,
+    rules: ScoreRules = PLAIN,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the output and the selection that the next call continues from.
 
@@ -60,6 +62,7 @@ def hsa_attention(
         causal: Whether a query sees only itself and what lies before it.
         sliding_window: A query sees no keys this far or farther before it; 0 for no limit.
         geometry: The sizes.
+        rules: What else happens to the scores: a softcap, of nodes as of keys, and sinks, which have no vote.
 
     Returns:
         The output [B, Hq, T, Dv], zero for padding; per query block the kept spans of level 1, int32
@@ -82,6 +85,8 @@ def hsa_attention(
             value_nodes=[level[b].to(dtype) for level in value_nodes],
             gate=None if gate is None else _straight_through(gate.to(dtype)).view(kv_heads, -1, 1, 1),
             scale=scale,
+            softcap=rules.softcap,
+            sinks=None if rules.sinks is None else rules.sinks.to(dtype).view(kv_heads, -1, 1, 1),
             causal=causal,
             sliding_window=sliding_window,
             geometry=g,
@@ -116,6 +121,8 @@ class _Row:
     value_nodes: list[Tensor]
     gate: Tensor | None
     scale: float
+    softcap: float
+    sinks: Tensor | None
     causal: bool
     sliding_window: int
     geometry: Geometry
@@ -204,7 +211,7 @@ class _Row:
         at = ids.clamp(min=0)[..., None] * each + torch.arange(each, device=ids.device)
         at = at.flatten(-2).clamp(max=nodes.shape[1] - 1)
         members = nodes.gather(1, at[..., None].expand(-1, -1, nodes.shape[2]))
-        scores = self.scale * (q @ members[:, None].transpose(-1, -2))
+        scores = self.scores(q, members[:, None])
         best = scores.reshape(*scores.shape[:-1], -1, each).amax(-1)
         return best.masked_fill(~valid[:, None], -torch.inf).softmax(-1).nan_to_num(0.0).sum(1)
 
@@ -248,28 +255,36 @@ class _Row:
             cover.insert(0, outside)
         return keys, cover
 
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        """Scores [..., R, W] of q [..., R, D] and k [..., W, D]."""
+        scores = self.scale * (q @ k.transpose(-1, -2))
+        return self.softcap * torch.tanh(scores / self.softcap) if self.softcap else scores
+
     def attend(self, q: Tensor, keys: Tensor, cover: list[Tensor]) -> Tensor:
         """One softmax over the keys and the nodes of the cover; q [Hkv, G, R, D] → [Hkv, G, R, Dv]."""
-        logits = self.scale * (q @ self.k[:, None].transpose(-1, -2))
-        logits = logits.masked_fill(~keys[:, None], -torch.inf)
+        logits = self.scores(q, self.k[:, None]).masked_fill(~keys[:, None], -torch.inf)
         values = self.v
         top = logits.amax(-1, keepdim=True).detach()
+        if self.sinks is not None:
+            top = torch.maximum(top, self.sinks.detach())
+        sink = 0.0 if self.sinks is None else (self.sinks - top).exp()
         if not cover or self.gate is None:
             weights = (logits - top).exp()
-            return (weights @ values[:, None]) / weights.sum(-1, keepdim=True)
+            return (weights @ values[:, None]) / (weights.sum(-1, keepdim=True) + sink)
         scores, summarised = [], []
         for level, spans in enumerate(cover):
             each = self.geometry.nodes_in_span(level)
             count = spans.shape[-1] * each
-            score = self.scale * (q @ self.nodes[level][:, None, :count].transpose(-1, -2))
+            score = self.scores(q, self.nodes[level][:, None, :count])
             score = score + log(self.geometry.node_size(level))
             scores.append(score.masked_fill(~spans.repeat_interleave(each, dim=-1)[:, None], -torch.inf))
             summarised.append(self.value_nodes[level][:, :count])
         score, value = torch.cat(scores, -1), torch.cat(summarised, 1)
         opened = score.detach().amax(-1, keepdim=True) + self.gate.detach().log() if score.shape[-1] else top
         top = torch.maximum(top, opened)
+        sink = 0.0 if self.sinks is None else (self.sinks - top).exp()
         weights, pooled = (logits - top).exp(), self.gate * (score - top).clamp(max=80.0).exp()
-        total = weights.sum(-1, keepdim=True) + pooled.sum(-1, keepdim=True)
+        total = weights.sum(-1, keepdim=True) + pooled.sum(-1, keepdim=True) + sink
         return (weights @ values[:, None] + pooled @ value[:, None]) / total
 
 

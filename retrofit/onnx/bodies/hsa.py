@@ -28,8 +28,10 @@ def hsa_attention(
     gate: Tensor | None,
     past_spans: Tensor | None,
     past_first: Tensor | None,
+    sinks: Tensor | None,
     *,
     scale: float,
+    softcap: float,
     causal: bool,
     sliding_window: int,
     window: int,
@@ -44,7 +46,7 @@ def hsa_attention(
     dense_until: int,
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``torch.ops.retrofit.hsa_attention``, exportable."""
+    """As ``torch.ops.retrofit.hsa_attention``, exportable. ``export_onnx`` refuses sinks and a softcap."""
     g = Geometry(
         window=window,
         sink=sink,

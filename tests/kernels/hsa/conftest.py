@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from retrofit.kernels.dense.scores import PLAIN, ScoreRules
 from retrofit.kernels.hsa import ops
 from retrofit.kernels.hsa.geometry import Geometry
 from retrofit.kernels.pyramid.blocked import extend_pyramid
@@ -49,6 +50,7 @@ class Case:
     gate: Tensor | None = None
     causal: bool = True
     sliding_window: int = 0
+    rules: ScoreRules = PLAIN
     implementation: str = "reference"
 
     @property
@@ -92,6 +94,7 @@ class Case:
                 causal=self.causal,
                 sliding_window=self.sliding_window,
                 geometry=self.geometry,
+                rules=self.rules,
                 implementation=self.implementation,
             )
         )
@@ -148,6 +151,8 @@ def build(implementation: str) -> Callable[..., Case]:
         gate: float | None = None,
         causal: bool = True,
         sliding_window: int = 0,
+        softcap: float = 0.0,
+        sinks: float | None = None,
         start: Sequence[int] | None = None,
         length: Sequence[int] | None = None,
         **sizes: Any,
@@ -168,6 +173,9 @@ def build(implementation: str) -> Callable[..., Case]:
             gate=None if gate is None else torch.full((heads,), gate, dtype=dtype),
             causal=causal,
             sliding_window=sliding_window,
+            rules=ScoreRules(
+                softcap, None if sinks is None else sinks + torch.arange(heads, dtype=dtype) / heads
+            ),
             implementation=implementation,
         )
 

@@ -26,6 +26,8 @@ options = st.fixed_dictionaries(
         "gate": st.sampled_from([None, 0.3]),
         "sliding_window": st.sampled_from([0, 0, 100]),
         "beam": st.sampled_from([1, 4, 9]),
+        "softcap": st.sampled_from([0.0, 0.0, 2.0]),
+        "sinks": st.sampled_from([None, None, 1.0]),
     }
 )
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -67,11 +69,15 @@ def test_a_budget_for_all_is_dense_attention(
     case = build(tokens, **option, dtype=torch.float64, budget=tokens // 8 * 8 + 8, causal=causal)
     k, v = (x.repeat_interleave(2, dim=1) for x in (case.k, case.v))
     scores = case.q @ k.transpose(-1, -2) * case.scale
+    cap, sinks = case.rules
+    scores = cap * (scores / cap).tanh() if cap else scores
     t, j = torch.arange(tokens)[:, None], torch.arange(tokens)
     seen = (j <= t) if causal else torch.ones(tokens, tokens, dtype=torch.bool)
     if case.sliding_window:
         seen = seen & (j > t - case.sliding_window)
-    dense = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v
+    shares = scores.masked_fill(~seen, -torch.inf).exp()
+    total = shares.sum(-1, keepdim=True) + (0.0 if sinks is None else sinks.exp()[:, None, None])
+    dense = shares / total @ v
     torch.testing.assert_close(case.run().out, dense, rtol=1e-12, atol=1e-12)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from retrofit.errors import ConfigError
+from retrofit.kernels.dense.scores import ScoreRules
 from retrofit.kernels.hsa import account
 from retrofit.kernels.hsa.geometry import Geometry
 from retrofit.kernels.hsa.ops import hsa_attention
@@ -59,35 +60,40 @@ def test_opcheck(implementation: str, summaries: bool) -> None:
     nodes = [x.detach().requires_grad_() for x in pyramid(k, START)]
     values = [x.detach().requires_grad_() for x in pyramid(v, START)] if summaries else []
     gate = torch.rand(4, requires_grad=True) if summaries else None
+    sinks = torch.rand(4, requires_grad=True) if summaries else None
     length = torch.tensor([60, 50])
-    options = {"scale": 0.3, "causal": True, "sliding_window": 0, "implementation": implementation}
+    options = {"scale": 0.3, "softcap": 2.0 * summaries, "causal": True, "sliding_window": 0}
     torch.library.opcheck(
         torch.ops.retrofit.hsa_attention.default,
-        (q, k, v, START, length, nodes, values, gate, None, None),
-        {**options, **asdict(TINY)},
+        (q, k, v, START, length, nodes, values, gate, None, None, sinks),
+        {**options, "implementation": implementation, **asdict(TINY)},
     )
 
 
-def test_gradients_reach_the_pooled_tensors_and_the_gate() -> None:
-    def run(implementation: str, q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> tuple[Tensor, ...]:
+@pytest.mark.parametrize("softcap", [0.0, 1.5])
+def test_gradients_reach_the_pooled_tensors_the_gate_and_the_sinks(softcap: float) -> None:
+    def run(implementation: str, summaries: bool) -> tuple[Tensor, ...]:
         out, *_ = hsa_attention(
             q,
             k,
             v,
             nodes=pyramid(k, START * 0),
-            value_nodes=pyramid(v, START * 0),
-            gate=gate,
+            value_nodes=pyramid(v, START * 0) if summaries else [],
+            gate=gate if summaries else None,
             scale=0.3,
             geometry=TINY,
+            rules=ScoreRules(softcap, sinks),
             implementation=implementation,
         )
-        return torch.autograd.grad(out.square().sum(), (q, k, v, gate))
+        return torch.autograd.grad(out.square().sum(), (q, k, v, sinks, *([gate] if summaries else [])))
 
     q, k, v = inputs(100, requires_grad=True, dtype=torch.float64)
     gate = torch.tensor([0.0, 0.4, -0.1, 1.0], requires_grad=True, dtype=torch.float64)
-    for a, b in zip(run("blocked", q, k, v, gate), run("reference", q, k, v, gate), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
-        assert a.norm() > 0
+    sinks = torch.tensor([0.5, -1.0, 2.0, 0.0], requires_grad=True, dtype=torch.float64)
+    for summaries in (False, True):
+        for a, b in zip(run("blocked", summaries), run("reference", summaries), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+            assert a.norm() > 0
 
 
 class Attend(torch.nn.Module):
