@@ -33,9 +33,16 @@ def extend_pyramid(
         if x.is_cuda and not torch.compiler.is_compiling() and _has_triton():
             from retrofit.kernels.pyramid import triton as kernels
 
-            if kernels.unsupported(x, pooling) is None:
+            if kernels.unsupported(x, pooling, weights) is None:
                 return kernels.extend_pyramid(
-                    x, levels, start, new=new, ratios=ratios, offset=offset, pooling=pooling
+                    x,
+                    levels,
+                    start,
+                    new=new,
+                    ratios=ratios,
+                    offset=offset,
+                    pooling=pooling,
+                    weights=weights,
                 )
         return blocked.extend_pyramid(
             x, levels, start, new=new, ratios=ratios, offset=offset, pooling=pooling, weights=weights

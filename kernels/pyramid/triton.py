@@ -1,6 +1,8 @@
-"""The pyramid by a Triton kernel, one launch a level, to the bit as ``blocked`` computes it.
+"""The pyramid by Triton kernels, to the bit as ``blocked`` computes it.
 
 x [B,H,N,D], levels of the first N−T tokens  →  levels of all N tokens
+
+Halving levels that are built from nothing take one launch for up to six of them; others take one each.
 
 Nothing is read back from the device and sizes follow from shapes: a call can be captured in a CUDA graph.
 """
@@ -16,17 +18,21 @@ import triton.language as tl
 from torch import Tensor
 
 CELLS = 32
-"""Cells of a program."""
+"""Cells of a program that pools one level."""
+TILE = 64
+"""Members of a program that halves several times."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def unsupported(x: Tensor, pooling: str) -> str | None:
-    """Returns what this kernel cannot do of a call, or None; it has no gradients."""
-    if pooling not in ("mean", "max"):
+def unsupported(x: Tensor, pooling: str, weights: Sequence[Tensor | None]) -> str | None:
+    """Returns what these kernels cannot do of a call, or None; they have no gradients."""
+    if pooling not in ("mean", "max", "learned"):
         return f"pooling={pooling!r}"
     if x.dtype not in DTYPES:
         return f"{x.dtype}"
-    if x.requires_grad and torch.is_grad_enabled():
+    if any(w is not None and w.dtype not in DTYPES for w in weights):
+        return "weights in float64"
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *weights)):
         return "gradients"
     return None
 
@@ -40,12 +46,29 @@ def extend_pyramid(
     ratios: Sequence[int],
     offset: int,
     pooling: str,
+    weights: Sequence[Tensor | None],
 ) -> list[Tensor]:
-    """As :func:`retrofit.kernels.pyramid.blocked.extend_pyramid`, for ``mean`` and ``max``."""
+    """As :func:`retrofit.kernels.pyramid.blocked.extend_pyramid`."""
     batch, heads, tokens, dim = x.shape
     room = max(tokens - offset, 0)
     result: list[Tensor] = []
     children = x if x.stride(-1) == 1 else x.contiguous()
+    taps = [None if weight is None else weight.contiguous() for weight in weights]
+    if levels is None and all(ratio == 2 for ratio in ratios):
+        sizes = [room >> level + 1 for level in range(len(ratios))]
+        result = [x.new_empty(batch, heads, size, dim) for size in sizes]
+        depth = TILE.bit_length() - 1
+        for first in range(0, sum(size > 0 for size in sizes), depth):
+            out = result[first : first + depth]
+            members = out[0].shape[2] * 2
+            halve_levels[(triton.cdiv(members, TILE), batch * heads)](
+                children, tuple(out), tuple(taps[first : first + depth]), start, *children.stride()[:3],
+                children.shape[2], tuple(x.shape[2] for x in out), heads,
+                FIRST=first == 0, OFFSET=offset, LEVELS=len(out), DIM=dim, DIM_PAD=_padded(dim),
+                POOLING=pooling, TILE=TILE, num_warps=4, enable_fp_fusion=False,
+            )  # fmt: skip
+            children = out[-1]
+        return result
     for level, ratio in enumerate(ratios):
         size = prod(ratios[: level + 1])
         capacity = room // size
@@ -57,22 +80,62 @@ def extend_pyramid(
         count = capacity if levels is None else (new + size - 1) // size + 1
         if capacity:
             pool_cells[(triton.cdiv(count, CELLS), batch * heads)](
-                children, cells, start, *children.stride()[:3], children.shape[2], capacity, count, heads,
+                children, cells, taps[level], start, *children.stride()[:3],
+                children.shape[2], capacity, count, heads,
                 tokens - offset - (tokens if levels is None else new),
-                FIRST=level == 0, OFFSET=offset, SIZE=size, RATIO=ratio, DIM=dim,
-                DIM_PAD=max(16, triton.next_power_of_2(dim)), MAXIMUM=pooling == "max", CELLS=CELLS,
-                num_warps=4,
+                FIRST=level == 0, OFFSET=offset, SIZE=size, RATIO=ratio, DIM=dim, DIM_PAD=_padded(dim),
+                POOLING=pooling, CELLS=CELLS, num_warps=4, enable_fp_fusion=False,
             )  # fmt: skip
         children = cells
         result.append(cells)
     return result
 
 
+def _padded(dim: int) -> int:
+    return max(16, int(triton.next_power_of_2(dim)))
+
+
+@triton.jit
+def halve_levels(
+    x, cells, taps, start, stride_b, stride_h, stride_n, members, capacities, heads,
+    FIRST: tl.constexpr, OFFSET: tl.constexpr, LEVELS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
+    POOLING: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Writes ``LEVELS`` levels of [B, H, capacity, DIM], each of the pairs of the one before, the first of x."""
+    bh = tl.program_id(1).to(tl.int64)
+    origin = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    if FIRST:
+        origin += tl.load(start + bh // heads).to(tl.int32) + OFFSET
+    dim = tl.arange(0, DIM_PAD)
+    at = tl.minimum(origin, members - 1).to(tl.int64)
+    line = x + bh // heads * stride_b + bh % heads * stride_h + at[:, None] * stride_n + dim[None]
+    level = tl.load(line, mask=dim[None] < DIM, other=0.0)
+    for i in tl.static_range(LEVELS):
+        pairs = tl.permute(tl.reshape(level.to(tl.float32), [TILE >> (i + 1), 2, DIM_PAD]), (0, 2, 1))
+        left, right = tl.split(pairs)
+        if POOLING == "max":
+            pooled = tl.maximum(left, right)
+        elif POOLING == "mean":
+            pooled = (left + right) * 0.5
+        else:
+            tap = taps[i] + (bh % heads * DIM + dim) * 2
+            one = tl.load(tap, mask=dim < DIM, other=0.0).to(tl.float32)
+            two = tl.load(tap + 1, mask=dim < DIM, other=0.0).to(tl.float32)
+            pooled = one[None] * left + two[None] * right
+        level = pooled.to(x.dtype.element_ty)
+        cell = tl.program_id(0) * (TILE >> (i + 1)) + tl.arange(0, TILE >> (i + 1))
+        tl.store(
+            cells[i] + (bh * capacities[i] + cell[:, None]) * DIM + dim[None],
+            level,
+            mask=(cell[:, None] < capacities[i]) & (dim[None] < DIM),
+        )
+
+
 @triton.jit
 def pool_cells(
-    x, cells, start, stride_b, stride_h, stride_n, members, capacity, count, heads, past,
+    x, cells, taps, start, stride_b, stride_h, stride_n, members, capacity, count, heads, past,
     FIRST: tl.constexpr, OFFSET: tl.constexpr, SIZE: tl.constexpr, RATIO: tl.constexpr, DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr, MAXIMUM: tl.constexpr, CELLS: tl.constexpr,
+    DIM_PAD: tl.constexpr, POOLING: tl.constexpr, CELLS: tl.constexpr,
 ):  # fmt: skip
     """Writes the ``count`` cells of each row of [B, H, capacity, DIM] that ``past`` tokens do not complete."""
     bh = tl.program_id(1).to(tl.int64)
@@ -87,12 +150,22 @@ def pool_cells(
     mask = mine[:, None] & (dim[None] < DIM)
     line = x + b * stride_b + bh % heads * stride_h + dim[None]
     at = tl.minimum(origin, members - 1).to(tl.int64)
+    tap = taps
+    if POOLING == "learned":
+        tap = taps + (bh % heads * DIM + dim) * RATIO
     pooled = tl.load(line + at[:, None] * stride_n, mask=mask, other=0.0).to(tl.float32)
+    if POOLING == "learned":
+        pooled *= tl.load(tap, mask=dim < DIM, other=0.0).to(tl.float32)[None]
     for i in tl.static_range(1, RATIO):
         at = tl.minimum(origin + i, members - 1).to(tl.int64)
         member = tl.load(line + at[:, None] * stride_n, mask=mask, other=0.0).to(tl.float32)
-        pooled = tl.maximum(pooled, member) if MAXIMUM else pooled + member
-    if not MAXIMUM:
+        if POOLING == "max":
+            pooled = tl.maximum(pooled, member)
+        elif POOLING == "mean":
+            pooled += member
+        else:
+            pooled += tl.load(tap + i, mask=dim < DIM, other=0.0).to(tl.float32)[None] * member
+    if POOLING == "mean":
         pooled = tl.div_rn(pooled, pooled * 0 + RATIO)
     out = cells + (bh * capacity + cell[:, None]) * DIM + dim[None]
     tl.store(out, pooled.to(cells.dtype.element_ty), mask=mask)

@@ -1,4 +1,4 @@
-"""The Triton kernel: in Triton's interpreter, compiled for every architecture, and on a GPU."""
+"""The Triton kernels: in Triton's interpreter, compiled for every architecture, and on a GPU."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 from retrofit.kernels.maha import triton as kernels
 from retrofit.kernels.maha.bands import Bands
+from retrofit.kernels.pyramid import triton as pyramid
 
 class Driver:
     def get_current_target(self): return GPUTarget("cuda", capability, 32)
@@ -45,9 +46,12 @@ def warm(self, *args, grid, warmup, **options):
 JITFunction.run = warm
 bands = Bands((224, 252, 504), None, 32, 2)
 q, k = (torch.empty(1, heads, 2**18, 64, dtype=torch.bfloat16, device="meta") for heads in (8, 2))
-cells = [torch.empty(1, 2, 2**18 // bands.cell(i), 64, dtype=torch.bfloat16, device="meta") for i in (1, 2, 3)]
+taps = [torch.empty(2, 64, 2, device="meta")] * 3
 at = torch.zeros(1, dtype=torch.int64, device="meta")
+options = {"ratios": (2,) * 3, "offset": 0, "pooling": "learned", "weights": taps}
 for capability in map(int, sys.argv[1:]):
+    cells = pyramid.extend_pyramid(k[:, :, :-1], None, at, new=2**18 - 1, **options)
+    cells = pyramid.extend_pyramid(k, cells, at, new=1, **options)
     kernels.maha_attention(
         q, k, k, at, at, cells, cells, torch.zeros(8, 4, device="meta"), scale=0.1, bands=bands,
         aggregation="convex", regularizer="entropy",
@@ -180,7 +184,7 @@ def test_interpreted_kernel_is_causal_to_the_bit() -> None:
     assert not torch.equal(before[:, :, 93:], after[:, :, 93:])
 
 
-def test_the_kernel_compiles_for_every_architecture() -> None:
+def test_kernels_compile_for_every_architecture() -> None:
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", COMPILE, "80", "90", "100"],
         env={**os.environ, "TRITON_INTERPRET": "0"},
@@ -189,7 +193,8 @@ def test_the_kernel_compiles_for_every_architecture() -> None:
         check=False,
     )
     assert result.returncode == 0, result.stderr[-2000:]
-    expected = [f"attend {capability} True True" for capability in (80, 90, 100)]
+    names = ("halve_levels", "pool_cells", "pool_cells", "pool_cells", "attend")
+    expected = [f"{name} {capability} True True" for capability in (80, 90, 100) for name in names]
     assert result.stdout.splitlines() == expected
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+from operator import mul
+
 import pytest
 import torch
 
@@ -9,25 +12,32 @@ from retrofit.kernels.pyramid import blocked
 
 pytest.importorskip("triton")
 
-RATIOS = (2, 4, 3)
+RATIOS = ((2, 4, 3), (2, 2, 2, 2, 2, 2, 2))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.mark.parametrize("pooling", ["mean", "max"])
+@pytest.mark.parametrize("pooling", ["mean", "max", "learned"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16 if DEVICE == "cuda" else torch.float16])
-def test_built_at_once_or_extended_the_bits_are_those_of_blocked(pooling: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("ratios", RATIOS, ids=["mixed", "halving"])
+def test_built_at_once_or_extended_the_bits_are_those_of_blocked(
+    pooling: str, dtype: torch.dtype, ratios: tuple[int, ...]
+) -> None:
     from retrofit.kernels.pyramid import triton as kernels
 
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 90, 3, 20, generator=generator).to(DEVICE, dtype).transpose(1, 2)
+    x = torch.randn(2, 150, 2, 20, generator=generator).to(DEVICE, dtype).transpose(1, 2)
+    weights: list[torch.Tensor | None] = [None] * len(ratios)
+    if pooling == "learned":
+        weights = [torch.randn(2, 20, r, generator=generator).to(DEVICE) for r in ratios]
     start = torch.tensor([0, 13], device=DEVICE)
-    options = {"ratios": RATIOS, "offset": 8, "pooling": pooling}
+    options = {"ratios": ratios, "offset": 8, "pooling": pooling, "weights": weights}
     levels = None
-    for begin, end in ((0, 50), (50, 51), (51, 90)):
+    for begin, end in ((0, 80), (80, 81), (81, 150)):
         levels = kernels.extend_pyramid(x[:, :, :end], levels, start, new=end - begin, **options)
         at_once = kernels.extend_pyramid(x[:, :, :end], None, start, new=end, **options)
-        expected = blocked.extend_pyramid(x[:, :, :end], None, start, new=end, weights=[None] * 3, **options)
-        for size, *found in zip((2, 8, 24), levels, at_once, expected, strict=True):
+        expected = blocked.extend_pyramid(x[:, :, :end], None, start, new=end, **options)
+        sizes = list(accumulate(ratios, mul))
+        for size, *found in zip(sizes, levels, at_once, expected, strict=True):
             for b, first in enumerate(start.tolist()):
                 complete = max(0, end - first - 8) // size
                 extended, built, wanted = (level[b, :, :complete] for level in found)
@@ -40,7 +50,10 @@ def test_what_the_kernel_cannot_do_is_named() -> None:
     from retrofit.kernels.pyramid import triton as kernels
 
     x = torch.zeros(1, 1, 4, 4)
-    assert kernels.unsupported(x, "mean") is None
-    assert kernels.unsupported(x, "learned") == "pooling='learned'"
-    assert kernels.unsupported(x.double(), "mean") == "torch.float64"
-    assert kernels.unsupported(x.clone().requires_grad_(), "max") == "gradients"
+    assert kernels.unsupported(x, "mean", [None]) is None
+    assert kernels.unsupported(x, "learned", [x]) is None
+    assert kernels.unsupported(x, "attention", [x]) == "pooling='attention'"
+    assert kernels.unsupported(x.double(), "mean", [None]) == "torch.float64"
+    assert kernels.unsupported(x, "learned", [x.double()]) == "weights in float64"
+    assert kernels.unsupported(x.clone().requires_grad_(), "max", [None]) == "gradients"
+    assert kernels.unsupported(x, "learned", [x.clone().requires_grad_()]) == "gradients"
