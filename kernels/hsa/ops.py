@@ -1,12 +1,15 @@
 """``retrofit::hsa_attention``: schema, fake, autograd and flop formulas.
 
 hsa_attention(q, k, v, nodes=…, scale=…, geometry=…)  →  out, spans, first
+
+The operator returns one thing more, the log-sum-exp of each query's scores, for the implementation whose
+backward pass uses it; it is empty from the others.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -68,30 +71,24 @@ def _hsa_attention(
     query_block: int,
     dense_until: int,
     implementation: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     geometry = Geometry(
         window, sink, budget, block, node, fanout, nodes_per_span, beam, query_block, dense_until
     )
     rules = ScoreRules(softcap, sinks)
-    run = _implementation(implementation, q, v, gate, causal, sliding_window, geometry, rules)
-    more = {} if rules.plain else {"rules": rules}
-    return run(
-        q,
-        k,
-        v,
-        start,
-        length,
-        nodes,
-        value_nodes,
-        gate,
-        past_spans,
-        past_first,
-        scale=scale,
-        causal=causal,
-        sliding_window=sliding_window,
-        geometry=geometry,
-        **more,
-    )
+    name = _implementation(implementation, q, v, gate, causal, sliding_window, geometry, rules)
+    arguments = (q, k, v, start, length, nodes, value_nodes, gate, past_spans, past_first)
+    options: dict[str, Any] = {
+        "scale": scale,
+        "causal": causal,
+        "sliding_window": sliding_window,
+        "geometry": geometry,
+    }
+    if name == "triton":
+        result: tuple[Tensor, Tensor, Tensor, Tensor] = _triton().hsa_attention(*arguments, **options)
+        return result
+    run = reference.hsa_attention if name == "reference" else blocked.hsa_attention
+    return *run(*arguments, **options, rules=rules), q.new_empty(0, dtype=torch.float32)
 
 
 def _implementation(
@@ -103,19 +100,18 @@ def _implementation(
     sliding_window: int,
     geometry: Geometry,
     rules: ScoreRules,
-) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """The function of that name; ``auto`` is ``triton`` for what it can do on a GPU, and else ``blocked``."""
-    if name == "reference":
-        return reference.hsa_attention
-    if name == "blocked" or (name == "auto" and not (q.is_cuda and _has_triton())):
-        return blocked.hsa_attention
-    kernels = _triton()
+) -> str:
+    """The implementation of that name; ``auto`` is ``triton`` for what it can do on a GPU, and else ``blocked``."""
+    if name in ("reference", "blocked"):
+        return name
+    if name == "auto" and not (q.device.type == "cuda" and _has_triton()):
+        return "blocked"
     options = {"causal": causal, "sliding_window": sliding_window, "gate": gate, "geometry": geometry}
-    missing = kernels.unsupported(q, v, **options) if rules.plain else "a softcap or sinks in the softmax"
+    missing = _triton().unsupported(q, v, **options) if rules.plain else "a softcap or sinks in the softmax"
     if missing is None:
-        return kernels.hsa_attention
+        return "triton"
     if name == "auto":
-        return blocked.hsa_attention
+        return "blocked"
     raise ConfigError(
         f"implementation='triton' does not do {missing}; use implementation='auto' or 'blocked'"
     )
@@ -165,13 +161,16 @@ def _(
     query_block: int,
     dense_until: int,
     implementation: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     g = Geometry(window, sink, budget, block, node, fanout, nodes_per_span, beam, query_block, dense_until)
     shape = (k.shape[0], k.shape[1], g.blocks(k.shape[2]))
+    rules = ScoreRules(softcap, sinks)
+    name = _implementation(implementation, q, v, gate, causal, sliding_window, g, rules)
     return (
         q.new_empty(q.shape[0], q.shape[1], q.shape[2], v.shape[3]),
         q.new_empty((*shape, g.beam), dtype=torch.int32),
         q.new_empty((*shape, g.leaf_width), dtype=torch.uint8),
+        q.new_empty(q.shape[:3] if name == "triton" else (0,), dtype=torch.float32),
     )
 
 
@@ -188,6 +187,8 @@ def _hsa_attention_backward(
     gate: Tensor | None,
     spans: Tensor,
     first: Tensor,
+    out: Tensor | None,
+    lse: Tensor | None,
     sinks: Tensor | None,
     *,
     scale: float,
@@ -205,27 +206,31 @@ def _hsa_attention_backward(
     query_block: int,
     dense_until: int,
 ) -> list[Tensor]:
-    """Gradients of q, k, v, the nodes, the value nodes and, if there is one, the gate."""
-    grad_q, grad_k, grad_v, grad_nodes, grad_value_nodes, *by_head = blocked.hsa_attention_backward(
-        grad,
-        q,
-        k,
-        v,
-        start,
-        length,
-        nodes,
-        value_nodes,
-        gate,
-        spans,
-        first,
-        scale=scale,
-        causal=causal,
-        sliding_window=sliding_window,
-        geometry=Geometry(
-            window, sink, budget, block, node, fanout, nodes_per_span, beam, query_block, dense_until
-        ),
-        rules=ScoreRules(softcap, sinks),
+    """Gradients of q, k, v, the nodes, the value nodes and, if there is one, the gate.
+
+    Triton kernels compute them if the forward pass left the output and the log-sum-exp of the scores.
+    """
+    arguments = (grad, q, k, v, start, length, nodes, value_nodes)
+    geometry = Geometry(
+        window, sink, budget, block, node, fanout, nodes_per_span, beam, query_block, dense_until
     )
+    if out is not None and lse is not None:
+        found = _triton().hsa_attention_backward(
+            *arguments, spans, first, out, lse, scale=scale, geometry=geometry
+        )
+    else:
+        found = blocked.hsa_attention_backward(
+            *arguments,
+            gate,
+            spans,
+            first,
+            scale=scale,
+            causal=causal,
+            sliding_window=sliding_window,
+            geometry=geometry,
+            rules=ScoreRules(softcap, sinks),
+        )
+    grad_q, grad_k, grad_v, grad_nodes, grad_value_nodes, *by_head = found
     return [grad_q, grad_k, grad_v, *grad_nodes, *grad_value_nodes, *(x for x in by_head if x is not None)]
 
 
@@ -242,6 +247,8 @@ def _(
     gate: Tensor | None,
     spans: Tensor,
     first: Tensor,
+    out: Tensor | None,
+    lse: Tensor | None,
     sinks: Tensor | None,
     **_: Any,
 ) -> list[Tensor]:
@@ -253,20 +260,21 @@ def _setup_context(
     ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any
 ) -> None:
     q, k, v, start, length, nodes, value_nodes, gate, _, _, sinks = inputs
-    _, spans, first = output
+    out, spans, first, lse = output
     ctx.counts = len(nodes), len(value_nodes)
-    ctx.save_for_backward(q, k, v, start, length, *nodes, *value_nodes, gate, spans, first, sinks)
+    used = (out, lse) if lse.ndim > 1 else (None, None)
+    ctx.save_for_backward(q, k, v, start, length, *nodes, *value_nodes, gate, spans, first, *used, sinks)
     ctx.options = {name: value for name, value in keyword_only_inputs.items() if name != "implementation"}
-    ctx.mark_non_differentiable(spans, first)
+    ctx.mark_non_differentiable(spans, first, lse)
 
 
 def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     q, k, v, start, length, *rest = ctx.saved_tensors
     levels, value_levels = ctx.counts
     nodes, value_nodes = rest[:levels], rest[levels : levels + value_levels]
-    gate, spans, first, sinks = rest[levels + value_levels :]
+    gate, spans, first, out, lse, sinks = rest[levels + value_levels :]
     grads = _hsa_attention_backward(
-        grad, q, k, v, start, length, nodes, value_nodes, gate, spans, first, sinks, **ctx.options
+        grad, q, k, v, start, length, nodes, value_nodes, gate, spans, first, out, lse, sinks, **ctx.options
     )
     pooled = list(grads[3 : 3 + levels]), list(grads[3 + levels : 3 + levels + value_levels])
     by_head = iter(grads[3 + levels + value_levels :])
@@ -332,7 +340,7 @@ def hsa_attention(
         start = torch.zeros(q.shape[0], dtype=torch.int64, device=q.device)
     if length is None:
         length = k.shape[2] - start
-    result: tuple[Tensor, Tensor, Tensor] = _hsa_attention(
+    out, spans, first, _ = _hsa_attention(
         q,
         k,
         v,
@@ -344,14 +352,14 @@ def hsa_attention(
         past_spans,
         past_first,
         rules.sinks,
-        softcap=rules.softcap,
         scale=scale,
+        softcap=rules.softcap,
         causal=causal,
         sliding_window=sliding_window,
         implementation=implementation,
         **{name: getattr(geometry, name) for name in _SIZES},
     )
-    return result
+    return out, spans, first
 
 
 def _check(
@@ -443,7 +451,7 @@ def _flops(
     value_nodes: Sequence[Tensor],
     gate: Tensor | None,
     *_: Any,
-    out_val: tuple[Tensor, Tensor, Tensor],
+    out_val: tuple[Tensor, ...],
     **options: Any,
 ) -> int:
     selection = (out_val[1], out_val[2], start, length)
@@ -465,6 +473,7 @@ def _backward_flops(
     gate: Tensor | None,
     spans: Tensor,
     first: Tensor,
+    *saved: Any,
     **options: Any,
 ) -> int:
     keys, _, cover = _work(k, q.shape[2], (spans, first, start, length), options, gate)

@@ -3,7 +3,7 @@
     top_scores, refine, keep   per level, from the top down  →  spans
     choose                     spans                         →  first
     list_leaves                spans, first                  →  the list of leaves of each block
-    attend                     list                          →  out
+    attend                     list                          →  out, lse
 
 Nothing is read back from the device, and every buffer's size follows from shapes: a call can be captured in a
 CUDA graph.
@@ -20,6 +20,10 @@ from torch import Tensor
 from retrofit.kernels.hsa import triton_execute as execute
 from retrofit.kernels.hsa import triton_select as select
 from retrofit.kernels.hsa.geometry import Geometry
+from retrofit.kernels.hsa.triton_backward import hsa_attention_backward
+from retrofit.kernels.hsa.triton_call import Call, power
+
+__all__ = ["hsa_attention", "hsa_attention_backward", "unsupported"]
 
 TILE_ROWS = 128
 """Queries times heads in a tile of 128 dims or fewer."""
@@ -85,96 +89,80 @@ def hsa_attention(
     causal: bool,
     sliding_window: int,
     geometry: Geometry,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the output [B, Hq, T, Dv] and the selection (spans, first); arguments as in ``ops``."""
-    g, (batch, heads, tokens, dim) = geometry, q.shape
-    kv_heads, slots, value_dim = k.shape[1], k.shape[2], v.shape[3]
-    group = heads // kv_heads
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns the output [B, Hq, T, Dv], the selection (spans, first), and the log-sum-exp of each query's scores.
+
+    Arguments are as in ``ops``; the last output is float32 [B, Hq, T].
+    """
+    g, device = geometry, q.device
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     nodes = [x.contiguous() for x in nodes]
-    total_blocks = g.blocks(slots)
-    blocks = (tokens + 2 * g.query_block - 2) // g.query_block
+    call = Call.of(q, k, v, geometry)
     spans, first = g.selection(k, past_spans, past_first)
 
     width = g.beam * g.fanout + g.fanout
-    scores = torch.empty(batch * kv_heads, blocks, group, width, dtype=torch.float32, device=q.device)
+    scores = torch.empty(call.rows, call.blocks, call.group, width, dtype=torch.float32, device=device)
     by_query = (q.stride(0), q.stride(1), q.stride(2))
-    extent = (slots, tokens, blocks)
-    shared = {
-        "KV_HEADS": kv_heads,
-        "WINDOW": g.window,
-        "SINK": g.sink,
-        "BLOCK": g.block,
-        "QUERY_BLOCK": g.query_block,
-        "DENSE_END": g.dense_end,
-    }
     coarse = {
-        **shared,
+        **call.shared,
         "LEVELS": g.levels,
-        "GROUP": group,
+        "GROUP": call.group,
         "FANOUT": g.fanout,
         "BEAM": g.beam,
         "WIDTH": width,
     }
-    precision = "ieee" if q.dtype == torch.float32 else "tf32"
-    product = {"DIM": dim, "DIM_PAD": _padded(dim), "PRECISION": precision}
-    group_pad = _power(group)
-    rows = TILE_ROWS if max(dim, value_dim) <= 128 else TILE_ROWS // 2
-    heads_per_tile = max(1, min(group_pad, rows // g.query_block))
+    group_pad = power(call.group)
+    wide = max(call.dim, call.value_dim) > 128
+    heads_per_tile = call.heads_per_tile(TILE_ROWS // 2 if wide else TILE_ROWS)
     large = heads_per_tile * g.query_block >= 128
-    highest = g.top_level(g.covered(slots - 1))
+    highest = g.top_level(g.covered(call.slots - 1))
     for level in range(highest, 0, -1):
         at_nodes = (nodes[level].stride(0), nodes[level].stride(1))
         count = nodes[level].shape[2]
         per_tile = 64 // group_pad
-        select.top_scores[(-(-blocks // per_tile), batch * kv_heads)](
-            q, nodes[level], start, length, scores, *by_query, *at_nodes, *extent, count,
-            LEVEL=level, GROUP_PAD=group_pad, PER_SPAN=g.nodes_per_span, TILE=64, **product, **coarse,
+        select.top_scores[(-(-call.blocks // per_tile), call.rows)](
+            q, nodes[level], start, length, scores, *by_query, *at_nodes, *call.extent, count,
+            LEVEL=level, GROUP_PAD=group_pad, PER_SPAN=g.nodes_per_span, TILE=64, **call.product, **coarse,
             num_warps=4,
         )  # fmt: skip
         if level < highest:
-            select.refine[(blocks, batch * kv_heads)](
+            select.refine[(call.blocks, call.rows)](
                 q, nodes[level], start, length, spans, scores, *by_query, *at_nodes,
-                *extent, total_blocks, count,
-                LEVEL=level, PER_SPAN=g.nodes_per_span, TILE=max(16, group_pad), **product, **coarse,
+                *call.extent, call.total_blocks, count,
+                LEVEL=level, PER_SPAN=g.nodes_per_span, TILE=max(16, group_pad), **call.product, **coarse,
                 num_warps=4,
             )  # fmt: skip
-        select.keep[(blocks, batch * kv_heads)](
-            start, length, spans, scores, *extent, total_blocks, scale,
-            LEVEL=level, WIDTH_PAD=_power(width), BEAM_PAD=min(_power(g.beam), _power(width)), **coarse, num_warps=4,
+        select.keep[(call.blocks, call.rows)](
+            start, length, spans, scores, *call.extent, call.total_blocks, scale,
+            LEVEL=level, WIDTH_PAD=power(width), BEAM_PAD=min(power(g.beam), power(width)), **coarse, num_warps=4,
         )  # fmt: skip
 
-    ordered = torch.empty(batch * kv_heads, blocks, g.leaf_width, dtype=torch.int32, device=q.device)
-    counts = torch.zeros(batch * kv_heads, blocks, g.query_block, dtype=torch.int32, device=q.device)
-    tiles = blocks * batch * kv_heads
-    programs = min(tiles, PROGRAMS * _processors(q.device))
-    width = _power(g.leaf_width)
+    tiles = call.blocks * call.rows
+    programs = min(tiles, PROGRAMS * _processors(device))
+    width = power(g.leaf_width)
     scratch = torch.empty(
-        programs, group, g.query_block, width + g.fanout, dtype=torch.float32, device=q.device
+        programs, call.group, g.query_block, width + g.fanout, dtype=torch.float32, device=device
     )
-    leaves = {"FANOUT": g.fanout, "BEAM": g.beam, "WIDTH": g.leaf_width, "WIDTH_PAD": width}
     select.choose[(programs,)](
         q, nodes[0], start, length, spans, first, scratch, *by_query,
-        nodes[0].stride(0), nodes[0].stride(1), *extent, total_blocks, nodes[0].shape[2], tiles, scale,
+        nodes[0].stride(0), nodes[0].stride(1), *call.extent, call.total_blocks, nodes[0].shape[2], tiles, scale,
         PER_LEAF=g.nodes_in_span(0), CHOICES=g.leaves_per_query, SPANS=SPANS,
-        CHOICES_PAD=min(_power(g.leaves_per_query), width), GROUP=group, HEADS=heads_per_tile,
-        **product, **shared, **leaves, **(CHOOSE if large else SMALL),
+        CHOICES_PAD=min(power(g.leaves_per_query), width), GROUP=call.group, HEADS=heads_per_tile,
+        **call.product, **call.shared, **call.leaves, **(CHOOSE if large else SMALL),
     )  # fmt: skip
-    select.list_leaves[(blocks, batch * kv_heads)](
-        start, length, spans, first, ordered, counts, *extent, total_blocks, **shared, **leaves, num_warps=1,
-    )  # fmt: skip
+    ordered, counts = call.list_leaves(start, length, spans, first)
 
-    out = torch.zeros(batch, heads, tokens, value_dim, dtype=q.dtype, device=q.device)
-    parts = -(-group // heads_per_tile)
-    keys = KEYS if max(dim, value_dim) * q.element_size() <= 256 else KEYS // 2
-    execute.attend[(blocks, parts * batch * kv_heads)](
-        q, k, v, start, length, ordered, counts, out, *by_query,
-        k.stride(0), k.stride(1), k.stride(2), v.stride(0), v.stride(1), v.stride(2), *extent, scale,
-        LIST=g.leaf_width, GROUP=group, HEADS=heads_per_tile,
-        VALUE_DIM=value_dim, VALUE_PAD=_padded(value_dim), KEYS=max(g.block, keys), **product, **shared,
-        **(ATTEND if large else SMALL),
+    out = torch.zeros(*q.shape[:3], call.value_dim, dtype=q.dtype, device=device)
+    lse = torch.zeros(q.shape[:3], dtype=torch.float32, device=device)
+    parts = -(-call.group // heads_per_tile)
+    keys = KEYS if max(call.dim, call.value_dim) * call.bytes <= 256 else KEYS // 2
+    execute.attend[(call.blocks, parts * call.rows)](
+        q, k, v, start, length, ordered, counts, out, lse, *by_query,
+        k.stride(0), k.stride(1), k.stride(2), v.stride(0), v.stride(1), v.stride(2), *call.extent, scale,
+        LIST=g.leaf_width, GROUP=call.group, HEADS=heads_per_tile, KEYS=max(g.block, keys),
+        **call.product, **call.values, **call.shared, **(ATTEND if large else SMALL),
     )  # fmt: skip
-    return out, spans, first
+    return out, spans, first, lse
 
 
 @cache
@@ -182,11 +170,3 @@ def _processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 2
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _power(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
-def _padded(dim: int) -> int:
-    return max(16, _power(dim))

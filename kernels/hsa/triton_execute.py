@@ -31,7 +31,7 @@ def add_tile(acc, total, top, s, values, PRECISION: tl.constexpr):
 
 @triton.jit
 def attend(
-    q, k, v, start, length, ordered, counts, out,
+    q, k, v, start, length, ordered, counts, out, lse,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     slots, tokens, blocks, scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
@@ -39,7 +39,7 @@ def attend(
     SINK: tl.constexpr, BLOCK: tl.constexpr, QUERY_BLOCK: tl.constexpr, DENSE_END: tl.constexpr,
     LIST: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Writes ``out`` [B, Hq, T, VALUE_DIM] for the new queries."""
+    """Writes ``out`` [B, Hq, T, VALUE_DIM] and ``lse`` [B, Hq, T] for the new queries."""
     ROWS: tl.constexpr = HEADS * QUERY_BLOCK
     PARTS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
     i = tl.program_id(0)
@@ -130,3 +130,4 @@ def attend(
             (acc / total[:, None]).to(out.dtype.element_ty),
             mask=new[:, None] & (value_dim[None] < VALUE_DIM),
         )
+        tl.store(lse + at_out, (top + tl.log2(total)) / LOG2E, mask=new)

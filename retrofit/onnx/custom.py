@@ -24,7 +24,13 @@ def custom_nodes() -> list[CustomNode]:
     ops = torch.ops.retrofit
     return [
         CustomNode(ops.dense_attention.default, "DenseAttention", dense_attention),
-        CustomNode(ops.hsa_attention.default, "HSAAttention", hsa_attention, inner=TRANSLATIONS),
+        CustomNode(
+            ops.hsa_attention.default,
+            "HSAAttention",
+            hsa_attention,
+            outputs=lambda _: 3,  # the fourth is for the backward pass
+            inner=TRANSLATIONS,
+        ),
         CustomNode(ops.maha_attention.default, "MAHAAttention", maha_attention),
         CustomNode(ops.extend_pyramid.default, "ExtendPyramid", extend_pyramid, outputs=_levels),
     ]

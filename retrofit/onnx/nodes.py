@@ -49,8 +49,8 @@ class CustomNode:
         name: Name of the node's type.
         body: The operator's implementation in a form that ``torch.export`` takes; same signature.
         hidden: Arguments that are no attributes of the node, because they choose how and not what to compute.
-        outputs: Number of outputs by the arguments, for an operator that returns a list; None for as many as
-            the operator's schema says.
+        outputs: Number of outputs by the arguments, for an operator that returns a list or more than the node;
+            None for as many as the operator's schema says.
         inner: How operators that the body calls, other than those of torch, become nodes.
     """
 

@@ -1,0 +1,180 @@
+"""The backward pass of hierarchical sparse attention by Triton kernels.
+
+    list_leaves, query_gradients                 →  grad_q
+    count_entries, write_entries, count_steps    →  which query blocks see each tile of keys
+    key_gradients, join_gradients                →  grad_k, grad_v
+
+As in the forward pass nothing is read back from the device and every buffer's size follows from shapes. A tile
+that many blocks see is split into parts; the parts are as long as it takes for their sums to fit into a buffer
+of a fixed size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from retrofit.kernels.hsa import triton_gradients as gradients
+from retrofit.kernels.hsa import triton_inverse as inverse
+from retrofit.kernels.hsa.geometry import Geometry
+from retrofit.kernels.hsa.triton_call import Call
+
+QUERY_ROWS = 128
+"""Queries times heads in a tile of ``query_gradients``, for rows of at most 256 bytes."""
+QUERY_KEYS = 32
+"""Keys of one of its steps."""
+KEY_ROWS = 64
+"""Queries times heads in a step of ``key_gradients``."""
+KEY_TILE = 32
+"""Keys of one of its tiles."""
+BY_QUERY = {"num_warps": 8, "num_stages": 2, "maxnreg": 128}
+BY_KEY = {"num_warps": 4, "num_stages": 2}
+SMALL = {"num_warps": 4, "num_stages": 1}
+"""For tiles of fewer rows, or of longer ones."""
+SHORTEST_PART = 64
+"""Steps below which a tile is not split."""
+FEWEST_PARTS = 1024
+"""Parts that there is always room for; for long inputs there is room for a quarter of the tiles."""
+CHUNKS = 64
+"""Chunks of query blocks whose entries are written side by side."""
+
+
+def hsa_attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Tensor,
+    length: Tensor,
+    nodes: Sequence[Tensor],
+    value_nodes: Sequence[Tensor],
+    spans: Tensor,
+    first: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    scale: float,
+    geometry: Geometry,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
+    """Returns the gradients of q, k, v, nodes and value_nodes; the selection itself has none.
+
+    Args:
+        grad: Gradient of the output, [B, Hq, T, Dv].
+        q: As in the forward pass, and so all that follow.
+        k: Keys.
+        v: Values.
+        start: Index of each row's first real token.
+        length: Number of real tokens of each row.
+        nodes: Pooled keys per level; they only select, so their gradients are zero.
+        value_nodes: Pooled values per level; not used without summaries.
+        spans: As the forward pass returned it, and so all that follow.
+        first: Who chose which leaf first.
+        out: The output.
+        lse: Log-sum-exp of the scores of each query.
+        scale: Factor on the scores.
+        geometry: The sizes.
+    """
+    grads = [torch.zeros_like(x) for x in (q, k, v)]
+    grad_q, grad_k, grad_v = (_in_rows(x) for x in grads)
+    q, k, v, grad = (_in_rows(x) for x in (q, k, v, grad))
+    call = Call.of(q, k, v, geometry)
+    delta = torch.empty_like(lse)
+    wide = max(call.dim, call.value_dim) * call.bytes > 256
+    heads = call.heads_per_tile(QUERY_ROWS // 2 if wide else QUERY_ROWS)
+    ordered, counts = call.list_leaves(start, length, spans, first)
+    gradients.query_gradients[(call.blocks, -(-call.group // heads) * call.rows)](
+        q, k, v, out, grad, lse, start, length, ordered, counts, grad_q, delta,
+        *_strides(q, k, v, out, grad, grad_q), *call.extent, scale,
+        LIST=geometry.leaf_width, GROUP=call.group, HEADS=heads,
+        KEYS=max(geometry.block, QUERY_KEYS), **call.product, **call.values, **call.shared,
+        **(BY_QUERY if heads * geometry.query_block >= 128 else SMALL),
+    )  # fmt: skip
+
+    keys = max(geometry.block, min(KEY_TILE, 4 * geometry.block, geometry.fanout * geometry.block))
+    tiles = -(-geometry.sink // keys) + -(-max(0, call.slots - geometry.sink) // keys)
+    entries, ends, steps = _entries(call, keys, tiles, start, length, spans, first)
+    parts, part_ends, owners, size = _parts(steps)
+    held = torch.empty(owners.shape[0], keys, call.dim + call.value_dim, dtype=torch.float32, device=q.device)
+    heads = call.heads_per_tile(KEY_ROWS)
+    gradients.key_gradients[(owners.shape[0] + steps.shape[0],)](
+        q, k, v, grad, lse, delta, start, length, entries, ends, steps, parts, part_ends, owners, size,
+        grad_k, grad_v, held, *_strides(q, k, v, grad, grad_k, grad_v), *call.extent,
+        tiles, CHUNKS, steps.shape[0], owners.shape[0], scale,
+        GROUP=call.group, HEADS=heads, KEYS=keys, **call.product, **call.values, **call.shared,
+        **(SMALL if wide else BY_KEY),
+    )  # fmt: skip
+    gradients.join_gradients[(steps.shape[0],)](
+        held, start, length, parts, part_ends, grad_k, grad_v, *_strides(grad_k, grad_v), tiles,
+        KV_HEADS=call.kv_heads, SINK=geometry.sink, KEYS=keys, DIM=call.dim, DIM_PAD=call.product["DIM_PAD"],
+        **call.values, num_warps=4,
+    )  # fmt: skip
+    for x, found in zip(grads, (grad_q, grad_k, grad_v), strict=True):
+        if found is not x:
+            x.copy_(found)
+    grad_nodes, grad_value_nodes = ([torch.zeros_like(x) for x in levels] for levels in (nodes, value_nodes))
+    return grads[0], grads[1], grads[2], grad_nodes, grad_value_nodes
+
+
+def _entries(
+    call: Call, keys: int, tiles: int, start: Tensor, length: Tensor, spans: Tensor, first: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Entries, their running sum by (tile, chunk), and the steps of each tile; see ``triton_inverse``."""
+    g, device = call.geometry, first.device
+    leaves = keys // g.block
+    per_chunk = -(-call.blocks // CHUNKS)
+    constants = {**call.shared, **call.leaves, "LEAVES": leaves}
+    extent = (*call.extent, call.total_blocks, tiles, CHUNKS, per_chunk)
+    counts = torch.zeros(call.rows, tiles, CHUNKS, dtype=torch.int32, device=device)
+    inverse.count_entries[(call.blocks, call.rows)](
+        start, length, spans, first, counts, *extent, **constants, num_warps=1
+    )
+    ends = counts.flatten().cumsum(0)
+    places = ends - counts.flatten()
+    width = -(-g.leaf_width // leaves)
+    entries = torch.empty(call.rows * call.blocks * width, dtype=torch.int64, device=device)
+    inverse.write_entries[(CHUNKS, call.rows)](
+        start, length, spans, first, places, entries, *extent, **constants, num_warps=1
+    )
+    steps = torch.empty(call.rows * tiles, dtype=torch.int32, device=device)
+    inverse.count_steps[(-(-tiles // 128), call.rows)](
+        start,
+        length,
+        ends,
+        steps,
+        *call.extent,
+        tiles,
+        CHUNKS,
+        **call.shared,
+        KEYS=keys,
+        TILE=128,
+        num_warps=4,
+    )
+    return entries, ends, steps
+
+
+def _parts(steps: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """How the tiles are split.
+
+    Returns:
+        The parts of each tile; the running sum of those of tiles that have several; the tile that each of
+        these belongs to, the number of tiles for places that are not used; and the steps of a part, [1].
+    """
+    tiles = steps.shape[0]
+    room = max(FEWEST_PARTS, tiles // 4)
+    sizes = SHORTEST_PART * 2 ** torch.arange(16, device=steps.device)
+    parts = (steps + sizes[:, None] - 1) // sizes[:, None]
+    several = torch.where(parts > 1, parts, 0)
+    chosen = (several.sum(1, keepdim=True) <= room).int().argmax(0)
+    part_ends = several.gather(0, chosen.expand(1, tiles)).squeeze(0).cumsum(0)
+    owners = torch.searchsorted(part_ends, torch.arange(room, device=steps.device), right=True)
+    return parts.gather(0, chosen.expand(1, tiles)).squeeze(0), part_ends, owners, sizes.gather(0, chosen)
+
+
+def _in_rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _strides(*tensors: Tensor) -> tuple[int, ...]:
+    return tuple(stride for x in tensors for stride in x.stride()[:3])
