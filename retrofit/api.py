@@ -7,45 +7,28 @@ revert(model)                 →  RevertReport: the same modules put back
 
 from __future__ import annotations
 
-import fnmatch
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from difflib import get_close_matches
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from retrofit import masks, outputs
-from retrofit.capture.analyse import Analysis, Found, Progress, analyse
+from retrofit.admit import admit
+from retrofit.capture.analyse import Found, Progress, analyse
 from retrofit.capture.plan import Refused, SitePlan
 from retrofit.capture.probes import ExampleInputs, is_transformers
 from retrofit.configs import DenseConfig, HSAConfig, TargetConfig
-from retrofit.errors import ConfigError, NoAttentionFound
-from retrofit.reports import ConvertReport, InspectReport, RevertReport, SiteInfo, Verification
+from retrofit.errors import ModelLoadError, NoAttentionFound, VerificationError
+from retrofit.exchange import dense as dense
+from retrofit.exchange import originals, put_back, put_in
+from retrofit.exchange import sites as sites
+from retrofit.reports import ConvertReport, InspectReport, RevertReport, SiteInfo
+from retrofit.selection import Selection, attention_paths, first_match, matching, of_kind, side
 from retrofit.site import RetrofittedAttention, build_target
-from retrofit.verify import ModelCheck, first_tensor, proof, verify_site
 
-
-def sites(model: nn.Module) -> list[tuple[str, RetrofittedAttention]]:
-    """Returns the converted sites of ``model`` by path."""
-    return [
-        (path, module) for path, module in model.named_modules() if isinstance(module, RetrofittedAttention)
-    ]
-
-
-@contextmanager
-def dense(model: nn.Module) -> Iterator[None]:
-    """Runs every converted site with dense attention: the original model, as a teacher."""
-    found = [site for _, site in sites(model)]
-    before = [site.dense_mode for site in found]
-    for site in found:
-        site.dense_mode = True
-    try:
-        yield
-    finally:
-        for site, mode in zip(found, before, strict=True):
-            site.dense_mode = mode
+KEPT_DENSE = "kept dense by skip"
 
 
 def inspect(
@@ -62,9 +45,10 @@ def inspect(
         CaptureError: If an example is needed, or the model cannot be called with it.
     """
     targets = {path: site.retrofit.config.target for path, site in sites(model)}
-    with _originals(model):
+    with originals(model):
         found = analyse(model, example_inputs, progress).found
-    infos = tuple(_info(item, targets.get(item.path)) for item in found)
+    numbers = attention_paths(found)
+    infos = tuple(_info(item, targets.get(item.path), numbers) for item in found)
     return InspectReport(infos, observed=len(found))
 
 
@@ -72,28 +56,33 @@ def convert(
     model: nn.Module,
     config: TargetConfig | Mapping[str, TargetConfig],
     example_inputs: ExampleInputs | None = None,
-    where: str | list[str] | tuple[str, ...] = "*",
+    where: Selection = "*",
     *,
+    kind: str | Sequence[str] | None = None,
+    skip: Selection = (),
     progress: Progress | None = None,
     implementation: str = "auto",
 ) -> ConvertReport:
-    """Rewrites the attention of ``model`` in place; all of it verified, or nothing changed.
+    """Rewrites the attention of ``model`` in place: what is verified and no more, or nothing if an error is raised.
 
     Args:
         model: Any module. Converted sites start again from their original.
         config: The target, or one for each glob over site paths; the first that matches counts.
         example_inputs: A tuple or a dict, as for ``torch.export``; made up for a transformers text model.
-        where: Glob or globs over site paths; the others stay as they are, converted or not.
+        where: Globs over site paths, numbers of sites as ``inspect`` counts them, or ranges: ``"*.1?.*"``, ``3``,
+            ``range(4, 20)``, ``"4:20,-1"``. The others stay as they are, converted or not.
+        kind: ``self``, ``cross``, ``encoder`` or ``decoder``, or several; the others stay as they are.
+        skip: Sites to keep dense, written like ``where``.
         progress: Called as ``progress(path, done, total)``.
         implementation: Which implementation of the target's op runs.
 
     Raises:
         NoAttentionFound: If no site can be converted; lists what was looked at and why it was refused.
-        ConfigError: If ``where`` or a glob matches no site.
-        VerificationError: If a rewritten site or the whole model differs from the original.
+        ConfigError: If ``where``, ``kind``, ``skip`` or a glob matches no site.
+        VerificationError: If no rewritten site reproduces the original; says what each did.
         CaptureError: If an example is needed, or the model cannot be called with it.
     """
-    return _convert(model, config, example_inputs, where, progress, implementation, {})
+    return _convert(model, config, example_inputs, (where, kind, skip), progress, implementation, {})
 
 
 def convert_again(
@@ -110,42 +99,45 @@ def convert_again(
         example_inputs: As for :func:`convert`.
         proofs: Of the sites' earlier verification (see ``retrofit.verify.proof``), by path; sites that are still
             what was verified are not verified again.
+
+    Raises:
+        ModelLoadError: If a site cannot be converted any more, besides what :func:`convert` raises.
     """
-    return _convert(model, config, example_inputs, "*", None, "auto", proofs)
+    report = _convert(model, config, example_inputs, ("*", None, ()), None, "auto", proofs)
+    lost = {path: reason for path, reason in report.skipped.items() if path in config}
+    if lost:
+        raise ModelLoadError(
+            f"a site that was converted when the model was saved cannot be now: {_reasons(lost)}"
+        )
+    return report
 
 
 def _convert(
     model: nn.Module,
     config: TargetConfig | Mapping[str, TargetConfig],
     example_inputs: ExampleInputs | None,
-    where: str | Sequence[str],
+    asked: tuple[Selection, str | Sequence[str] | None, Selection],
     progress: Progress | None,
     implementation: str,
     proofs: Mapping[str, str],
 ) -> ConvertReport:
     choose = _chooser(config)
-    globs = (where,) if isinstance(where, str) else tuple(where)
     before = sites(model)
-    changed = False
     try:
-        _put_back(model)
+        put_back(model)
         analysis = analyse(model, example_inputs, progress)
         found = analysis.found
         if not any(isinstance(item.plan, SitePlan) for item in found):
             raise NoAttentionFound(_none_found(model, found))
-        _check_globs(globs, found, "where")
-        if isinstance(config, Mapping):
-            _check_globs(tuple(config), found, "config")
+        left_out = _left_out(found, config, asked)
         earlier = dict(before)
         chosen: list[tuple[Found, SitePlan, TargetConfig]] = []
         skipped: dict[str, str] = {}
         for item in found:
             target = choose(item.path)
-            if not any(fnmatch.fnmatchcase(item.path, glob) for glob in globs) or target is None:
-                skipped[item.path] = (
-                    "left out by where" if target is not None else "no glob of config matches"
-                )
-                if item.path in earlier:
+            if item.path in left_out or target is None:
+                skipped[item.path] = left_out.get(item.path, "no glob of config matches")
+                if item.path in earlier and skipped[item.path] != KEPT_DENSE:
                     skipped[item.path] += f"; stays {earlier[item.path].retrofit.config.target}"
             elif isinstance(item.plan, Refused):
                 skipped[item.path] = item.plan.reason
@@ -157,46 +149,42 @@ def _convert(
                 f"choose other sites with where=…"
             )
         built = [
-            RetrofittedAttention(item.module, item.path, plan, build_target(plan, DenseConfig(), _like(item)))
+            (
+                item,
+                RetrofittedAttention(
+                    item.module, item.path, plan, build_target(plan, DenseConfig(), _like(item))
+                ),
+            )
             for item, plan, _ in chosen
         ]
-        errors: dict[str, float] = {}
-        for done, ((item, _, _), site) in enumerate(zip(chosen, built, strict=True)):
-            if proofs.get(item.path) == proof(site):
-                continue
-            errors[item.path] = verify_site(item, site)
-            if progress is not None:
-                progress(f"verify {item.path}", done + 1, len(chosen))
-        check = None
-        if errors:
-            keep = _real_tokens(analysis, [item for item, _, _ in chosen])
-            check = ModelCheck(model, analysis.probes, analysis.outputs, keep)
         fingerprint = next((site.fingerprint for _, site in before), ()) or _fingerprint(model)
-        changed = True
-        renewed = {site.path for site in built}
-        for site in (*built, *(site for path, site in before if path not in renewed)):
-            _exchange(model, site.original, site)
-        _enable(model)
-        prefill, decode = None, None
-        if check is not None:
-            with dense(model):
-                prefill, decode = check.compare(model)
-        for (item, plan, target), site in zip(chosen, built, strict=True):
+        away = {item.path for item, _ in built} | {path for path in skipped if skipped[path] == KEPT_DENSE}
+        kept = [site for path, site in before if path not in away]
+        admission = admit(model, analysis, built, kept, proofs, progress)
+        if not admission.admitted:
+            raise VerificationError(f"no site reproduces the original: {_reasons(admission.refused)}")
+        skipped |= admission.refused
+        targets = {item.path: (plan, target) for item, plan, target in chosen}
+        for item, site in admission.admitted:
+            plan, target = targets[item.path]
             site.retrofit = build_target(plan, target, _like(item), implementation=implementation)
             site.retrofit.train(site.training)
             site.fingerprint = fingerprint
         _record(model, example_inputs)
     except BaseException:
-        if changed:
-            _put_back(model)
+        put_back(model)
         for _, site in before:
             site.restored()
-            _exchange(model, site.original, site)
-        if before:
-            _enable(model)
+        put_in(model, [site for _, site in before])
         raise
-    converted = tuple(_info(item, target.target) for item, _, target in chosen)
-    return ConvertReport(converted, skipped, Verification(errors, prefill, decode))
+    numbers = attention_paths(found)
+    converted = tuple(_info(item, targets[item.path][1].target, numbers) for item, _ in admission.admitted)
+    left = tuple(
+        replace(_info(item, None, numbers), convertible=False, reason=skipped[item.path])
+        for item in found
+        if item.path in skipped
+    )
+    return ConvertReport(converted, skipped, left, admission.verification)
 
 
 def revert(model: nn.Module) -> RevertReport:
@@ -207,7 +195,7 @@ def revert(model: nn.Module) -> RevertReport:
     """
     found = sites(model)
     fingerprint = next((site.fingerprint for _, site in found if site.fingerprint), None)
-    _put_back(model)
+    put_back(model)
     _record(model)
     changed = fingerprint is not None and fingerprint != _fingerprint(model)
     if changed:
@@ -217,59 +205,6 @@ def revert(model: nn.Module) -> RevertReport:
             stacklevel=2,
         )
     return RevertReport(tuple(path for path, _ in found), changed)
-
-
-@contextmanager
-def _originals(model: nn.Module) -> Iterator[None]:
-    """Has the original attention in place for a while."""
-    before = sites(model)
-    if before:
-        _put_back(model)
-    try:
-        yield
-    finally:
-        for _, site in before:
-            _exchange(model, site.original, site)
-        if before:
-            _enable(model)
-
-
-def _put_back(model: nn.Module) -> None:
-    found = sites(model)
-    if not found:
-        return
-    masks.restore(model)
-    if is_transformers(model):
-        outputs.release(model)
-    for _, site in found:
-        _exchange(model, site, site.restored())
-
-
-def _enable(model: nn.Module) -> None:
-    """Has what surrounds the converted sites deal with them."""
-    masks.enable(model)
-    if is_transformers(model):
-        outputs.guard(model)
-
-
-def _exchange(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    for module in list(model.modules()):
-        if module is new:
-            continue
-        for name, child in module._modules.items():
-            if child is old:
-                module._modules[name] = new
-
-
-def _real_tokens(analysis: Analysis, chosen: Sequence[Found]) -> list[Tensor | None]:
-    """The real tokens of each probe's output: those of the probe, or of the sites that see as many tokens."""
-    found = []
-    for number, (probe, output) in enumerate(zip(analysis.probes, analysis.outputs, strict=True)):
-        shape = first_tensor(output).shape
-        calls = [item.calls[number].keep for item in chosen if len(item.calls) == len(analysis.probes)]
-        fitting = [keep for keep in (probe.keep, *calls) if keep is not None and keep.shape == shape[:2]]
-        found.append(fitting[0] if fitting else None)
-    return found
 
 
 def _like(item: Found) -> Tensor:
@@ -297,23 +232,20 @@ def _record(model: nn.Module, example_inputs: ExampleInputs | None = None) -> No
         record(model, example_inputs)
 
 
-def _info(item: Found, target: str | None) -> SiteInfo:
+def _info(item: Found, target: str | None, numbers: Sequence[str]) -> SiteInfo:
     plan = item.plan
-    name = type(item.module).__name__
+    common: dict[str, Any] = {
+        "path": item.path,
+        "cls": type(item.module).__name__,
+        "number": numbers.index(item.path) if item.path in numbers else None,
+        "kind": plan.kind,
+        "side": side(item) if plan.kind != "other" else None,
+        "flops": item.flops,
+        **{name: getattr(plan, name) for name in ("heads", "kv_heads", "head_dim", "spelling")},
+    }
     if isinstance(plan, Refused):
-        return SiteInfo(item.path, name, kind=plan.kind, reason=plan.reason)
-    return SiteInfo(
-        item.path,
-        name,
-        heads=plan.heads,
-        kv_heads=plan.kv_heads,
-        head_dim=plan.head_dim,
-        mask=str(plan.mask),
-        spelling=plan.spelling,
-        kind=plan.kind,
-        convertible=True,
-        target=target,
-    )
+        return SiteInfo(**common, reason=plan.reason, source=plan.source, near_miss=plan.near_miss)
+    return SiteInfo(**common, mask=str(plan.mask), convertible=True, target=target)
 
 
 def _worth(plan: SitePlan, target: TargetConfig) -> TargetConfig:
@@ -333,19 +265,24 @@ def _chooser(
         target_class(value)
     if not isinstance(config, Mapping):
         return lambda path: config
-    return lambda path: next(
-        (value for glob, value in config.items() if fnmatch.fnmatchcase(path, glob)), None
-    )
+    return lambda path: first_match(config, path)
 
 
-def _check_globs(globs: tuple[str, ...], found: Sequence[Found], name: str) -> None:
-    paths = [item.path for item in found]
-    for glob in globs:
-        if not any(fnmatch.fnmatchcase(path, glob) for path in paths):
-            near = get_close_matches(glob, paths, n=3, cutoff=0.3) or paths[:3]
-            raise ConfigError(
-                f"{name}={glob!r} matches no attention module; the nearest are {', '.join(near)}"
-            )
+def _left_out(
+    found: Sequence[Found],
+    config: TargetConfig | Mapping[str, TargetConfig],
+    asked: tuple[Selection, str | Sequence[str] | None, Selection],
+) -> dict[str, str]:
+    """Why sites are not asked for, by path."""
+    where, kind, skip = asked
+    if isinstance(config, Mapping):
+        matching(tuple(config), found, "config")
+    wanted = matching(where, found, "where")
+    of_kinds = of_kind(kind, found) if kind is not None else wanted
+    reasons = {item.path: "left out by where" for item in found if item.path not in wanted}
+    reasons |= {item.path: "left out by kind" for item in found if item.path in wanted - of_kinds}
+    reasons |= dict.fromkeys(matching(skip, found, "skip"), KEPT_DENSE)
+    return reasons
 
 
 def _none_found(model: nn.Module, found: Sequence[Found]) -> str:

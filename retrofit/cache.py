@@ -15,7 +15,14 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionLayer,
+)
 
 from retrofit.errors import CacheError
 
@@ -196,6 +203,60 @@ class RetrofitLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             self.state = self.state.map(function)
 
 
+class RetrofitHybridLayer(LinearAttentionLayer, RetrofitLayer):  # type: ignore[misc, override, no-untyped-call]
+    """A layer that also keeps the states of a linear mixer, which runs beside the attention of its block.
+
+    Args:
+        like: The layer whose linear states it takes over; none where it is left out.
+    """
+
+    is_compileable = False
+
+    def __init__(self, like: Any = None) -> None:
+        RetrofitLayer.__init__(self)
+        own = set(vars(self))
+        LinearAttentionLayer.__init__(self)
+        if like is not None:
+            vars(self).update(
+                {name: value for name, value in vars(like).items() if name in vars(self).keys() - own}
+            )
+            self.device, self.dtype = like.device, like.dtype
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Starts with the first keys and values, or with the first linear states, given by name."""
+        (RetrofitLayer if args else LinearAttentionLayer).lazy_initialization(self, *args, **kwargs)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the last tokens from both."""
+        LinearAttentionLayer.crop(self, tokens_to_remove)
+        RetrofitLayer.crop(self, tokens_to_remove)
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        LinearAttentionLayer.reset(self)
+        RetrofitLayer.reset(self)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Takes the rows in the order of ``beam_idx``."""
+        RetrofitLayer.reorder_cache(self, beam_idx)
+
+    def offload(self) -> None:
+        """Moves everything to the CPU."""
+        RetrofitLayer.offload(self)
+
+    def prefetch(self) -> None:
+        """Moves everything back to the layer's device."""
+        LinearAttentionLayer.prefetch(self)  # type: ignore[no-untyped-call]
+        RetrofitLayer.prefetch(self)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> None:
+        RetrofitLayer._map(self, function)
+        for states in (self.conv_states, self.recurrent_states):
+            for place, state in states.items():
+                if state is not None:
+                    states[place] = function(state)
+
+
 def _recorded(*tensors: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return True
@@ -206,6 +267,9 @@ def _grown(tensor: Tensor, tokens: int, room: int) -> Tensor:
     grown = tensor.new_empty((*tensor.shape[:-2], room, tensor.shape[-1]))
     grown.narrow(-2, 0, tokens).copy_(tensor.narrow(-2, 0, tokens))
     return grown
+
+
+_REPLACED = (DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionAndFullAttentionLayer)
 
 
 def layer_for(cache: Any, layer_idx: int, site: str) -> RetrofitLayer:
@@ -234,16 +298,21 @@ def layer_for(cache: Any, layer_idx: int, site: str) -> RetrofitLayer:
     layer: Any = cache.layers[layer_idx]
     if isinstance(layer, RetrofitLayer):
         return layer
-    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+    if type(layer) not in _REPLACED:
         raise CacheError(f"{site} cannot use a {type(layer).__name__}; {remedy}")
     if layer.get_seq_length() > 0:
         raise CacheError(
             f"{site} was handed a {type(layer).__name__} that already holds {layer.get_seq_length()} tokens, "
             f"from before the conversion or from another model; run the prompt again: {remedy}"
         )
-    fresh = RetrofitLayer()
+    fresh = _like(layer)
     cache.layers[layer_idx] = fresh
     return fresh
+
+
+def _like(layer: Any) -> RetrofitLayer:
+    """An empty layer that takes the place of ``layer``."""
+    return RetrofitHybridLayer(layer) if isinstance(layer, LinearAttentionLayer) else RetrofitLayer()
 
 
 class RetrofitCache(Cache):
@@ -271,5 +340,5 @@ class RetrofitCache(Cache):
                 f"{type(model).__name__} has no converted site that keeps a cache; run retrofit.convert first"
             )
         for index in found:
-            layers[index] = RetrofitLayer()
+            layers[index] = _like(layers[index])
         super().__init__(layers=layers)

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from retrofit.capture.call import Signature
 from retrofit.errors import MaskError, ModelLoadError
 
 IMPLEMENTATION = "retrofit"
@@ -380,8 +381,7 @@ def _keep_dense(module: nn.Module, config: Any) -> None:
 
 def _rebuild(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Forward pre-hook of a module left dense: gives it the mask it would have got without retrofit."""
-    bound = inspect.signature(module.forward).bind(*args, **kwargs)
-    given = {**bound.arguments, **bound.arguments.get("kwargs", {})}
+    given = Signature.of(module).bind(args, kwargs)
     name = next((name for name in _MASK_ARGUMENTS if name in given), None)
     mask = given[name] if name is not None else None
     made = kind(mask)

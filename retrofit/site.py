@@ -105,7 +105,7 @@ class RetrofittedAttention(nn.Module):
         vars(self)["_original"] = (original,)
         self.path = path
         self.plan = plan
-        self.layer_idx = getattr(original, "layer_idx", getattr(original, "layer_id", None))
+        self.layer_idx = plan.slot.layer
         self.dense_mode = False
         self.fingerprint: tuple[tuple[str, float], ...] = ()
         self.tap: Callable[[Tensor, Tensor, Tensor, AttentionCall, Tensor], None] | None = None
@@ -235,9 +235,10 @@ class RetrofittedAttention(nn.Module):
             if cache is not None and (is_cache(cache) or name in self.plan.signature.names):
                 from retrofit.cache import layer_for
 
-                if self.layer_idx is None:
+                layer = self.plan.slot.in_call(values)
+                if layer is None:
                     raise CaptureError(f"{self.path} got a cache but has no layer_idx to find its layer with")
-                return layer_for(cache, self.layer_idx, self.path)
+                return layer_for(cache, layer, self.path)
         return None
 
     def attend(

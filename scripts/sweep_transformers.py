@@ -312,6 +312,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "ministral": {"head_dim": 16},
+    "moshi": {
+        "sliding_window": 256
+    },  # as in the real one, no shorter than the positions: its mask has no window
     "nemotron": {"num_key_value_heads": 2},
     "nemotron_h": {"n_groups": 1, "layers_block_type": ["mamba", "attention"]},
     "prophetnet": {"num_hidden_layers": ...},

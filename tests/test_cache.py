@@ -9,10 +9,16 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache, StaticCache
+from transformers.cache_utils import (
+    DynamicCache,
+    DynamicLayer,
+    EncoderDecoderCache,
+    LinearAttentionAndFullAttentionLayer,
+    StaticCache,
+)
 
 from retrofit.api import convert
-from retrofit.cache import RetrofitLayer, layer_for
+from retrofit.cache import RetrofitHybridLayer, RetrofitLayer, layer_for
 from retrofit.configs import HSAConfig, MAHAConfig
 from retrofit.errors import CacheError
 
@@ -244,3 +250,27 @@ def test_a_row_may_start_after_the_first_chunk(
             torch.testing.assert_close(chunked[row, start:], alone, rtol=1e-4, atol=1e-5)
             real = again[row, max(start - 70, 0) :]
             torch.testing.assert_close(real, alone[-len(real) :], rtol=1e-4, atol=1e-5)
+
+
+def test_a_layer_with_linear_states_keeps_them() -> None:
+    cache = DynamicCache()
+    cache.layer_class_to_replicate = LinearAttentionAndFullAttentionLayer
+    cache.layers.append(LinearAttentionAndFullAttentionLayer())
+    states = torch.randn(2, 6, 4)
+    cache.update_conv_state(states, 0)
+    cache.update_recurrent_state(states, 0)
+    layer = layer_for(cache, 0, "site")
+    assert isinstance(layer, RetrofitHybridLayer)
+    assert cache.has_previous_state(0)
+    k, _ = _step(layer, *_pair(5))
+    assert cache.get_seq_length() == 5
+    cache.reorder_cache(torch.tensor([1, 0]))
+    assert torch.equal(layer.conv_states[0], states[[1, 0]])
+    assert torch.equal(layer.recurrent_states[0], states[[1, 0]])
+    assert torch.equal(layer.keys, k[[1, 0]])
+    new = torch.randn(2, 6, 1)
+    assert torch.equal(cache.update_conv_state(new, 0), torch.cat([states[[1, 0]], new], dim=-1))
+    assert layer_for(cache, 0, "site") is layer
+    layer.reset()
+    assert layer.keys is None
+    assert not cache.has_previous_state(0)

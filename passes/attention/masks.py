@@ -87,6 +87,9 @@ def classify(samples: Sequence[MaskSample]) -> MaskClass | str:
     for candidate in candidates:
         if all(_agrees(candidate, shown, keep) for shown, keep in seen):
             return candidate
+    chunk = _chunk(seen)
+    if chunk:
+        return f"the mask is chunked: a token sees the earlier ones of its own chunk of {chunk} tokens alone"
     return "the mask is none of none, causal, key padding or sliding window" + _example(seen)
 
 
@@ -162,6 +165,20 @@ def _window(shown: Tensor, keep: Tensor) -> int:
     last = int(keep[row].nonzero().max())
     count = int(shown[row, last].sum())
     return count if count < int(keep[row].sum()) else 0
+
+
+def _chunk(seen: Sequence[tuple[Tensor, Tensor]]) -> int:
+    """The size of the chunks within which tokens see one another; 0 if there are none."""
+    for shown, keep in seen:
+        if not bool(keep.all()):
+            continue
+        size = int(shown[0, :, 0].sum())
+        index = torch.arange(keep.shape[1])
+        if 0 < size < keep.shape[1]:
+            within = (index[:, None] // size == index // size) & (index <= index[:, None])
+            if bool((shown == within).all()):
+                return size
+    return 0
 
 
 def _agrees(candidate: MaskClass, shown: Tensor, keep: Tensor) -> bool:

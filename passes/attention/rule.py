@@ -14,6 +14,8 @@ from typing import Generic, TypeVar
 from torch.fx import Graph, Node
 
 M = TypeVar("M")
+STAGES = ("the product with values", "the scores", "the layout", "the sizes")
+"""What a rule asks for, in order: how far it came says how near it is."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Refusal:
     Attributes:
         source: File and line that made the node; None if that is not known.
         attention: Whether the node is attention at all, as far as was seen.
+        stage: Which of the rule's conditions failed first.
     """
 
     rule: str
@@ -30,15 +33,18 @@ class Refusal:
     reason: str
     source: str | None = None
     attention: bool = True
+    stage: str = STAGES[-1]
 
     def __str__(self) -> str:
         where = f", {self.source}" if self.source else ""
         return f"{self.reason} (at node {self.node}{where})"
 
 
-def refusal_at(rule: str, node: Node, reason: str, *, attention: bool = True) -> Refusal:
+def refusal_at(
+    rule: str, node: Node, reason: str, *, attention: bool = True, stage: str = STAGES[-1]
+) -> Refusal:
     """The refusal of ``node``, with the line of source that made it."""
-    return Refusal(rule, node.name, reason, source_line(node), attention)
+    return Refusal(rule, node.name, reason, source_line(node), attention, stage)
 
 
 def source_line(node: Node) -> str | None:
@@ -66,6 +72,7 @@ class Reject(Exception):
         self.node = node
         self.reason = reason
         self.attention = attention
+        self.stage = STAGES[2]
 
 
 class Rule(Generic[M]):
@@ -117,7 +124,13 @@ def run_rules(graph: Graph, rules: Sequence[Rule[M]]) -> PassReport:
                 match = rule.pattern(anchor)
             except Reject as reject:
                 report.refusals.append(
-                    refusal_at(rule.name, reject.node, reject.reason, attention=reject.attention)
+                    refusal_at(
+                        rule.name,
+                        reject.node,
+                        reject.reason,
+                        attention=reject.attention,
+                        stage=reject.stage,
+                    )
                 )
                 continue
             refusal = rule.check(match)

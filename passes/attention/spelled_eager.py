@@ -25,7 +25,7 @@ from retrofit.passes.attention.match import (
 from retrofit.passes.attention.operands import Operand, constant_factor, peeled
 from retrofit.passes.attention.products import Product
 from retrofit.passes.attention.roles import Roles, assign
-from retrofit.passes.attention.rule import Refusal, Reject, Rule, calls
+from retrofit.passes.attention.rule import STAGES, Refusal, Reject, Rule, calls
 from retrofit.passes.attention.scores import SOFTMAX, Named, Step, follow_scores
 from retrofit.passes.attention.weights import Weights, follow_weights
 
@@ -48,6 +48,7 @@ class EagerSpelling(Rule[AttentionMatch]):
         try:
             product, steps = follow_scores(anchor)
         except Reject as reject:
+            reject.stage = STAGES[1]
             above = reject
         try:
             weights = follow_weights(anchor, steps)
@@ -55,6 +56,7 @@ class EagerSpelling(Rule[AttentionMatch]):
             if isinstance(above, Named):
                 raise above from None
             below.attention = above is None
+            below.stage = STAGES[0]
             raise
         if above is not None:
             raise above

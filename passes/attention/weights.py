@@ -136,6 +136,8 @@ def _equal(a: Any, b: Any) -> bool:
         return type(a) is type(b) and a == b
     if a is b:
         return True
+    if a.op == b.op == "get_attr" and "constant" in a.meta and "constant" in b.meta:
+        return bool(a.meta["constant"] == b.meta["constant"])
     if isinstance(a.meta.get("val"), torch.SymInt) and isinstance(b.meta.get("val"), torch.SymInt):
         return str(a.meta["val"]) == str(b.meta["val"])
     same = a.op == b.op == "call_function" and a.target == b.target and a.kwargs == b.kwargs

@@ -18,7 +18,7 @@ from retrofit.capture.observe import ProbedCall
 from retrofit.capture.plan import Planner, Refused, SitePlan
 from retrofit.capture.probes import ExampleInputs, Probe, is_transformers, make_probes
 from retrofit.capture.record import OwnerCall, Recording, record
-from retrofit.errors import CaptureError
+from retrofit.errors import CaptureError, RetrofitError
 
 Progress = Callable[[str, int, int], None]
 """Called as progress(what, done, total)."""
@@ -26,12 +26,17 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Found:
-    """One module that owns attention, with its calls on the probes."""
+    """One module that owns attention, with its calls on the probes.
+
+    Attributes:
+        flops: Operations of its attention in all its calls on the first probe it was called on.
+    """
 
     path: str
     module: nn.Module
     plan: SitePlan | Refused
     calls: Sequence[ProbedCall]
+    flops: int
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,8 @@ def analyse(
     """Probes ``model``, which has its original attention, and plans what can be converted."""
     probes = make_probes(model, example_inputs)
     calls: dict[str, list[ProbedCall]] = {}
+    every: dict[str, list[OwnerCall]] = {}
+    flops: dict[str, int] = {}
     outputs = []
     with evaluating(model):
         for probe in probes:
@@ -62,6 +69,8 @@ def analyse(
             outputs.append(recording.output)
             for path, of_path in recording.owners.items():
                 first = of_path[0]
+                flops.setdefault(path, sum(call.flops for call in of_path))
+                every.setdefault(path, []).extend(of_path)
                 calls.setdefault(path, []).append(ProbedCall(first, _keep(probe, first)))
     planner = Planner(managed=is_transformers(model))
     planned: dict[str, Found] = {}
@@ -83,13 +92,24 @@ def analyse(
         elif not path:
             plan = Refused("the attention is the whole model; wrap it in a module that holds it")
         else:
-            plan, with_keep = planner.plan(module, of_owner)
-        planned[path] = Found(path, module, plan, with_keep)
+            try:
+                plan, with_keep = planner.plan(module, of_owner, every[path])
+            except Exception as error:  # one module that cannot be understood must not keep the others
+                plan = Refused(_line(error))
+        planned[path] = Found(path, module, plan, with_keep, flops[path])
         if progress is not None:
             progress(f"capture {path}", done + 1, len(calls))
     with evaluating(model):
         _refuse_used_weights(model, planned, probes[0], outputs[0])
     return Analysis(probes, outputs, [planned[path] for path in calls])
+
+
+def _line(error: Exception) -> str:
+    """The reason in an error; one that is not retrofit's own names its type."""
+    first = (str(error).strip().splitlines() or [""])[0]
+    return (
+        first if isinstance(error, RetrofitError) else f"it cannot be read: {type(error).__name__}: {first}"
+    )
 
 
 def _refuse_used_weights(model: nn.Module, planned: dict[str, Found], probe: Probe, output: Any) -> None:
@@ -100,7 +120,11 @@ def _refuse_used_weights(model: nn.Module, planned: dict[str, Found], probe: Pro
     for path in giving:
         if not _same_without(model, planned, [path], probe, output):
             reason = "the attention weights that it returns are used by the module around it"
-            planned[path] = replace(planned[path], plan=Refused(reason, "self"))
+            plan = planned[path].plan
+            assert isinstance(plan, SitePlan)
+            known = {name: getattr(plan, name) for name in ("spelling", "heads", "kv_heads", "head_dim")}
+            near = f"{plan.spelling}, all but the use of its weights"
+            planned[path] = replace(planned[path], plan=Refused(reason, "self", near_miss=near, **known))
 
 
 def _same_without(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
+from torch.utils import _pytree as pytree
 
 from retrofit.capture.call import LeafPath, Signature, lookup
 from retrofit.capture.evaluate import ancestors, concrete, evaluate, evaluate_for, symbols_of
@@ -17,6 +18,7 @@ from retrofit.capture.export import Captured, expanded
 from retrofit.capture.record import OwnerCall
 from retrofit.passes.attention.arguments import shape
 from retrofit.passes.attention.masks import MaskSample
+from retrofit.passes.attention.rule import Refusal
 
 FAR = (2048, 1024, 512, 256, 128, 64)  # lengths at which a mask made of sizes alone is looked at again
 MOST_SCORES = 2**25
@@ -43,12 +45,14 @@ class Normalized:
         attention: Its one canonical node; None if there is none that can be converted.
         reason: Why there is none.
         kind: What kind of module it is then.
+        nearest: The refusal of the rule that came nearest to it.
     """
 
     captured: Captured
     attention: Node | None
     reason: str
     kind: str = "unknown"
+    nearest: Refusal | None = None
 
 
 def kind_of(attention: Node) -> str:
@@ -145,9 +149,13 @@ def mask_paths_of(normalized: Normalized) -> set[LeafPath]:
     return {inputs[node.name] for node in ancestors(mask, through_sizes=False) if node.op == "placeholder"}
 
 
-def is_selected(attention: Node) -> bool:
-    """Whether the mask hides what a search, made in the module, did not choose."""
+def selection(attention: Node) -> str | None:
+    """What chooses the keys that the mask leaves visible, if the module makes it by a search; None if it does not."""
     mask = attention.args[3]
-    return isinstance(mask, Node) and any(
-        node.target is torch.ops.aten.topk.default for node in ancestors(mask, through_sizes=False)
-    )
+    for node in ancestors(mask, through_sizes=False) if isinstance(mask, Node) else ():
+        if node.target is torch.ops.aten.topk.default:
+            return "another score (topk)"
+        values = pytree.tree_leaves(node.meta.get("val")) if node.op == "call_module" else []
+        if any(isinstance(value, Tensor) and not value.is_floating_point() for value in values):
+            return f"its child {node.target} ({node.meta['module_class'].__name__})"
+    return None

@@ -21,18 +21,19 @@ from retrofit.capture.export import Captured, capture
 from retrofit.capture.observe import (
     Normalized,
     ProbedCall,
-    is_selected,
     kind_of,
     longer_samples,
     mask_paths_of,
     sample_of,
+    selection,
 )
 from retrofit.capture.record import OwnerCall
+from retrofit.capture.slots import Slot, slot_of
 from retrofit.errors import CaptureError
 from retrofit.passes.attention.arguments import shape
 from retrofit.passes.attention.masks import MaskClass, MaskSample, classify, real_tokens
 from retrofit.passes.attention.rewrite import attentions, normalize, target_call
-from retrofit.passes.attention.rule import Refusal, source_line
+from retrofit.passes.attention.rule import STAGES, Refusal, source_line
 
 MASK_NAME = "attention_mask"
 
@@ -53,6 +54,7 @@ class SitePlan:
         mask_argument: Where the mask is found in a call; None if there is none.
         keep_mask: Whether the graph computes the mask and hands it to the target call.
         spelling: Which rule recognised the attention.
+        slot: Its place in the key-value cache.
     """
 
     source: str
@@ -75,6 +77,7 @@ class SitePlan:
     value_dim: int
     scale: float
     dropout: float
+    slot: Slot
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SitePlan:
         """A plan never changes; copies of a model share it."""
@@ -87,10 +90,19 @@ class Refused:
 
     Attributes:
         kind: ``self``, ``cross``, ``unknown``, or ``other`` for a softmax that is not attention.
+        source: File and line of the model's code that the reason is about.
+        near_miss: The rule that came nearest, and the first of its conditions that does not hold.
+        spelling: Which rule recognised the attention, if one did and something else stands in the way.
     """
 
     reason: str
     kind: str = "unknown"
+    source: str | None = None
+    near_miss: str | None = None
+    spelling: str | None = None
+    heads: int | None = None
+    kv_heads: int | None = None
+    head_dim: int | None = None
 
 
 class Planner:
@@ -107,11 +119,17 @@ class Planner:
         self._graphs: dict[Any, Normalized] = {}
 
     def plan(
-        self, module: nn.Module, calls: Sequence[ProbedCall]
+        self, module: nn.Module, calls: Sequence[ProbedCall], every: Sequence[OwnerCall]
     ) -> tuple[SitePlan | Refused, list[ProbedCall]]:
-        """Returns the plan for ``module``, or why there is none, and the calls with their real tokens."""
+        """Returns the plan for ``module``, or why there is none, and the calls with their real tokens.
+
+        Args:
+            module: The module.
+            calls: Its first call on each probe.
+            every: All its calls.
+        """
         samples: list[MaskSample] = []
-        plan = self._plan(module, calls, samples)
+        plan = self._plan(module, calls, every, samples)
         if isinstance(plan, Refused):
             return plan, list(calls)
         return plan, [
@@ -120,7 +138,11 @@ class Planner:
         ]
 
     def _plan(
-        self, module: nn.Module, calls: Sequence[ProbedCall], samples: list[MaskSample]
+        self,
+        module: nn.Module,
+        calls: Sequence[ProbedCall],
+        every: Sequence[OwnerCall],
+        samples: list[MaskSample],
     ) -> SitePlan | Refused:
         signature = Signature.of(module)
         mask_paths: set[LeafPath] = set()
@@ -131,28 +153,39 @@ class Planner:
             except CaptureError as error:
                 return Refused(str(error))
             if normalized.attention is None:
-                return Refused(normalized.reason, normalized.kind)
+                nearest = normalized.nearest
+                return Refused(
+                    normalized.reason,
+                    normalized.kind,
+                    nearest.source if nearest else None,
+                    f"{nearest.rule}, all but {nearest.stage}" if nearest else None,
+                )
             primary = primary or normalized
             kind = kind_of(normalized.attention)
             if kind == "cross":
-                return Refused("cross-attention keeps its own attention", "cross")
-            if is_selected(normalized.attention):
-                reason = "the mask is a selection of keys by another score (topk)"
-                return Refused(f"{reason} (at {_where(normalized.attention)})", "self")
+                reason = "cross-attention keeps its own attention"
+                return _refused(normalized.attention, reason, "the kind", "cross")
+            chosen_by = selection(normalized.attention)
+            if chosen_by is not None:
+                reason = f"the mask shows the keys that {chosen_by} selects, not all that are real"
+                return _refused(normalized.attention, reason, "the mask")
             try:
                 samples.append(sample_of(module, normalized, probed, signature))
             except CaptureError as error:
-                return Refused(str(error))
+                return _refused(normalized.attention, str(error), "the mask")
             mask_paths |= mask_paths_of(normalized)
         assert primary is not None
         assert primary.attention is not None
         found = classify([*samples, *longer_samples(module, primary, calls[0].call, signature)])
         if isinstance(found, str):
-            return Refused(f"{found} (at {_where(primary.attention)})", "self")
+            return _refused(primary.attention, found, "the mask")
         if self.managed and len(mask_paths) > 1:
             names = ", ".join(sorted(str(path[0]) for path in mask_paths))
-            return Refused(f"the mask is made from several inputs: {names}", "self")
-        return _plan(primary, found, signature, calls[0].call, mask_paths, managed=self.managed)
+            return _refused(primary.attention, f"the mask is made from several inputs: {names}", "the mask")
+        slot = slot_of(module, signature, every)
+        if isinstance(slot, str):
+            return _refused(primary.attention, slot, "the place in the cache")
+        return _plan(primary, found, signature, calls[0].call, mask_paths, slot, managed=self.managed)
 
     def _normalized(self, module: nn.Module, call: OwnerCall, signature: Signature) -> Normalized:
         key = _identity(module, call, signature)
@@ -168,11 +201,31 @@ def _one_attention(captured: Captured, refusals: list[Refusal]) -> Normalized:
     found = attentions(captured.graph)
     if refusals and not (found and not any(refusal.attention for refusal in refusals)):
         kind = "unknown" if found or any(refusal.attention for refusal in refusals) else "other"
-        return Normalized(captured, None, "; ".join(str(refusal) for refusal in refusals), kind)
+        nearest = max(refusals, key=lambda refusal: (refusal.attention, STAGES.index(refusal.stage)))
+        reason = "; ".join(dict.fromkeys(str(refusal) for refusal in refusals))
+        return Normalized(captured, None, reason, kind, nearest)
     if len(found) != 1:
         names = f" ({', '.join(node.name for node in found)})" if found else ""
         return Normalized(captured, None, f"{len(found)} attentions in one module{names}")
     return Normalized(captured, found[0], "")
+
+
+def _refused(attention: Node, reason: str, stage: str, kind: str = "self") -> Refused:
+    """The refusal of an attention that a rule recognised, for something that came after."""
+    spelling = str(attention.meta.get("spelling"))
+    q, k = (shape(node) for node in attention.args[:2])
+    assert q is not None
+    assert k is not None
+    return Refused(
+        f"{reason} (at {_where(attention)})",
+        kind,
+        source_line(attention),
+        f"{spelling}, all but {stage}",
+        spelling,
+        heads=q[1],
+        kv_heads=k[1],
+        head_dim=q[3],
+    )
 
 
 def _where(attention: Node) -> str:
@@ -186,6 +239,7 @@ def _plan(
     signature: Signature,
     call: OwnerCall,
     mask_paths: set[LeafPath],
+    slot: Slot,
     *,
     managed: bool,
 ) -> SitePlan:
@@ -238,6 +292,7 @@ def _plan(
         value_dim=v[3],
         scale=float(normalized.attention.args[5]),  # type: ignore[arg-type]
         dropout=float(normalized.attention.args[6]),  # type: ignore[arg-type]
+        slot=slot,
     )
 
 

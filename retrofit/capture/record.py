@@ -14,6 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from retrofit.capture.call import is_cache
+from retrofit.capture.flops import AttentionFlops
+
 _SOFTMAX = (torch.ops.aten._softmax.default, torch.ops.aten._safe_softmax.default)
 _FUSED = ("scaled_dot_product", "native_multi_head_attention", "transformer_encoder_layer", "flex_attention")
 _PASSED_THROUGH = (nn.Softmax, nn.Dropout)
@@ -31,7 +34,12 @@ class ChildCall:
 
 @dataclass
 class OwnerCall:
-    """One call of a module that owns attention."""
+    """One call of a module that owns attention.
+
+    Attributes:
+        written: The layers of the key-value cache that hold more tokens after the call.
+        flops: Of its attention: the products of queries and keys, and of weights and values.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -39,6 +47,8 @@ class OwnerCall:
     sdpa: int = 0
     softmax: int = 0
     children: list[ChildCall] = field(default_factory=list)
+    written: tuple[int, ...] = ()
+    flops: int = 0
 
 
 @dataclass
@@ -63,6 +73,7 @@ class _Frame:
     def __init__(self, module: nn.Module, call: OwnerCall) -> None:
         self.module = module
         self.call = call
+        self.filled = _filled(call.args, call.kwargs)
 
 
 class _Watch(TorchDispatchMode):
@@ -71,15 +82,19 @@ class _Watch(TorchDispatchMode):
     def __init__(self, stack: list[_Frame]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.stack = stack
+        self.flops = AttentionFlops()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        owner = None
         fused = any(part in func.__name__ for part in _FUSED)
         if fused or func in _SOFTMAX:
             owner = next((f for f in reversed(self.stack) if not isinstance(f.module, _PASSED_THROUGH)), None)
             if owner is not None:
                 owner.call.sdpa += fused
                 owner.call.softmax += not fused
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        self.flops.saw(func, args, result, owner.call if owner is not None else None)
+        return result
 
 
 @contextmanager
@@ -109,6 +124,7 @@ def record(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
             stack[-1].call.children.append(_child_call(stack[-1].module, module, args, kwargs, output))
         if call.sdpa or call.softmax:
             call.output = output
+            call.written = _written(frame.filled, _filled(args, kwargs))
             finished.setdefault(paths[module], []).append(call)
 
     handles = []
@@ -135,4 +151,23 @@ def _child_call(parent: nn.Module, child: nn.Module, args: Any, kwargs: Any, out
         inputs=tuple(tuple(tensor.shape) for tensor in tensors),
         outputs=results if plain and path and tensors else (),
         output=spec,
+    )
+
+
+def _filled(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """Tokens in each layer of the cache among the arguments of a call; None if there is no cache."""
+    cache: Any = next((value for value in (*args, *kwargs.values()) if is_cache(value)), None)
+    cache = getattr(cache, "self_attention_cache", cache)
+    layers = getattr(cache, "layers", None)
+    if layers is None:
+        return None
+    return tuple(layer.get_seq_length() if hasattr(layer, "get_seq_length") else 0 for layer in layers)
+
+
+def _written(before: tuple[int, ...] | None, after: tuple[int, ...] | None) -> tuple[int, ...]:
+    """The layers that hold more tokens than before."""
+    if before is None or after is None:
+        return ()
+    return tuple(
+        place for place, tokens in enumerate(after) if tokens > (before[place] if place < len(before) else 0)
     )

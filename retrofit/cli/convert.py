@@ -7,20 +7,23 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import RenderableType
 
-from retrofit.cli.inspect import fold
 from retrofit.cli.options import (
     Device,
     Dtype,
+    Kind,
     Model,
     Output,
     Set,
+    Skip,
     TrustRemoteCode,
     Where,
     assignments,
     read_json,
 )
 from retrofit.cli.output import Shown, command, plain
+from retrofit.cli.sites import percent, reasons
 from retrofit.configs import TargetConfig, config_from_dict, config_to_dict
 from retrofit.errors import ConfigError
 from retrofit.progress import count
@@ -33,11 +36,13 @@ def convert(
     target: Annotated[str, typer.Option(help="hsa, maha or dense.")] = "hsa",
     set_: Set = None,
     where: Where = "*",
+    kind: Kind = None,
+    skip: Skip = None,
     config: Annotated[
         Path | None,
         typer.Option(
             help='A JSON file with a configuration, {"target": "hsa", "budget": 256}, or one per pattern: '
-            '{"model.layers.0.*": {"target": "dense"}, …}; in place of --target, --set and --where.',
+            '{"model.layers.0.*": {"target": "dense"}, …}; in place of --target and --set.',
             show_default=False,
         ),
     ] = None,
@@ -55,9 +60,15 @@ def convert(
     # Before minutes of work, not after them.
     check_folder(output)
     loaded = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    done = convert_model(loaded.model, wanted, where=where, progress=count)
+    done = convert_model(loaded.model, wanted, where=where, kind=kind, skip=skip or (), progress=count)
     save_pretrained(loaded.model, output, tokenizer=loaded.tokenizer)
-    document = {"model": model, "output": output, "config": _plain(wanted), **plain(done)}
+    document = {
+        "model": model,
+        "output": output,
+        "config": _plain(wanted),
+        "coverage": done.coverage,
+        **plain(done),
+    }
     return Shown(document, _screen(done, output), f"retrofit eval {output} --against {model}")
 
 
@@ -79,14 +90,18 @@ def _plain(config: TargetConfig | dict[str, TargetConfig]) -> dict[str, Any]:
     return config_to_dict(config)
 
 
-def _screen(done: Any, output: Path) -> list[str]:
+def _screen(done: Any, output: Path) -> list[RenderableType]:
     """Returns the lines of the summary; sites left for one reason share a line."""
     checked = done.verification
     targets = Counter(site.target for site in done.converted)
     number = len(done.converted)
-    lines = [
-        f"converted {number} of {number + len(done.skipped)} sites to "
-        + ", ".join(f"{target} ({count})" for target, count in targets.items()),
+    left = [site for site in done.left if site.kind != "other"]
+    whole = sum(site.flops for site in (*done.converted, *done.left))
+    share = percent(sum(site.flops for site in done.converted), whole)
+    lines: list[RenderableType] = [
+        f"converted {number} of {number + len(left)} sites to "
+        + ", ".join(f"{target} ({count})" for target, count in targets.items())
+        + (f": {share} of the attention FLOPs of the example" if share else ""),
         f"dense round trip, largest relative difference: sites {max(checked.sites.values()):.1e}"
         + "".join(
             f", {name} {error:.1e}"
@@ -94,8 +109,6 @@ def _screen(done: Any, output: Path) -> list[str]:
             if error is not None
         ),
     ]
-    reasons: dict[str, list[str]] = {}
-    for path, reason in done.skipped.items():
-        reasons.setdefault(reason, []).append(path)
-    lines += [f"left as they are: {fold(paths)} ({reason})" for reason, paths in reasons.items()]
+    if left:
+        lines += ["left as they are:", *reasons(left, whole)]
     return [*lines, f"saved in {output}"]

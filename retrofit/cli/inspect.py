@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from itertools import groupby
-from typing import Any
-
-from rich.markup import escape
-from rich.table import Table
+from rich.console import RenderableType
 
 from retrofit.cli.options import Device, Dtype, Model, TrustRemoteCode
 from retrofit.cli.output import Shown, command
+from retrofit.cli.sites import percent, reasons, table
 from retrofit.progress import count
-
-COLUMNS = ("kind", "heads", "kv_heads", "head_dim", "mask", "spelling", "target", "convertible", "reason")
 
 
 @command
@@ -35,42 +30,17 @@ def inspect(
         "model": model,
         "architecture": type(loaded.model).__name__,
         "convertible": convertible,
+        "coverage": found.coverage,
         "sites": sites,
         "other_softmax": others,
     }
-    title = f"{model}: {len(sites)} attention sites, {convertible} convertible"
-    tables = [_table(title, sites)]
+    whole = sum(site.flops for site in found.sites)
+    share = percent(sum(site.flops for site in sites if site.convertible), whole)
+    title = f"{model}: {len(sites)} attention sites, {convertible} convertible" + (
+        f": {share} of the attention FLOPs of the example" if share else ""
+    )
+    screen: list[RenderableType] = [table(title, sites, whole), *reasons(sites, whole)]
     if others:
-        tables.append(_table(f"{len(others)} modules with a softmax that is not attention", others))
+        screen += [f"{len(others)} modules with a softmax that is not attention:", *reasons(others, whole)]
     following = f"retrofit convert {model} OUTPUT --target hsa" if convertible else "retrofit convert --help"
-    return Shown(document, tables, following)
-
-
-def _table(title: str, sites: list[Any]) -> Table:
-    """Returns one row per run of neighbouring sites that differ in nothing but their path."""
-    table = Table(title=title, title_justify="left")
-    table.add_column("sites", justify="right", no_wrap=True)
-    table.add_column("path", overflow="fold")
-    columns = [name for name in COLUMNS if any(_cell(getattr(site, name)) for site in sites)]
-    for name in columns:
-        table.add_column(name.replace("_", " "), overflow="fold", no_wrap=name != "reason")
-    for values, run in groupby(sites, key=lambda site: tuple(_cell(getattr(site, name)) for name in columns)):
-        paths = [site.path for site in run]
-        table.add_row(str(len(paths)), fold(paths), *values)
-    return table
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    # A reason may hold [n, n], which rich would take for markup.
-    return "" if value is None else escape(str(value))
-
-
-def fold(paths: list[str]) -> str:
-    """Returns ``["layers.0.attn", "layers.1.attn"]`` as ``layers.{0–1}.attn``; one path as it is."""
-    first, last = paths[0].split("."), paths[-1].split(".")
-    if len(paths) == 1 or len(first) != len(last):
-        return paths[0] if len(paths) == 1 else f"{paths[0]} – {paths[-1]}"
-    parts = (a if a == b else f"{{{a}–{b}}}" for a, b in zip(first, last, strict=True))
-    return ".".join(parts)
+    return Shown(document, screen, following)

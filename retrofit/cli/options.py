@@ -43,7 +43,20 @@ Data = Annotated[
 ]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model ships.")]
 Where = Annotated[
-    str, typer.Option(help="Which sites, as a pattern over their paths: 'model.layers.1?.self_attn'.")
+    str,
+    typer.Option(
+        help="Which sites: a pattern over their paths, 'model.layers.1?.self_attn', or their numbers, 0,4:20,-1."
+    ),
+]
+Kind = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Only sites of a kind: self, cross, encoder or decoder; may be repeated.", show_default=False
+    ),
+]
+Skip = Annotated[
+    list[str] | None,
+    typer.Option(help="Sites to keep dense, written like --where; may be repeated.", show_default=False),
 ]
 Set = Annotated[
     list[str] | None,

@@ -100,6 +100,9 @@ SPELLINGS = {
         )
         @ _repeat(v)
     ),
+    "softcap": lambda q, k, v: (
+        F.softmax(3 * torch.tanh(q @ _repeat(k).transpose(2, 3) * 0.2), -1) @ _repeat(v)
+    ),
     "permuted": lambda q, k, v: F.softmax(q @ _repeat(k).permute(0, 1, 3, 2) * SCALE, -1) @ _repeat(v),
 }
 
@@ -118,8 +121,8 @@ NEAR_MISSES = {
         lambda q, k, v: F.softmax(q, -1) @ v.transpose(2, 3)[:, :1],
         "not from a product",
     ),
-    "soft cap": (
-        lambda q, k, v: F.softmax(torch.tanh(q @ _repeat(k).transpose(2, 3)), -1) @ _repeat(v),
+    "two tanh": (
+        lambda q, k, v: F.softmax(torch.tanh(q @ _repeat(k).transpose(2, 3)).tanh(), -1) @ _repeat(v),
         "tanh",
     ),
     "a mild mask": (
@@ -277,6 +280,10 @@ def _windowed(t, w):
         ([_sample((torch.arange(T) % 2 == 0)[None, None, None])], "middle of a row"),
         ([_sample(torch.rand(1, 4, T, T) > 0.5)], "differs between heads"),
         ([_sample(_causal(T).T[None, None])], "none of"),
+        (
+            [_sample((_causal(T) & (torch.arange(T)[:, None] // 4 == torch.arange(T) // 4))[None, None])],
+            "own chunk of 4 tokens",
+        ),
         ([_sample(None), _sample(None, causal=True)], "none of"),
     ],
 )

@@ -1,0 +1,61 @@
+"""The place of a site in the cache, seen in its calls."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.cache_utils import DynamicCache
+
+from retrofit.capture.call import Signature
+from retrofit.capture.record import record
+from retrofit.capture.slots import Slot, slot_of
+
+
+class Attention(nn.Module):
+    def __init__(self, places):
+        super().__init__()
+        self.layer_idx = 1
+        self.places = iter(places)
+
+    def forward(self, x, past_key_values, cycle=0):
+        q = x[:, None]
+        place = next(self.places)
+        for layer in place if isinstance(place, tuple) else (place,):
+            k, v = past_key_values.update(q, q, layer)
+        return F.scaled_dot_product_attention(q, k, v)[:, 0]
+
+
+class Twice(nn.Module):
+    def __init__(self, places):
+        super().__init__()
+        self.attention = Attention(places)
+
+    def forward(self, x):
+        cache = DynamicCache()
+        for cycle in (0, 2):
+            x = self.attention(x, cache, cycle=cycle)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("places", "expected"),
+    [
+        ((1, 1), Slot(1)),
+        ((0, 0), Slot(0)),
+        ((1, 3), Slot(1, "cycle")),
+        ((1, 2), "it writes to layers 1, 2 of the cache, and no argument says to which"),
+        ((1, (1, 2)), "it writes to several layers of the cache in one call (1, 2)"),
+    ],
+)
+def test_the_layer_a_module_writes_to(places, expected):
+    model = Twice(places)
+    calls = record(model, (torch.randn(2, 5, 8),), {}).owners["attention"]
+    assert slot_of(model.attention, Signature.of(model.attention), calls) == expected
+
+
+def test_the_layer_of_a_call():
+    assert Slot(1, "cycle").in_call({"cycle": 4}) == 5
+    assert Slot(1).in_call({"cycle": 4}) == 1
+    assert Slot(None).in_call({}) is None

@@ -1,0 +1,100 @@
+"""One site that cannot be rewritten does not keep the others from it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.models.llama.modeling_llama import LlamaAttention
+
+from retrofit import api
+from retrofit.configs import DenseConfig
+from retrofit.errors import VerificationError
+
+
+class Doubled(LlamaAttention):
+    """Doubles what it gives for a single token, which no call on a whole prompt shows."""
+
+    def forward(self, hidden_states, attention_mask=None, **options):
+        out, weights = super().forward(hidden_states, attention_mask=attention_mask, **options)
+        return (out * 2 if hidden_states.shape[1] == 1 else out), weights
+
+
+def test_a_site_that_changes_the_model_is_refused(tiny_llama):
+    model = tiny_llama()
+    model.model.layers[1].self_attn = Doubled(model.config, 1).eval()
+    report = api.convert(model, DenseConfig())
+    assert [site.path for site in report.converted] == ["model.layers.0.self_attn"]
+    ((path, why),) = report.skipped.items()
+    assert path == "model.layers.1.self_attn"
+    assert "cached decode differs from the original" in why
+    assert set(report.verification.sites) == {"model.layers.0.self_attn"}
+    assert [path for path, _ in api.sites(model)] == ["model.layers.0.self_attn"]
+    assert type(model.model.layers[1].self_attn) is Doubled
+
+
+class Plain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+
+    def forward(self, x):
+        q, k, v = (part[:, None] for part in self.qkv(x).chunk(3, -1))
+        return F.scaled_dot_product_attention(q, k, v)[:, 0]
+
+
+class Shy(Plain):
+    """Is another module while it is exported."""
+
+    def forward(self, x):
+        return super().forward(x) * (2 if torch.compiler.is_compiling() else 1)
+
+
+class Starred(Plain):
+    def forward(self, *args):
+        return super().forward(*args)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [(Shy, "differs from the original by"), (Starred, "must name its arguments, got *args")],
+)
+def test_a_site_that_fails_alone_is_refused(kind, reason):
+    model = nn.Sequential(Plain(), kind()).eval()
+    example = (torch.randn(2, 11, 8),)
+    report = api.convert(model, DenseConfig(), example)
+    assert [site.path for site in report.converted] == ["0"]
+    ((path, why),) = report.skipped.items()
+    assert path == "1"
+    assert reason in why
+
+
+def test_none_is_an_error_and_changes_nothing():
+    model = nn.Sequential(Shy(), Shy()).eval()
+    modules = list(model.modules())
+    with pytest.raises(VerificationError, match="0 differs from the original by"):
+        api.convert(model, DenseConfig(), (torch.randn(2, 11, 8),))
+    assert list(model.modules()) == modules
+
+
+class Widened(nn.Module):
+    """Takes the first token for real and the last for padding where a prompt is padded and cached."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.body = body
+
+    def forward(self, *args, attention_mask=None, past_key_values=None, **options):
+        if past_key_values is not None and attention_mask is not None and bool((attention_mask == 0).any()):
+            attention_mask = attention_mask.clone()
+            attention_mask[:, 0], attention_mask[:, -1] = 1, 0
+        return self.body(*args, attention_mask=attention_mask, past_key_values=past_key_values, **options)
+
+
+def test_steps_without_padding_count_where_the_original_contradicts_itself_with_it(tiny_llama):
+    model = tiny_llama()
+    model.model = Widened(model.model)
+    report = api.convert(model, DenseConfig())
+    assert len(report.converted) == 2
+    assert report.verification.decode < 1e-4
