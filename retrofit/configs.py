@@ -6,9 +6,9 @@ HSAConfig(budget=256)  →  to_dict()  →  {"target": "hsa", "budget": 256, …
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
-from difflib import get_close_matches
 from typing import Any, ClassVar
 
+from retrofit.checks import at_least, check_types, multiple, nearest, one_of
 from retrofit.errors import ConfigError
 
 POOLINGS = ("mean", "max", "attention", "learned")
@@ -64,20 +64,21 @@ class HSAConfig:
     dense_until: int | None = None
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("window", "budget", "block", "node", "nodes_per_span", "beam", "query_block"):
-            _at_least(self, name, 1)
-        _at_least(self, "sink", 0)
-        _at_least(self, "fanout", 2)
+            at_least(self, name, 1)
+        at_least(self, "sink", 0)
+        at_least(self, "fanout", 2)
         for name in ("window", "sink", "budget"):
-            _multiple(self, name, "block")
-        _multiple(self, "block", "node")
+            multiple(self, name, "block")
+        multiple(self, "block", "node")
         span_node = self.block * self.fanout
         if span_node % self.nodes_per_span or (span_node // self.nodes_per_span) % self.node:
             raise ConfigError(
                 f"nodes_per_span must divide block*fanout={span_node} into nodes that are a multiple of "
                 f"node={self.node}, got {self.nodes_per_span}"
             )
-        _one_of(self, "pooling", POOLINGS)
+        one_of(self, "pooling", POOLINGS)
         if self.query_block > 255:
             raise ConfigError(f"query_block must be at most 255, got {self.query_block}")
         if self.dense_until is not None and (self.dense_until < 0 or self.dense_until % self.query_block):
@@ -122,10 +123,12 @@ class MAHAConfig:
     mode: str = "causal"
 
     def __post_init__(self) -> None:
-        _at_least(self, "scales", 1)
-        _at_least(self, "ratio", 2)
-        _at_least(self, "sink", 0)
-        object.__setattr__(self, "widths", tuple(self.widths))
+        widths = (self.widths,) if isinstance(self.widths, int) else tuple(self.widths)
+        object.__setattr__(self, "widths", widths)
+        check_types(self)
+        at_least(self, "scales", 1)
+        at_least(self, "ratio", 2)
+        at_least(self, "sink", 0)
         if len(self.widths) == 1 and self.scales > 2:
             object.__setattr__(self, "widths", self.widths * (self.scales - 1))
         if len(self.widths) != self.scales - 1:
@@ -133,15 +136,15 @@ class MAHAConfig:
         if any(width < 1 for width in self.widths):
             raise ConfigError(f"widths must all be at least 1, got {self.widths}")
         if self.last_width is not None:
-            _at_least(self, "last_width", 1)
+            at_least(self, "last_width", 1)
         if self.sink % self.ratio ** (self.scales - 1):
             raise ConfigError(
                 f"sink must be a multiple of ratio**(scales-1)={self.ratio ** (self.scales - 1)}, got {self.sink}"
             )
-        _one_of(self, "downsampling", ("conv", "max", "mean"))
-        _one_of(self, "aggregation", AGGREGATIONS)
-        _one_of(self, "regularizer", REGULARIZERS)
-        _one_of(self, "mode", ("causal", "paper"))
+        one_of(self, "downsampling", ("conv", "max", "mean"))
+        one_of(self, "aggregation", AGGREGATIONS)
+        one_of(self, "regularizer", REGULARIZERS)
+        one_of(self, "mode", ("causal", "paper"))
 
 
 TargetConfig = DenseConfig | HSAConfig | MAHAConfig
@@ -165,41 +168,15 @@ def config_from_dict(record: dict[str, Any]) -> TargetConfig:
     name = values.pop("target", None)
     if name not in TARGETS:
         raise ConfigError(
-            f"unknown target {name!r}{_nearest(str(name), TARGETS)}; known: {', '.join(TARGETS)}"
+            f"unknown target {name!r}{nearest(str(name), TARGETS)}; known: {', '.join(TARGETS)}"
         )
     config = TARGETS[name]
     known = [field.name for field in fields(config)]
     for key, value in values.items():
         if key not in known:
             raise ConfigError(
-                f"{name} has no option {key!r}{_nearest(key, known)}; known: {', '.join(known)}"
+                f"{name} has no option {key!r}{nearest(key, known)}; known: {', '.join(known)}"
             )
         if isinstance(value, list):
             values[key] = tuple(value)
     return config(**values)
-
-
-def _nearest(name: str, known: Any) -> str:
-    matches = get_close_matches(name, list(known), n=2)
-    return f" (did you mean {' or '.join(matches)}?)" if matches else ""
-
-
-def _at_least(config: Any, name: str, least: int) -> None:
-    value = getattr(config, name)
-    if not isinstance(value, int) or value < least:
-        raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}")
-
-
-def _multiple(config: Any, name: str, of: str) -> None:
-    if getattr(config, name) % getattr(config, of):
-        raise ConfigError(
-            f"{name} must be a multiple of {of}={getattr(config, of)}, got {getattr(config, name)}"
-        )
-
-
-def _one_of(config: Any, name: str, known: tuple[str, ...]) -> None:
-    value = getattr(config, name)
-    if value not in known:
-        raise ConfigError(
-            f"{name} must be one of {', '.join(known)}{_nearest(str(value), known)}, got {value!r}"
-        )

@@ -7,8 +7,8 @@ DistillConfig(trainable="lora")          … then LoRA on the attention's projec
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
+from retrofit.checks import at_least, check_types, one_of
 from retrofit.errors import ConfigError
 
 STAGES = ("1", "2", "both")
@@ -86,17 +86,20 @@ class DistillConfig:
     save_every: int = 50
 
     def __post_init__(self) -> None:
+        if isinstance(self.stage, int):
+            object.__setattr__(self, "stage", str(self.stage))
+        check_types(self)
         if self.stage is not None:
-            self._one_of("stage", STAGES)
-        self._one_of("trainable", TRAINABLE)
-        self._one_of("teacher", TEACHERS)
-        self._one_of("precision", PRECISIONS)
+            one_of(self, "stage", STAGES)
+        one_of(self, "trainable", TRAINABLE)
+        one_of(self, "teacher", TEACHERS)
+        one_of(self, "precision", PRECISIONS)
         for name in ("steps", "batch_size", "accumulation", "lora_rank", "lora_alpha", "teacher_top"):
-            self._at_least(name, 1)
-        self._at_least("length", 2)
-        self._at_least("save_every", 0)
+            at_least(self, name, 1)
+        at_least(self, "length", 2)
+        at_least(self, "save_every", 0)
         if self.steps_2 is not None:
-            self._at_least("steps_2", 1)
+            at_least(self, "steps_2", 1)
         for name in ("learning_rate", "learning_rate_2", "clip"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be above 0, got {getattr(self, name)!r}")
@@ -124,13 +127,3 @@ class DistillConfig:
     def steps_of(self, stage: int) -> int:
         """Optimiser steps of ``stage``."""
         return self.steps if stage == 1 or self.steps_2 is None else self.steps_2
-
-    def _one_of(self, name: str, known: tuple[str, ...]) -> None:
-        value: Any = getattr(self, name)
-        if value not in known:
-            raise ConfigError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-
-    def _at_least(self, name: str, least: int) -> None:
-        value: Any = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}")
