@@ -107,6 +107,29 @@ def to_start_length(
     return _extent(mask.to(device) != 0)
 
 
+def check_continued(start: Tensor, found: Tensor, past: int) -> None:
+    """Checks that a mask leaves the cached tokens as visible as they were when they were cached.
+
+    Args:
+        start: Where each row's tokens began when they were cached, int64 [B].
+        found: Where they begin by the mask at hand, int64 [B].
+        past: Number of cached index slots; a row that begins behind them has no tokens yet.
+
+    Raises:
+        MaskError: If a row begins somewhere else.
+    """
+    moved = (start < past) & (found != start)
+    message = "attention_mask must hide the same cached tokens as when they were cached"
+    if torch.compiler.is_compiling():
+        torch._assert_async(~moved.any(), message)
+    elif bool(moved.any()):
+        row = int(moved.nonzero()[0])
+        raise MaskError(
+            f"{message}, got a row ({row}) that began at {int(start[row])} and now begins at {int(found[row])}; "
+            "start from an empty cache"
+        )
+
+
 def _extent(real: Tensor) -> tuple[Tensor, Tensor]:
     """Returns start and length of each row of ``real``, bool [B, N]."""
     index = torch.arange(real.shape[1], device=real.device)

@@ -156,6 +156,16 @@ def test_masks_longer_than_the_queries(tiny_llama: Callable, converted: Any) -> 
         )
 
 
+def test_a_mask_that_hides_cached_tokens_later_is_refused(converted: Any) -> None:
+    inputs = _padded()
+    cache = converted(**inputs, use_cache=True).past_key_values
+    token, position = inputs["input_ids"][:, :1], torch.tensor([[40]])
+    mask = torch.cat([inputs["attention_mask"], torch.ones(2, 1, dtype=torch.int64)], dim=1)
+    mask[1, :12] = 0
+    with pytest.raises(MaskError, match=r"a row \(1\) that began at 0 and now begins at 12"):
+        converted(token, attention_mask=mask, position_ids=position, past_key_values=cache)
+
+
 def test_packed_sequences_are_refused(converted: Any) -> None:
     positions = torch.cat([torch.arange(12), torch.arange(8)])[None]
     with pytest.raises(MaskError, match="packed sequences"):

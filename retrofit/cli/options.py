@@ -85,7 +85,10 @@ def assignments(texts: list[str] | None) -> dict[str, Any]:
             raise ConfigError(f"--set expects NAME=VALUE as in --set budget=256, got {text!r}")
         if name in values:
             raise ConfigError(f"--set {name} is given twice; leave one out")
-        values[name] = tuple(map(_value, value.split(","))) if "," in value else _value(value)
+        read = _value(value)
+        if isinstance(read, str) and "," in read:
+            read = tuple(map(_value, read.split(",")))
+        values[name] = tuple(read) if isinstance(read, list) else read
     return values
 
 
