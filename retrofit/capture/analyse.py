@@ -5,7 +5,7 @@ model  →  recorded calls on every probe  →  one Found per owner, convertible
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -62,16 +62,22 @@ def analyse(
     calls: dict[str, list[ProbedCall]] = {}
     every: dict[str, list[OwnerCall]] = {}
     flops: dict[str, int] = {}
+    exchanged: dict[str, tuple[str, str]] = {}
     outputs = []
     with evaluating(model):
         for probe in probes:
             recording = _recorded(model, probe)
+            exchanged |= recording.exchanged
             outputs.append(recording.output)
             for path, of_path in recording.owners.items():
                 first = of_path[0]
                 flops.setdefault(path, sum(call.flops for call in of_path))
                 every.setdefault(path, []).extend(of_path)
                 calls.setdefault(path, []).append(ProbedCall(first, _keep(probe, first)))
+    for path in exchanged:
+        if path in calls:
+            # In the call that brought the new module, what it did was seen as done by the one around it.
+            calls.pop(path.rpartition(".")[0], None)
     planner = Planner(managed=is_transformers(model))
     planned: dict[str, Found] = {}
     # Inner modules first: a router's softmax inside does not make its parent anything but attention.
@@ -87,7 +93,9 @@ def analyse(
         )
         plan: SitePlan | Refused
         with_keep: Sequence[ProbedCall] = of_owner
-        if inner is not None:
+        if path in exchanged or any(top.startswith(f"{path}.") for top in exchanged):
+            plan = Refused(_replaced(path, exchanged))
+        elif inner is not None:
             plan = Refused(f"it has a softmax of its own around the attention of {inner}")
         elif not path:
             plan = Refused("the attention is the whole model; wrap it in a module that holds it")
@@ -102,6 +110,15 @@ def analyse(
     with evaluating(model):
         _refuse_used_weights(model, planned, probes[0], outputs[0])
     return Analysis(probes, outputs, [planned[path] for path in calls])
+
+
+def _replaced(path: str, exchanged: Mapping[str, tuple[str, str]]) -> str:
+    top = path if path in exchanged else next(top for top in exchanged if top.startswith(f"{path}."))
+    before, after = exchanged[top]
+    return (
+        f"called with the example, the model puts {after} in the place of {before} at {top}; "
+        "configure the model to have the one that is to be converted from the start"
+    )
 
 
 def _line(error: Exception) -> str:

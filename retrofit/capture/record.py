@@ -58,10 +58,12 @@ class Recording:
     Attributes:
         owners: The calls of each module that owns attention, by path, in order of the first call.
         output: What the model returned.
+        exchanged: Modules that the model itself replaced during the call: class before and after, by path.
     """
 
     owners: dict[str, list[OwnerCall]]
     output: Any
+    exchanged: dict[str, tuple[str, str]]
 
     @property
     def observed(self) -> int:
@@ -137,7 +139,7 @@ def record(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
     finally:
         for handle in handles:
             handle.remove()
-    return Recording(finished, output)
+    return Recording(finished, output, _exchanged(paths, model))
 
 
 def _child_call(parent: nn.Module, child: nn.Module, args: Any, kwargs: Any, output: Any) -> ChildCall:
@@ -152,6 +154,16 @@ def _child_call(parent: nn.Module, child: nn.Module, args: Any, kwargs: Any, out
         outputs=results if plain and path and tensors else (),
         output=spec,
     )
+
+
+def _exchanged(before: Mapping[nn.Module, str], model: nn.Module) -> dict[str, tuple[str, str]]:
+    """What stands elsewhere than before the call, without what is inside of it."""
+    earlier = {path: type(module).__name__ for module, path in before.items()}
+    found: dict[str, tuple[str, str]] = {}
+    for path, module in model.named_modules():
+        if module not in before and path in earlier and not any(path.startswith(f"{top}.") for top in found):
+            found[path] = (earlier[path], type(module).__name__)
+    return found
 
 
 def _filled(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, ...] | None:

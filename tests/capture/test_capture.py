@@ -161,3 +161,33 @@ def test_a_model_that_cannot_be_called_says_so():
         api.inspect(Model(), (torch.randn(2, 9, 5),))
     with pytest.raises(CaptureError, match="tuple or a dict"):
         api.inspect(Model(), 3)
+
+
+class Attending(nn.Module):
+    def forward(self, x):
+        return F.scaled_dot_product_attention(x, x, x)
+
+
+class Settling(nn.Module):
+    """Replaces its attention when it is first called, as BigBird does for short texts."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.other = nn.Identity(), Attending()
+
+    def forward(self, x):
+        if isinstance(self.inner, nn.Identity):
+            self.inner = Attending()
+        return self.other(self.inner(x))
+
+
+def test_what_the_model_itself_exchanges_is_refused():
+    model = nn.Sequential(Settling()).eval()
+    recording = record(model, (torch.randn(2, 5, 8),), {})
+    assert recording.exchanged == {"0.inner": ("Identity", "Attending")}
+    assert not record(model, (torch.randn(2, 5, 8),), {}).exchanged
+    sites = {
+        site.path: site for site in api.inspect(nn.Sequential(Settling()).eval(), torch.randn(2, 5, 8)).sites
+    }
+    assert "puts Attending in the place of Identity at 0.inner" in sites["0"].reason
+    assert sites["0.other"].convertible
