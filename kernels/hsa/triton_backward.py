@@ -95,7 +95,7 @@ def hsa_attention_backward(
     keys = max(geometry.block, min(KEY_TILE, 4 * geometry.block, geometry.fanout * geometry.block))
     tiles = -(-geometry.sink // keys) + -(-max(0, call.slots - geometry.sink) // keys)
     entries, ends, steps = _entries(call, keys, tiles, start, length, spans, first)
-    parts, part_ends, owners, size = _parts(steps)
+    parts, part_ends, owners, size = _parts(steps, 2 * call.blocks)
     held = torch.empty(owners.shape[0], keys, call.dim + call.value_dim, dtype=torch.float32, device=q.device)
     heads = call.heads_per_tile(KEY_ROWS)
     gradients.key_gradients[(owners.shape[0] + steps.shape[0],)](
@@ -154,15 +154,15 @@ def _entries(
     return entries, ends, steps
 
 
-def _parts(steps: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """How the tiles are split.
+def _parts(steps: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """How the tiles are split, of at most so many steps each.
 
     Returns:
         The parts of each tile; the running sum of those of tiles that have several; the tile that each of
         these belongs to, the number of tiles for places that are not used; and the steps of a part, [1].
     """
     tiles = steps.shape[0]
-    room = max(FEWEST_PARTS, tiles // 4)
+    room = min(max(FEWEST_PARTS, tiles // 4), -(-most // SHORTEST_PART) * tiles)
     sizes = SHORTEST_PART * 2 ** torch.arange(16, device=steps.device)
     parts = (steps + sizes[:, None] - 1) // sizes[:, None]
     several = torch.where(parts > 1, parts, 0)

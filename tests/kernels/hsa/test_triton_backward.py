@@ -1,0 +1,223 @@
+"""The Triton kernels of the backward pass: in Triton's interpreter and on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from retrofit.kernels.hsa import blocked, triton, triton_backward
+from retrofit.kernels.hsa.geometry import Geometry
+
+DEFAULT = Geometry(
+    window=256,
+    sink=32,
+    budget=480,
+    block=32,
+    node=4,
+    fanout=8,
+    nodes_per_span=16,
+    beam=31,
+    query_block=32,
+    dense_until=0,
+)
+
+interpreted = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the interpreter is for machines without a GPU"
+)
+
+
+@pytest.fixture
+def implementation() -> str:
+    return "blocked"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A call whose selection is fixed, with the gradient of its output; queries from index ``begin`` on."""
+
+    case: Any
+    begin: int
+    spans: Tensor
+    first: Tensor
+    grad: Tensor
+
+    @property
+    def queries(self) -> Tensor:
+        q: Tensor = self.case.q[:, :, self.begin :]
+        return q
+
+    def seen(self, b: int) -> Tensor:
+        """What the new queries of row b see, bool [Hkv, T, N] by index."""
+        case, g = self.case, self.case.geometry
+        t = torch.arange(self.begin, case.tokens, device=case.q.device)[:, None] - case.start[b]
+        j = torch.arange(case.tokens, device=case.q.device) - case.start[b]
+        block = (t // g.query_block).clamp(0, self.first.shape[2] - 1).squeeze(1)
+        leaf = (j - g.sink) // g.block
+        listed = torch.zeros(self.first.shape[1], len(t), len(j), dtype=torch.bool, device=t.device)
+        ids = g.block_leaf_ids(self.spans[b], torch.arange(self.first.shape[2], device=t.device))
+        for h in range(len(listed)):
+            rows = zip(ids[h, block], self.first[b, h, block], t.squeeze(1).tolist(), strict=True)
+            for i, (candidates, when, at) in enumerate(rows):
+                chosen = candidates[(when <= at % g.query_block) & (candidates >= 0)]
+                listed[h, i] = torch.isin(leaf, chosen)
+        dense = (block + 1)[:, None] * g.query_block <= g.dense_end
+        window = g.window_start(t)
+        visible = dense | (j < g.sink) | (j >= window) | listed
+        return visible & (j >= 0) & (j <= t) & (t < case.length[b])
+
+    def exact(self) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """The output, the log-sum-exp of the scores and the gradients in float64."""
+        q, k, v = (x.double().requires_grad_() for x in (self.queries, self.case.k, self.case.v))
+        group = q.shape[1] // k.shape[1]
+        scores = self.case.scale * q @ k.repeat_interleave(group, 1).transpose(2, 3)
+        seen = torch.stack([self.seen(b) for b in range(len(q))]).repeat_interleave(group, 1)
+        scores = scores.masked_fill(~seen, -torch.inf)
+        out = scores.softmax(-1).nan_to_num(0) @ v.repeat_interleave(group, 1)
+        grads = torch.autograd.grad(out, (q, k, v), self.grad.double())
+        return out.detach(), scores.detach().logsumexp(-1), tuple(x.nan_to_num(0) for x in grads)
+
+    def by_triton(self, out: Tensor, lse: Tensor) -> list[Tensor]:
+        """The gradients of q, k and v by the kernels."""
+        given = (self.grad, self.queries, self.case.k, self.case.v, self.case.start, self.case.length)
+        selection = (self.spans, self.first, out.to(self.grad), lse.float())
+        scale, geometry = self.case.scale, self.case.geometry
+        found = triton.hsa_attention_backward(*given, [], [], *selection, scale=scale, geometry=geometry)
+        return list(found[:3])
+
+    def by_blocks(self) -> list[Tensor]:
+        """The same by the blocked implementation."""
+        given = (self.grad, self.queries, self.case.k, self.case.v, self.case.start, self.case.length)
+        options = {"scale": self.case.scale, "causal": True, "sliding_window": 0}
+        found = blocked.hsa_attention_backward(
+            *given, [], [], None, self.spans, self.first, **options, geometry=self.case.geometry
+        )
+        return list(found[:3])
+
+
+def problem(case: Any, begin: int = 0) -> Problem:
+    past = case.run(0, begin) if begin else None
+    result = case.run(begin, None, past)
+    grad = torch.randn(result.out.shape, dtype=torch.float64).to(result.out)
+    return Problem(case, begin, result.spans, result.first, grad)
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    return float((actual.double() - expected).norm() / expected.norm())
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        {"tokens": 110},
+        {"tokens": 118, "batch": 2, "start": [0, 9], "length": [110, 101]},
+        {"tokens": 130, "beam": 2, "fanout": 2, "nodes_per_span": 8},
+        {"tokens": 111, "heads": 3, "block": 16, "sink": 16, "dense_until": 0},
+        {"tokens": 110, "begin": 77},
+        {"tokens": 75},
+    ],
+    ids=["plain", "padded", "levels", "wide blocks", "chunk", "nearly dense"],
+)
+def test_interpreted_gradients(build: Callable[..., Any], inputs: dict[str, Any]) -> None:
+    options = {"heads": 2, "kv_heads": 1, **inputs}
+    begin = options.pop("begin", 0)
+    given = problem(build(options.pop("tokens"), **options), begin)
+    out, lse, expected = given.exact()
+    found = given.by_triton(out, lse)
+    for x, y, z in zip(found, expected, given.by_blocks(), strict=True):
+        assert error(x, y) < 2e-6
+        torch.testing.assert_close(x, z, rtol=1e-5, atol=1e-5)
+
+
+@interpreted
+@pytest.mark.parametrize("room", [64, 6], ids=["short parts", "longer parts, to fit"])
+def test_interpreted_parts_add_up(
+    build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
+    given = problem(build(110, heads=2, kv_heads=1))
+    out, lse, expected = given.exact()
+    monkeypatch.setattr(triton_backward, "SHORTEST_PART", 2)
+    monkeypatch.setattr(triton_backward, "FEWEST_PARTS", room)
+    for x, y in zip(given.by_triton(out, lse), expected, strict=True):
+        assert error(x, y) < 2e-6
+
+
+@interpreted
+def test_interpreted_operator_goes_back_through_the_kernels(
+    build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = build(80, heads=2, kv_heads=1, dense_until=0)
+    inputs = [x.requires_grad_() for x in (case.q, case.k, case.v)]
+    expected = torch.autograd.grad(case.run().out.square().sum(), inputs)
+    monkeypatch.delattr(blocked, "hsa_attention_backward")
+    actual = torch.autograd.grad(replace(case, implementation="triton").run().out.square().sum(), inputs)
+    for x, y in zip(actual, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+
+
+def on_gpu(case: Any, dtype: torch.dtype) -> Any:
+    tensors = {name: getattr(case, name).to("cuda", dtype).requires_grad_() for name in ("q", "k", "v")}
+    rows = {name: getattr(case, name).cuda() for name in ("start", "length")}
+    return replace(case, **tensors, **rows, implementation="triton")
+
+
+def differentiate(case: Any) -> tuple[Tensor, ...]:
+    out = case.run().out
+    return torch.autograd.grad(out, (case.q, case.k, case.v), torch.ones_like(out))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        {"tokens": 3001, "heads": 9, "kv_heads": 3, "dim": 64, "geometry": DEFAULT},
+        {"tokens": 2500, "heads": 8, "kv_heads": 2, "dim": 128, "geometry": DEFAULT},
+        {"tokens": 2049, "heads": 16, "kv_heads": 1, "dim": 80, "geometry": DEFAULT},
+        {"tokens": 1800, "heads": 2, "kv_heads": 2, "dim": 256, "geometry": DEFAULT},
+        {"tokens": 2300, "batch": 2, "start": [0, 333], "length": [2200, 1960], "geometry": DEFAULT},
+        {"tokens": 1000},
+        {"tokens": 700, "batch": 2, "start": [0, 40], "length": [690, 660], "beam": 2, "fanout": 2},
+    ],
+    ids=["smollm2", "llama", "wide group", "wide heads", "padded", "tiny", "levels"],
+)
+def test_gradients_on_a_gpu(build: Callable[..., Any], inputs: dict[str, Any], dtype: torch.dtype) -> None:
+    inputs = dict(inputs)
+    geometry = inputs.pop("geometry", None)
+    case = build(inputs.pop("tokens"), **inputs)
+    case = on_gpu(replace(case, geometry=geometry or case.geometry), dtype)
+    result = case.run()
+    given = Problem(case, 0, result.spans, result.first, torch.randn_like(result.out))
+    actual = torch.autograd.grad(result.out, (case.q, case.k, case.v), given.grad)
+    bound = given.by_blocks()
+    exact = replace(given, case=on_gpu(case, torch.float64), grad=given.grad.double()).by_blocks()
+    for x, y, z in zip(actual, exact, bound, strict=True):
+        assert error(x, y) <= 2 * error(z, y) + 1e-6
+
+
+@pytest.mark.gpu
+def test_gradients_on_a_gpu_are_the_same_bits_each_time(build: Callable[..., Any]) -> None:
+    case = on_gpu(replace(build(3000, dim=64), geometry=DEFAULT), torch.bfloat16)
+    for x, y in zip(differentiate(case), differentiate(case), strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.gpu
+def test_both_passes_are_captured_in_a_graph(build: Callable[..., Any]) -> None:
+    case = on_gpu(replace(build(2000, dim=64), geometry=DEFAULT), torch.bfloat16)
+    expected = differentiate(case)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        actual = differentiate(case)
+    for x in actual:
+        x.fill_(torch.nan)
+    graph.replay()
+    for x, y in zip(actual, expected, strict=True):
+        assert torch.equal(x, y)
