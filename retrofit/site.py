@@ -11,7 +11,7 @@ captured graph on itself; mask and cache go around the graph.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +23,7 @@ from retrofit.capture.export import expanded
 from retrofit.capture.plan import SitePlan, compiled
 from retrofit.capture.standin import is_tensor_slot
 from retrofit.errors import CaptureError
-from retrofit.masks import check_continued, to_start_length
+from retrofit.masks import to_start_length
 from retrofit.passes.attention.masks import visible_keys
 from retrofit.targets.base import TargetAttention
 from retrofit.targets.dense import attend_densely
@@ -57,11 +57,13 @@ class AttentionCall:
         start: int64 [B], index of each row's first real token.
         length: int64 [B], number of real tokens of each row, the new ones included.
         layer: The cache layer of this site; None without a cache.
+        sinks: One more logit of each query head [Hq], which takes part in the softmax and has no value.
     """
 
     start: Tensor
     length: Tensor
     layer: RetrofitLayer | None = None
+    sinks: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -242,7 +244,13 @@ class RetrofittedAttention(nn.Module):
         return None
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, context: _Context, mask: Tensor | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        context: _Context,
+        mask: Tensor | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """What the captured graph calls in the place of attention.
 
@@ -252,17 +260,27 @@ class RetrofittedAttention(nn.Module):
             v: New values [B, Hkv, T, Dv].
             context: What came around the graph.
             mask: The mask the graph computed, where it does.
+            sinks: One more logit of each query head [Hq], where there are any.
         """
         device = q.device.type
         if torch.is_autocast_enabled(device):
             # As autocast does to SDPA; inside, the targets choose the width of each step themselves.
             q, k, v = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (q, k, v))
             with torch.autocast(device, enabled=False):
-                return self._attend(q, k, v, context, mask)
-        return self._attend(q, k, v, context, mask)
+                return self._attend(q, k, v, context, mask, sinks)
+        return self._attend(q, k, v, context, mask, sinks)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: _Context, mask: Tensor | None) -> Tensor:
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        context: _Context,
+        mask: Tensor | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
         call = self._call(q, k, context.layer, context.mask if mask is None else mask)
+        call = replace(call, sinks=sinks)
         out: Tensor = (
             attend_densely(self.retrofit, q, k, v, call) if self.dense_mode else self.retrofit(q, k, v, call)
         )
@@ -291,8 +309,6 @@ class RetrofittedAttention(nn.Module):
             end = torch.where(length > 0, start + length, slots)
             start = torch.where(length > 0, start, slots)
             if layer.start is not None:
-                if mask is not None and not self.plan.mask.sliding_window:
-                    check_continued(layer.start, start, past)
                 start = torch.where(layer.start < past, layer.start, start.clamp(min=past))
             length = end - start
             layer.start = start
@@ -336,6 +352,8 @@ def build_target(
         head_dim=plan.head_dim,
         value_dim=plan.value_dim,
         scale=plan.scale,
+        softcap=plan.softcap,
+        sinks=plan.sinks,
         causal=plan.mask.causal,
         sliding_window=plan.mask.sliding_window,
         implementation=implementation,

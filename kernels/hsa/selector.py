@@ -61,6 +61,7 @@ def selector_loss(
     causal: bool,
     sliding_window: int,
     geometry: Geometry,
+    softcap: float = 0.0,
 ) -> Tensor:
     """Mean divergence of the leaf step and of the coarse steps, added; a scalar, differentiable in ``nodes``.
 
@@ -78,6 +79,7 @@ def selector_loss(
         causal: Whether a query sees only itself and what lies before it.
         sliding_window: A query sees no keys this far or farther before it; 0 for no limit.
         geometry: The sizes.
+        softcap: Bound c of the scores, which become c·tanh(score / c); 0 for none.
     """
     g, (batch, heads, tokens) = geometry, k.shape[:3]
     leaves = nodes[0].shape[2] // g.nodes_in_span(0)
@@ -93,7 +95,7 @@ def selector_loss(
         return queries.gather(3, slot)
 
     block = at // g.query_block
-    step = _Step(scale, sliding_window, g, real[:, None].expand(-1, heads, -1))
+    step = _Step(scale, softcap, sliding_window, g, real[:, None].expand(-1, heads, -1))
     t0 = block * g.query_block
     covered = (g.covered(t0) if causal else g.complete(length)[:, None].expand_as(t0))[:, None]
     covered = covered.expand(-1, heads, -1)
@@ -133,6 +135,7 @@ class _Step:
     """What all steps share. Scores and masses are logarithms, [B, Hkv, G, S, spans]."""
 
     scale: float
+    softcap: float
     sliding_window: int
     geometry: Geometry
     real: Tensor  # [B, Hkv, S]
@@ -142,14 +145,18 @@ class _Step:
             return torch.ones_like(end + t, dtype=torch.bool)
         return end - 1 > t - self.sliding_window
 
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        scores = self.scale * (q @ k.transpose(-1, -2))
+        return self.softcap * torch.tanh(scores / self.softcap) if self.softcap else scores
+
     def span_scores(self, q: Tensor, nodes: Tensor, each: int) -> Tensor:
         spans = nodes.shape[2] // each
-        scores = self.scale * (q @ nodes[:, :, None, : spans * each].transpose(-1, -2))
+        scores = self.scores(q, nodes[:, :, None, : spans * each])
         return scores.reshape(*scores.shape[:-1], spans, each).amax(-1)
 
     @torch.no_grad()
     def leaf_mass(self, q: Tensor, keys: Tensor, t: Tensor) -> Tensor:
-        scores = self.scale * (q @ keys[:, :, None].transpose(-1, -2))
+        scores = self.scores(q, keys[:, :, None])
         if self.sliding_window:
             position = self.geometry.sink + torch.arange(keys.shape[2], device=keys.device)
             hidden = position <= t[:, None, None, :, None] - self.sliding_window

@@ -42,6 +42,8 @@ class AttentionMatch:
         rows: Further factors, one for each query.
         mask: Makes the mask's node, canonical; None if there is none.
         leaving: Results of the module made from the weights alone; they become None.
+        softcap: Bound c of the scores, which become c·tanh(score / c) before the mask; 0 for none.
+        sinks: Makes the node of one more logit for each query head, [Hq]; None if there is none.
     """
 
     rule: str
@@ -57,6 +59,8 @@ class AttentionMatch:
     mask: Callable[[Editor, Roles], Node] | None = None
     rows: tuple[RowFactor, ...] = ()
     leaving: tuple[Node, ...] = ()
+    softcap: float = 0.0
+    sinks: Callable[[Editor, Roles], Node] | None = None
 
 
 def check_attention(match: AttentionMatch) -> Refusal | None:
@@ -83,7 +87,9 @@ def insert_attention(graph: Graph, match: AttentionMatch) -> Node:
     k = editor.to_groups(match.k.node, match.k.axes, roles.k)
     v = editor.to_groups(match.v.node, match.v.axes, roles.v)
     mask = None if match.mask is None else match.mask(editor, roles)
-    node = editor.call(ATTENTION, q, k, v, mask, match.is_causal, match.scale, match.dropout_p)
+    sinks = None if match.sinks is None else match.sinks(editor, roles)
+    options = (match.is_causal, match.scale, match.dropout_p, match.softcap)
+    node = editor.call(ATTENTION, q, k, v, mask, *options, sinks)
     node.meta = {**match.output.meta, "val": node.meta["val"], "spelling": match.rule}
     out = editor.to_groups(node, roles.out, match.out_axes)
     dtype = match.output.meta["val"].dtype

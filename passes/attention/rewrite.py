@@ -1,6 +1,6 @@
 """Turns the one canonical attention of a module into a call of its target.
 
-retrofit::attention(q, k, v, mask, …)   →   call_module "attend"(q, k, v, context[, mask])
+retrofit::attention(q, k, v, mask, …, sinks)   →   call_module "attend"(q, k, v, context[, mask[, sinks]])
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from retrofit.passes.attention.arguments import arguments
 from retrofit.passes.attention.canonical import ATTENTION
 from retrofit.passes.attention.rule import PassReport, Rule, calls, remove_dead, run_rules
 from retrofit.passes.attention.spelled_eager import EagerSpelling
@@ -49,8 +50,8 @@ def target_call(graph: Graph, node: Node, *, keep_mask: bool) -> Node:
     with graph.inserting_after(last):
         context = graph.placeholder(CONTEXT)
     with graph.inserting_before(node):
-        arguments = (q, k, v, context, mask) if keep_mask else (q, k, v, context)
-        call = graph.call_module(ATTEND, arguments)
+        given = (q, k, v, context, *_rest(mask if keep_mask else None, sinks_of(node)))
+        call = graph.call_module(ATTEND, given)
     call.meta = dict(node.meta)
     node.replace_all_uses_with(call)
     graph.erase_node(node)
@@ -61,6 +62,19 @@ def target_call(graph: Graph, node: Node, *, keep_mask: bool) -> Node:
             graph.erase_node(item)
     graph.lint()
     return call
+
+
+def sinks_of(node: Node) -> Any:
+    """The sinks of a canonical ``node``; None if it has none."""
+    return arguments(node)["sinks"]
+
+
+def _rest(*values: Any) -> tuple[Any, ...]:
+    """``values`` without those at the end that are None."""
+    kept = list(values)
+    while kept and kept[-1] is None:
+        kept.pop()
+    return tuple(kept)
 
 
 def _free_layout(call: Node) -> None:

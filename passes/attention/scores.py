@@ -1,6 +1,6 @@
 """Follows the scores from the product of queries and keys to the softmax.
 
-baddbmm → view → ·scale → +mask → masked_fill → float32 → softmax   →   the product, and the steps after it
+baddbmm → view → ·scale → tanh → +mask → masked_fill → float32 → softmax   →   the product, and the steps after it
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from retrofit.passes.attention.arguments import SIZE_ONLY, is_call
+from retrofit.passes.attention.arguments import SIZE_ONLY, arguments, is_call, shape
 from retrofit.passes.attention.axes import RESHAPES, SAME, permutation
 from retrofit.passes.attention.operands import CASTS, constant, constant_factor
 from retrofit.passes.attention.products import PRODUCTS, Product, read_product
@@ -27,8 +27,9 @@ _SCALING = (aten.mul.Tensor, aten.div.Tensor)
 WHERE = (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar)
 FILL = (aten.masked_fill.Scalar, aten.masked_fill.Tensor)
 _FLOOR = (aten.clamp.default, aten.clamp_min.default, aten.maximum.default, aten.max.other)
+PASSED = (*CASTS, *SAME, *RESHAPES, *FILL, *_FLOOR, aten.tanh.default)
 _NAMED = {
-    aten.tanh.default: "a logit softcap (tanh)",
+    aten.tanh.default: "a tanh of the scores",
     aten.cat.default: "learned extra logits (attention sinks)",
     aten.sigmoid.default: "a sigmoid of the scores",
     aten.relu.default: "a relu of the scores",
@@ -52,8 +53,8 @@ class Step:
     Attributes:
         node: The node.
         source: Which of its arguments the scores are.
-        role: ``layout``, ``scale``, ``row`` (a factor that is a tensor), ``mask``, ``same``, or ``neutral``
-            for what changes no softmax.
+        role: ``layout``, ``scale``, ``row`` (a factor that is a tensor), ``mask``, ``same``, ``cap`` (tanh), ``sink``
+            (one more logit for each head), or ``neutral`` for what changes no softmax.
     """
 
     node: Node
@@ -104,16 +105,20 @@ def _only_for(softmax: Node, product: Product, steps: Sequence[Step]) -> None:
     path = {product.node, softmax, *(step.node for step in steps)}
     for node in path - {softmax}:
         for user in node.users:
-            if (
-                user in path
-                or user.target in SIZE_ONLY
-                or all(_is_neutral(item, steps) for item in user.users)
-            ):
+            if user in path or user.target in SIZE_ONLY or _is_for_neutral(user, steps):
                 continue
             if is_call(user, aten.type_as.default) and user.args[0] is not node:
                 continue  # only for its dtype
             if user.op == "output" or results_of([user]):
                 raise Named(user, f"the scores are used elsewhere, by {user.name}")
+
+
+def _is_for_neutral(node: Node, steps: Sequence[Step]) -> bool:
+    """Whether ``node`` serves nothing but steps that change no softmax, as a maximum that is subtracted does."""
+    return all(
+        _is_neutral(user, steps) or (is_call(user, operator.getitem) and _is_for_neutral(user, steps))
+        for user in node.users
+    )
 
 
 def _is_neutral(node: Node, steps: Sequence[Step]) -> bool:
@@ -146,10 +151,26 @@ def _step(softmax: Node, node: Any) -> Step:
         if len(bounds) == 1 and bounds[0] is not None and bounds[0] <= HIDDEN and isinstance(first, Node):
             return Step(node, first, "same")
         raise Reject(node, "the scores are clamped")
+    if is_call(node, aten.tanh.default) and isinstance(first, Node) and leads_to_product(first):
+        return Step(node, first, "cap")
+    if _adds_a_column(node):
+        return Step(node, node.args[0][0], "sink")  # type: ignore[index,arg-type]
     found = _NAMED.get(node.target)  # type: ignore[call-overload]
     if found is not None and any(leads_to_product(item) for item in node.all_input_nodes):
         raise Named(node, f"{found} stands between the product and the softmax")
     raise Reject(softmax, f"the scores come from {node.target}, not from a product of queries and keys")
+
+
+def _adds_a_column(node: Node) -> bool:
+    """Whether ``node`` has one more logit behind the scores than there are keys."""
+    if not is_call(node, aten.cat.default):
+        return False
+    parts, rank = node.args[0], len(shape(node) or ())
+    dim = arguments(node)["dim"]
+    if not isinstance(parts, (list, tuple)) or len(parts) != 2 or dim % rank != rank - 1:
+        return False
+    column = shape(parts[1])
+    return column is not None and column[-1] == 1 and leads_to_product(parts[0])
 
 
 def _sum(node: Node) -> Step:
@@ -214,7 +235,9 @@ def leads_to_product(node: Any) -> bool:
             return True
         if is_call(current, *_SUMS, *_SCALING, *WHERE):
             pending.extend(current.args)
-        elif is_call(current, *CASTS, *SAME, *RESHAPES, *FILL, *_FLOOR) or permutation(current) is not None:
+        elif is_call(current, aten.cat.default):
+            pending.extend(current.args[0])  # type: ignore[arg-type]
+        elif is_call(current, *PASSED) or permutation(current) is not None:
             pending.append(current.args[0])
     return False
 

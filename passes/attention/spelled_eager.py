@@ -1,7 +1,7 @@
 """Attention written out, as transformers' eager functions and hand-written modules do.
 
-product of q and k, in any layout ·c (+ mask | masked_fill | where) → softmax → dropout → product with v
-    →   retrofit::attention(q, k, v, mask, False, c, p)
+product of q and k, in any layout ·c (·b tanh) (+ mask | masked_fill | where) (cat sinks) → softmax (slice) → dropout
+    → product with v   →   retrofit::attention(q, k, v, mask, False, c, p, b, sinks)
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from retrofit.passes.attention.products import Product
 from retrofit.passes.attention.roles import Roles, assign
 from retrofit.passes.attention.rule import STAGES, Refusal, Reject, Rule, calls
 from retrofit.passes.attention.scores import SOFTMAX, Named, Step, follow_scores
-from retrofit.passes.attention.weights import Weights, follow_weights
+from retrofit.passes.attention.sinks import check_sinks, sinks_maker
+from retrofit.passes.attention.weights import Weights, drops_last, follow_weights
 
 aten = torch.ops.aten
 
@@ -81,12 +82,14 @@ def _match(name: str, softmax: Node, product: Product, steps: list[Step], weight
     before: list[tuple[Axis, ...]] = []  # what the scores' dimensions stand for ahead of each step
     for step in steps:
         before.append(tuple(axes))
-        axes = _after(step.node, step.source, axes)
+        if step.role != "sink":
+            axes = _after(step.node, step.source, axes)
     dim = softmax.args[1]
     assert isinstance(dim, int)
     keys, of_scores = axes[dim], tuple(axes)
     for source, node in zip(weights.path, weights.path[1:], strict=False):
-        axes = _after(node, source, axes)
+        if not drops_last(node):
+            axes = _after(node, source, axes)
     k_side = _key_side(softmax, product, named, keys)
     width = tuple(
         Atom(size)
@@ -119,10 +122,8 @@ def _match(name: str, softmax: Node, product: Product, steps: list[Step], weight
     roles = assign(q, k, v, keys, width, outer)
     if isinstance(roles, str):
         raise Reject(softmax, roles)
-    scale = product.factor * q.factor * k.factor
-    for step in steps:
-        if step.role == "scale":
-            scale *= constant_factor(step.node) or 1.0
+    scale, softcap = _scale_and_cap(product, product.factor * q.factor * k.factor, steps)
+    sink = check_sinks(softmax, steps, before, keys, weights.path)
     return AttentionMatch(
         rule=name,
         output=second.node,
@@ -137,7 +138,33 @@ def _match(name: str, softmax: Node, product: Product, steps: list[Step], weight
         mask=_mask_maker(product, steps, before, of_scores, keys),
         rows=rows,
         leaving=weights.leaving,
+        softcap=softcap,
+        sinks=None if sink is None else sinks_maker(*sink, roles),
     )
+
+
+def _scale_and_cap(product: Product, factor: float, steps: Sequence[Step]) -> tuple[float, float]:
+    """The factor on the product, and the bound b of b·tanh(scale·q·k / b); 0 where there is no tanh.
+
+    Args:
+        product: Of queries and keys.
+        factor: What it is multiplied with ahead of the steps.
+        steps: What happens to the scores.
+    """
+    cap = next((number for number, step in enumerate(steps) if step.role == "cap"), None)
+    bound = 1.0
+    for number, step in enumerate(steps):
+        late = cap is not None and number > cap
+        unbounded = ("row", "cap") if late else ("mask", "neutral", "sink")
+        if cap is not None and number != cap and step.role in unbounded:
+            raise Reject(step.node, "the scores are changed on the wrong side of a tanh")
+        by = (constant_factor(step.node) or 1.0) if step.role == "scale" else 1.0
+        bound, factor = (bound * by, factor) if late else (bound, factor * by)
+    if cap is None:
+        return factor, 0.0
+    if product.added is not None:
+        raise Reject(steps[cap].node, "a mask is added to the scores before a tanh")
+    return factor * bound, bound
 
 
 def _after(node: Node, source: Node, axes: list[Axis]) -> list[Axis]:
@@ -225,7 +252,7 @@ def _mask_maker(
         first = 0
     if first is None:
         return None
-    kept = [step for step in steps[first:] if step.role != "neutral"]
+    kept = [step for step in steps[first:] if step.role not in ("neutral", "sink")]
     source = product.node if product.added is not None else kept[0].source
 
     def make(editor: Editor, roles: Roles) -> Node:

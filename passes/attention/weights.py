@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.fx import Node
 
-from retrofit.passes.attention.arguments import arguments, is_call
+from retrofit.passes.attention.arguments import arguments, is_call, shape
 from retrofit.passes.attention.axes import RESHAPES, SAME, permutation
 from retrofit.passes.attention.operands import CASTS, constant
 from retrofit.passes.attention.products import Product, read_product
@@ -86,6 +86,20 @@ def _passes(node: Node) -> bool:
         is_call(node, *CASTS, *SAME, *RESHAPES, aten.dropout.default, aten.nan_to_num.default)
         or is_call(node, *FILL, *WHERE)
         or permutation(node) is not None
+        or drops_last(node)
+    )
+
+
+def drops_last(node: Node) -> bool:
+    """Whether ``node`` leaves out the last column, which has been a sink's."""
+    if not is_call(node, aten.slice.Tensor):
+        return False
+    given, rank = arguments(node), len(shape(node) or ())
+    return (
+        given["dim"] % rank == rank - 1
+        and given["start"] in (0, None)
+        and given["end"] == -1
+        and given["step"] == 1
     )
 
 

@@ -128,6 +128,8 @@ def benchmark(
     """
     from retrofit.api import sites
 
+    if repeats < 1:
+        raise BenchmarkError(f"repeats must be at least 1, got {repeats}")
     if unknown := set(rivals) - {"flex", "nsa"}:
         raise BenchmarkError(f"rivals must be among flex and nsa, got {', '.join(sorted(unknown))}")
     found = dict(sites(model))
@@ -137,6 +139,10 @@ def benchmark(
     if path not in found:
         raise BenchmarkError(f"no converted site {path!r}; there are {', '.join(found)}")
     target = found[path].retrofit
+    if target.softcap or target.sinks:
+        raise BenchmarkError(
+            f"{path} caps its scores or has attention sinks, which no rival does; choose another site"
+        )
     inputs = record(model, path, tokenizer, source, max(*lengths, CHECK_LENGTH), target.scale)
     if shape is not None:
         inputs = inputs.shaped(*shape)
@@ -200,6 +206,8 @@ def _with(target: TargetAttention, **changes: Any) -> TargetAttention:
         "head_dim",
         "value_dim",
         "scale",
+        "softcap",
+        "sinks",
         "causal",
         "sliding_window",
         "implementation",

@@ -76,6 +76,8 @@ class SitePlan:
     head_dim: int
     value_dim: int
     scale: float
+    softcap: float
+    sinks: bool
     dropout: float
     slot: Slot
 
@@ -292,6 +294,8 @@ def _plan(
         value_dim=v[3],
         scale=float(normalized.attention.args[5]),  # type: ignore[arg-type]
         dropout=float(normalized.attention.args[6]),  # type: ignore[arg-type]
+        softcap=float(normalized.attention.args[7]),  # type: ignore[arg-type]
+        sinks=normalized.attention.args[8] is not None,
         slot=slot,
     )
 

@@ -235,6 +235,11 @@ def _refuse_what_does_not_run(model: torch.nn.Module, check: bool) -> None:
         )
     for path, site in model.named_modules():
         config = site.retrofit.config if isinstance(site, RetrofittedAttention) else None
+        if isinstance(site, RetrofittedAttention) and (site.retrofit.softcap or site.retrofit.sinks):
+            what = "a softcap of the scores" if site.retrofit.softcap else "attention sinks"
+            raise ExportError(
+                f"a converted site with {what} cannot be exported, got {path}; leave it out with where=…"
+            )
         if isinstance(config, MAHAConfig):
             for name, wanted in (("aggregation", "convex"), ("mode", "causal"), ("dilated_branch", False)):
                 if getattr(config, name) != wanted:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from retrofit.errors import ConfigError
+from retrofit.kernels.dense.scores import ScoreRules
 
 if TYPE_CHECKING:
     from retrofit.configs import TargetConfig
@@ -28,6 +29,8 @@ class TargetAttention(nn.Module):
         head_dim: Width of queries and keys.
         value_dim: Width of values.
         scale: Factor on the scores.
+        softcap: Bound c of the scores, which become c·tanh(score / c); 0 for none.
+        sinks: Whether ``call`` brings one more logit for each query head.
         causal: Whether a query sees only keys up to itself.
         sliding_window: A query sees only the last so many keys, itself included; 0 means all.
         implementation: ``auto``, or the name of one of the op's implementations.
@@ -50,6 +53,8 @@ class TargetAttention(nn.Module):
         scale: float,
         causal: bool,
         sliding_window: int,
+        softcap: float = 0.0,
+        sinks: bool = False,
         implementation: str = "auto",
     ) -> None:
         super().__init__()
@@ -61,9 +66,15 @@ class TargetAttention(nn.Module):
         self.head_dim = head_dim
         self.value_dim = value_dim
         self.scale = scale
+        self.softcap = softcap
+        self.sinks = sinks
         self.causal = causal
         self.sliding_window = sliding_window
         self.implementation = implementation
+
+    def rules(self, call: AttentionCall) -> ScoreRules:
+        """What happens to the scores in ``call`` besides the mask."""
+        return ScoreRules(self.softcap, call.sinks)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
         """Attends; with ``call.layer`` the new keys and values go into the cache first.

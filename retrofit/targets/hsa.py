@@ -116,6 +116,7 @@ class HSAAttention(TargetAttention):
             causal=self.causal,
             sliding_window=self.sliding_window,
             geometry=g,
+            rules=self.rules(call),
             implementation=self.implementation,
         )
         if layer is not None:
@@ -156,6 +157,7 @@ class HSAAttention(TargetAttention):
             at,
             real,
             scale=self.scale,
+            softcap=self.softcap,
             causal=self.causal,
             sliding_window=self.sliding_window,
             geometry=self.geometry,

@@ -67,6 +67,11 @@ class MAHAAttention(TargetAttention):
                 f"sliding_window must be at most sink + widths[0] = {config.sink + self._full_width} for MAHA, "
                 f"got {self.sliding_window}; leave the site out with where=… or give it DenseConfig()"
             )
+        if (self.softcap or self.sinks) and not self.always_dense:
+            what = "a softcap of the scores" if self.softcap else "attention sinks"
+            raise ConfigError(
+                f"MAHA does not carry {what}; leave the site out with where=… or give it DenseConfig() or HSAConfig()"
+            )
         self.bands = bands_of(config)
         taps = KERNEL if config.mode == "paper" else config.ratio
         self.key_weights = self._convolutions(self.kv_heads, self.head_dim, taps)

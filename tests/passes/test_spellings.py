@@ -393,6 +393,10 @@ POSITIVE: dict[str, Callable[[], nn.Module]] = {
     "division by a tensor": lambda: Site(_softmax_of(lambda site, s: s / torch.sqrt(torch.tensor(8.0)))),
     "scale left of the scores": lambda: Site(_softmax_of(lambda site, s: SCALE * s)),
     "no scale": lambda: Site(_softmax_of(lambda site, s: s)),
+    "a softcap": lambda: Site(_softmax_of(lambda site, s: torch.tanh(s / 5) * 5)),
+    "a tanh": lambda: Site(_softmax_of(lambda site, s: torch.tanh(s))),
+    "attention sinks": lambda: Site(_weights_of(_sink)),
+    "a softcap, a mask and sinks": lambda: Site(_weights_of(_softcap_mask_and_sinks)),
     "scale on both": lambda: Site(
         lambda site, q, k, v: _softmax_of(lambda site, s: s)(site, q * DIM**-0.25, k * DIM**-0.25, v)
     ),
@@ -481,10 +485,39 @@ def _talking(site, s):
     return torch.einsum("bhts,hg->bgts", F.softmax(s * SCALE, -1), site.mix)
 
 
-def _sink(site, s):
+def _sink(site, s, column=None):
     b, h, t, _ = s.shape
-    scores = torch.cat([s, site.sinks.view(1, h, 1, 1).expand(b, h, t, 1)], dim=-1)
+    column = site.sinks.view(1, h, 1, 1).expand(b, h, t, 1) if column is None else column
+    scores = torch.cat([s, column], dim=-1)
     return F.softmax(scores, dim=-1)[..., :-1]
+
+
+def _sink_by_query(site, s):
+    b, h, t, _ = s.shape
+    return _sink(site, s, torch.arange(t).float().view(1, 1, t, 1).expand(b, h, t, 1))
+
+
+def _softcap_mask_and_sinks(site, s):
+    s = (50 * torch.tanh(s / 50)).masked_fill(~_causal(s.shape[-1]), -torch.inf)
+    column = site.sinks.reshape(1, -1, 1, 1).expand(s.shape[0], -1, s.shape[2], -1)
+    both = torch.cat([s, column], dim=-1)
+    both = both - both.max(dim=-1, keepdim=True).values
+    return F.softmax(both, dim=-1, dtype=torch.float32)[..., :-1]
+
+
+def _mask_before_tanh(site, s):
+    return torch.tanh(s.masked_fill(~_causal(s.shape[-1]), -1e9))
+
+
+def _mask_after_sinks(site, s):
+    t = s.shape[-1]
+    scores = torch.cat([s, site.sinks.view(1, -1, 1, 1).expand(s.shape[0], -1, t, 1)], dim=-1)
+    hidden = F.pad(~_causal(t), (0, 1))
+    return F.softmax(scores.masked_fill(hidden, -torch.inf), dim=-1)[..., :-1]
+
+
+def _without_last(site, s):
+    return F.softmax(s, dim=-1)[..., :-1]
 
 
 def _alibi(site, s):
@@ -543,8 +576,21 @@ NEAR_MISSES: dict[str, tuple[Callable[[], nn.Module], str]] = {
         "not from a product",
     ),
     "talking heads": (lambda: Site(_weights_of(_talking)), "not"),
-    "a softcap": (lambda: Site(_softmax_of(lambda site, s: torch.tanh(s / 5) * 5)), "softcap"),
-    "attention sinks": (lambda: Site(_weights_of(_sink)), "sinks"),
+    "a mask before a tanh": (lambda: Site(_softmax_of(_mask_before_tanh)), "wrong side of a tanh"),
+    "a factor after a tanh": (
+        lambda: Site(_softmax_of(lambda site, s: torch.tanh(s) * site.temperature)),
+        "wrong side of a tanh",
+    ),
+    "two tanh": (
+        lambda: Site(_softmax_of(lambda site, s: torch.tanh(torch.tanh(s)))),
+        "wrong side of a tanh",
+    ),
+    "a logit for each query": (lambda: Site(_weights_of(_sink_by_query)), "vary over more than the heads"),
+    "a mask after the sinks": (lambda: Site(_weights_of(_mask_after_sinks)), "after a logit was added"),
+    "a key that is left out": (
+        lambda: Site(lambda site, q, k, v: _weights_of(_without_last)(site, q, k, v[:, :-1])),
+        "0 logits are added to the scores and 1 taken",
+    ),
     "ALiBi": (lambda: Site(_softmax_of(_alibi)), "bias"),
     "a mask that depends on the scores": (
         lambda: Site(_softmax_of(_score_dependent)),
