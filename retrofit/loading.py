@@ -66,10 +66,10 @@ def load_model(
         trust_remote_code: Whether code that comes with the model may run.
 
     Raises:
-        ModelLoadError: If there is no such model, or its files cannot be used.
+        ModelLoadError: If there is no such model or device, or its files cannot be used.
     """
     source = str(source)
-    wanted = _dtype(dtype)
+    wanted, place = _dtype(dtype), _device(device)
     path = _resolve(source, trust_remote_code)
     if path.is_dir():
         model = _from_folder(path, source, wanted, trust_remote_code)
@@ -79,7 +79,7 @@ def load_model(
     # PEFT and Trainer record where a model came from under this name.
     model.config._name_or_path = source
     model.name_or_path = source
-    return LoadedModel(model.to(device).eval(), tokenizer, source, _task(type(model).__name__))
+    return LoadedModel(model.to(place).eval(), tokenizer, source, _task(type(model).__name__))
 
 
 def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
@@ -88,6 +88,17 @@ def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     if dtype not in DTYPES:
         raise ModelLoadError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {dtype!r}")
     return DTYPES[dtype]
+
+
+def _device(device: str | torch.device) -> torch.device:
+    """Returns the device, once a tensor could be put there."""
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:  # a build without CUDA says so by an assertion
+        reason = str(error).splitlines()[0]
+        raise ModelLoadError(f"device {str(device)!r} cannot be used: {reason}; take cpu") from error
+    return place
 
 
 def _task(architecture: str) -> str:
@@ -107,6 +118,10 @@ def _task(architecture: str) -> str:
 
 def _resolve(source: str, trust_remote_code: bool) -> Path:
     """Returns the folder or the GGUF file that ``source`` stands for."""
+    if not source.removeprefix("package:").strip():
+        raise ModelLoadError(
+            f"a model must be a Hub id, a folder, a .gguf file or package:NAME, got {source!r}"
+        )
     if source.startswith("package:"):
         return _in_package(source.removeprefix("package:"))
     path = Path(source).expanduser()

@@ -85,9 +85,12 @@ class ModelReport:
             text = json.dumps(self.to_dict(), indent=2)
         else:
             text = f"{self}\n"
+        partial = path.with_name(f".{path.name}.partial")
         try:
-            path.write_text(text, encoding="utf-8")
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(path)
         except OSError as error:
+            partial.unlink(missing_ok=True)
             raise OutputError(f"{path} cannot be written: {error.strerror}; choose another file") from error
         return path
 

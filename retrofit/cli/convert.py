@@ -25,7 +25,7 @@ from retrofit.cli.options import (
 from retrofit.cli.output import Shown, command, plain
 from retrofit.cli.sites import percent, reasons
 from retrofit.configs import TargetConfig, config_from_dict, config_to_dict
-from retrofit.errors import ConfigError
+from retrofit.errors import ConfigError, OutputError
 from retrofit.progress import count
 
 
@@ -54,12 +54,22 @@ def convert(
     wanted = _read(config) if config else config_from_dict({"target": target, **assignments(set_)})
 
     from retrofit.api import convert as convert_model
+    from retrofit.api import sites
     from retrofit.loading import load_model
     from retrofit.saving import check_folder, save_pretrained
 
     # Before minutes of work, not after them.
     check_folder(output)
+    if Path(model).exists() and output.resolve() == Path(model).resolve():
+        raise OutputError(f"{output} is the model itself; give another folder")
     loaded = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    if trained := [
+        path for path, site in sites(loaded.model) if any(True for _ in site.retrofit.parameters())
+    ]:
+        raise ConfigError(
+            f"{model} is converted already, and {len(trained)} sites ({trained[0]}, …) have parameters of their "
+            "own that converting again would drop; convert the original, or go on with retrofit distill"
+        )
     done = convert_model(loaded.model, wanted, where=where, kind=kind, skip=skip or (), progress=count)
     save_pretrained(loaded.model, output, tokenizer=loaded.tokenizer)
     document = {

@@ -56,6 +56,7 @@ def distill(
     from retrofit.data import check
     from retrofit.distill import DistillConfig
     from retrofit.distill import distill as train
+    from retrofit.distill.files import check_run
     from retrofit.loading import load_model
     from retrofit.saving import check_folder, save_pretrained
 
@@ -64,6 +65,7 @@ def distill(
     config = DistillConfig(**known("--set", options, [field.name for field in fields(DistillConfig)]))
     run = checkpoints if checkpoints is not None else output.with_name(f"{output.name}.checkpoints")
     check_folder(output)
+    check_run(run, resume=resume)
     check(data)
     loaded = load_model(model, dtype=dtype, device=device)
     done = train(loaded.model, data, config, tokenizer=loaded.tokenizer, output=run, resume=resume)

@@ -34,9 +34,11 @@ def export(
     trust_remote_code: TrustRemoteCode = False,
 ) -> Shown:
     """Write MODEL as ONNX into OUTPUT and compare it with PyTorch."""
+    from retrofit.folders import check_folder, is_export
     from retrofit.loading import load_model
     from retrofit.onnx import export_onnx
 
+    check_folder(output, is_export, "earlier export")  # before minutes of work, not after them
     loaded = load_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
     done = export_onnx(
         loaded.model,

@@ -9,6 +9,7 @@ import typer
 
 from retrofit.cli.options import Converted, Data, Device, Dtype, read_json
 from retrofit.cli.output import Shown, command
+from retrofit.errors import DataError, OutputError
 
 
 @command
@@ -40,8 +41,10 @@ def report(
     device: Device = "cpu",
 ) -> Shown:
     """Say what MODEL was converted to, and what that costs and saves."""
-    measured: Any = None if evaluation is None else read_json(evaluation)
-    timed = None if benchmark is None else read_json(benchmark)
+    measured = None if evaluation is None else _printed(evaluation, "eval", ("bins", "sites", "all"))
+    timed = None if benchmark is None else _printed(benchmark, "bench", ("site", "timings", "environment"))
+    if output is not None and not output.parent.is_dir():
+        raise OutputError(f"{output.parent} is no folder; make it, or give another --output")
 
     from retrofit.api import sites
     from retrofit.data import check
@@ -59,3 +62,13 @@ def report(
     if output is not None:
         screen.append(f"written to {found.save(output)}")
     return Shown(found.to_dict(), screen, f"retrofit export {model} OUTPUT")
+
+
+def _printed(path: Path, command: str, needed: tuple[str, ...]) -> Any:
+    """What ``retrofit COMMAND --json`` printed into a file."""
+    document = read_json(path)
+    if missing := [name for name in needed if name not in document]:
+        raise DataError(
+            f"{path} is not what retrofit {command} --json printed: it has no {', '.join(missing)}"
+        )
+    return document

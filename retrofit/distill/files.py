@@ -21,6 +21,22 @@ from retrofit.errors import OutputError
 VERSION = 1
 
 
+RECORD = "distill.json"
+"""The file that marks a folder as that of a run."""
+
+
+def check_run(path: Path, *, resume: bool) -> None:
+    """Checks that a folder holds no earlier run, unless that is to go on.
+
+    Raises:
+        OutputError: If it does.
+    """
+    if (path / RECORD).is_file() and not resume:
+        raise OutputError(
+            f"{path} holds an earlier run; go on with it (--resume, resume=True), or give another folder"
+        )
+
+
 class RunFolder:
     """The folder of one run.
 
@@ -34,17 +50,14 @@ class RunFolder:
         self.log = self.path / "losses.jsonl"
         self.teacher = self.path / "teacher"
         self._checkpoint = self.path / "checkpoint.pt"
-        self._record = self.path / "distill.json"
+        self._record = self.path / RECORD
         record = json.loads(json.dumps({"version": VERSION, **record}))
         if self.path.exists() and not self.path.is_dir():
             raise OutputError(f"{self.path} is a file, expected a folder; choose another output")
         held = sorted(entry.name for entry in self.path.iterdir()) if self.path.exists() else []
         ours = (self._record, self._checkpoint)
+        check_run(self.path, resume=resume)
         if self._record.is_file():
-            if not resume:
-                raise OutputError(
-                    f"{self.path} holds an earlier run; pass resume=True to go on, or another output"
-                )
             self._compare(record)
             for unfinished in (entry for file in ours for entry in self.path.glob(f".{file.name}.*")):
                 unfinished.unlink()

@@ -127,12 +127,14 @@ def evaluate(
         raise DataError(
             f"length must be at most the model's {positions} positions, got {length}; pass length=…"
         )
+    if length < 2:
+        raise DataError(f"length must be at least 2 tokens, got {length}")
     stride = length if stride is None else stride
     if not 1 <= stride <= length:
         raise DataError(f"stride must lie between 1 and length={length}, got {stride}")
     limit = None if sequences is None else length + stride * (sequences - 1)
     windows = _windows(tokens(data, tokenizer, field=field, limit=limit), length, stride)[:sequences]
-    length = windows.shape[1]
+    asked, length = length, windows.shape[1]
 
     module = model if isinstance(model, nn.Module) else None
     found = _sites(module)
@@ -145,6 +147,8 @@ def evaluate(
     scored = torch.ones(windows.shape[0], length - 1, dtype=torch.bool)
     scored[1:, : max(0, length - 1 - stride)] = False
     warnings = []
+    if length < asked:
+        warnings.append(f"the data has {length} tokens, fewer than the length of {asked}; use a longer text")
     if start >= length - 1:
         warnings.append(
             f"sequences of {length} tokens end before position {start}, where the counts should start; "

@@ -201,3 +201,49 @@ def test_usage_errors_exit_2(retrofit: Run) -> None:
     assert retrofit("convert").exit_code == 2
     assert retrofit("convret", "x").exit_code == 2
     assert retrofit("eval", "x", "--length", "long").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (("inspect", ""), "a model must be a Hub id"),
+        (("inspect", "package:"), "a model must be a Hub id"),
+        (("inspect", "{model}", "--device", "banana"), "device 'banana' cannot be used"),
+        (("eval", "{model}", "--length", 0), "length must be at least 2"),
+        (("export", "{model}", "{model}"), "is not empty and holds no earlier export"),
+        (("convert", "{model}", "{model}"), "is the model itself"),
+        (
+            ("report", "{model}", "--evaluation", "{model}/config.json"),
+            "is not what retrofit eval --json printed",
+        ),
+        (("report", "{model}", "--output", "{model}/no/where.html"), "is no folder"),
+        (("bench", "{model}", "--repeats", 0), "repeats must be at least 1"),
+        (("bench", "{model}", "--shape", "8,2"), "heads, kv heads and dims"),
+    ],
+)
+def test_arguments_that_cannot_work(
+    retrofit: Run, converted_folder: Path, arguments: tuple[Any, ...], word: str
+) -> None:
+    given = [str(x).replace("{model}", str(converted_folder)) for x in arguments]
+    _fails(retrofit(*given), word)
+
+
+def test_a_second_run_of_a_distillation_is_stopped_before_any_work(
+    retrofit: Run, converted_folder: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "out.checkpoints"
+    run.mkdir()
+    (run / "distill.json").write_text("{}")
+    _fails(retrofit("distill", converted_folder, tmp_path / "out"), "holds an earlier run", "--resume")
+
+
+def test_trained_parameters_are_not_dropped_by_converting_again(
+    retrofit: Run, tiny_folder: Path, tmp_path: Path
+) -> None:
+    options = ("--target", "maha", "--set", "widths=64,8,8")
+    assert retrofit("convert", tiny_folder, tmp_path / "once", *options).exit_code == 0
+    _fails(
+        retrofit("convert", tmp_path / "once", tmp_path / "twice", *options),
+        "have parameters of their own that converting again would drop",
+    )
+    assert not (tmp_path / "twice").exists()
