@@ -21,10 +21,13 @@ from retrofit.kernels.hsa.triton_select import LOG2E, row_range
 
 @triton.jit
 def scores_and_products(x, slope, keys, values, lse, factor, PRECISION: tl.constexpr):
-    """Weights [M, N] of queries x [M, D] for keys [D, N], and ⟨gradient, value⟩; ``lse`` in powers of two."""
+    """Weights [M, N] of queries x [M, D] for keys [D, N], and ⟨gradient, value⟩.
+
+    ``lse`` [M, 1] or [M, N] is in powers of two; where it is infinite, weights are 0.
+    """
     s = tl.dot(x, keys, input_precision=PRECISION)
     products = tl.dot(slope, values, input_precision=PRECISION)
-    return tl.exp2(s * factor - lse[:, None]), products
+    return tl.exp2(s * factor - lse), products
 
 
 @triton.jit
@@ -65,7 +68,7 @@ def query_gradients(
         mean = tl.sum(dy.to(tl.float32) * y.to(tl.float32), 1)
         slot = (b * KV_HEADS * GROUP + head) * tokens + at
         tl.store(delta + slot, mean, mask=new)
-        top = tl.load(lse + slot, mask=new, other=float("inf")) * LOG2E
+        top = tl.load(lse + slot, mask=new, other=float("inf"))[:, None] * LOG2E
 
         begin = tl.load(start + b)
         keys = k + b * stride_kb + h * stride_kh + begin * stride_kt
@@ -148,6 +151,7 @@ def key_gradients(
     """
     ROWS: tl.constexpr = HEADS * QUERY_BLOCK
     PARTS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
+    LEAVES: tl.constexpr = KEYS // BLOCK
     w = tl.program_id(0).to(tl.int64)
     split = w < all_parts
     owner = tl.load(owners + w, mask=split, other=0)
@@ -182,7 +186,6 @@ def key_gradients(
         c = tl.trans(
             tl.load(values + at_key * stride_vt + value_dim[None], mask=inside & has_value, other=0.0)
         )
-        key_begin = tile_begin + key // BLOCK * BLOCK
 
         row = tl.arange(0, ROWS)
         place = row % QUERY_BLOCK
@@ -190,6 +193,8 @@ def key_gradients(
         row_q = above * stride_qh + place * stride_qt
         row_grad = above * stride_gh + place * stride_gt
         row_lse = above * tokens + place
+        leaf = tl.arange(0, LEAVES)
+        leaf_end = tile_begin + (leaf + 1) * BLOCK
         factor = scale * LOG2E
         acc_k = tl.zeros([DIM_PAD, KEYS], tl.float32)
         acc_v = tl.zeros([VALUE_PAD, KEYS], tl.float32)
@@ -204,19 +209,15 @@ def key_gradients(
             is_near = e < near
             number = tl.where(is_near, near_from + e, (entry >> 32).to(tl.int32))
             t0 = number * QUERY_BLOCK
-            # The places of the block that see a key: from the first that chose its leaf, or while it is in
-            # their window.
-            everything = sinks | (number < DENSE_END // QUERY_BLOCK)
-            when = (entry >> (8 * (key // BLOCK))).to(tl.int32) & 255
-            from_ = tl.where(is_near, j - t0, when)
-            to = tl.where(everything | (is_near == 0), QUERY_BLOCK, key_begin + BLOCK + WINDOW - 1 - t0)
-            # The places that see any.
-            earliest = entry.to(tl.int32) & 255
-            for leaf in tl.static_range(1, KEYS // BLOCK):
-                earliest = tl.minimum(earliest, (entry >> (8 * leaf)).to(tl.int32) & 255)
-            earliest = tl.where(is_near, tile_begin - t0, earliest)
-            latest = tl.where(everything | (is_near == 0), QUERY_BLOCK, tile_end + WINDOW - 1 - t0)
-            new = (place >= tl.maximum(earliest, low - t0)) & (place < tl.minimum(latest, high - t0))
+            # The places of the block that see a leaf: from the first that chose it, or while it is in their
+            # window; then those that see any.
+            when = (entry >> (8 * leaf)).to(tl.int32) & 255
+            whole = sinks | (number < DENSE_END // QUERY_BLOCK) | (is_near == 0)
+            from_ = tl.where(is_near, tile_begin - t0, when)
+            to = tl.where(whole, QUERY_BLOCK, leaf_end + WINDOW - 1 - t0)
+            new = (place >= tl.maximum(tl.min(from_, 0), low - t0)) & (
+                place < tl.minimum(tl.max(to, 0), high - t0)
+            )
             new &= part * HEADS + row // QUERY_BLOCK < GROUP
             head, at = h * GROUP + part * HEADS, t0 + offset
             x = tl.load(
@@ -228,10 +229,14 @@ def key_gradients(
                 mask=new[:, None] & has_value, other=0.0,
             )  # fmt: skip
             slot = (b * KV_HEADS * GROUP + head) * tokens + at
-            top = tl.load(lse + slot + row_lse, mask=new, other=float("inf")) * LOG2E
+            top = tl.load(lse + slot + row_lse, mask=new, other=float("inf"))[:, None] * LOG2E
             mean = tl.load(delta + slot + row_lse, mask=new, other=0.0)
+            if LEAVES > 1:
+                seen = (place[:, None] >= from_[None]) & (place[:, None] < to[None])
+                top = tl.broadcast_to(tl.where(seen, top, float("inf"))[:, :, None], [ROWS, LEAVES, BLOCK])
+                top = tl.reshape(top, [ROWS, KEYS])
             p, products = scores_and_products(x, dy, a, c, top, factor, PRECISION)
-            p = tl.where((place[:, None] >= from_[None]) & (place[:, None] < to[None]), p, 0.0)
+            p = tl.where(key[None] <= (t0 - tile_begin + place)[:, None], p, 0.0)
             ds = p * (products - mean[:, None])
             acc_v = tl.dot(tl.trans(dy), p.to(dy.dtype), acc_v, input_precision=PRECISION)
             acc_k = tl.dot(tl.trans(x), ds.to(x.dtype), acc_k, input_precision=PRECISION)

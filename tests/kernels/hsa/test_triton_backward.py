@@ -121,9 +121,8 @@ def error(actual: Tensor, expected: Tensor) -> float:
         {"tokens": 130, "beam": 2, "fanout": 2, "nodes_per_span": 8},
         {"tokens": 111, "heads": 3, "block": 16, "sink": 16, "dense_until": 0},
         {"tokens": 110, "begin": 77},
-        {"tokens": 75},
     ],
-    ids=["plain", "padded", "levels", "wide blocks", "chunk", "nearly dense"],
+    ids=["plain", "padded", "levels", "wide blocks", "chunk"],
 )
 def test_interpreted_gradients(build: Callable[..., Any], inputs: dict[str, Any]) -> None:
     options = {"heads": 2, "kv_heads": 1, **inputs}
@@ -137,14 +136,12 @@ def test_interpreted_gradients(build: Callable[..., Any], inputs: dict[str, Any]
 
 
 @interpreted
-@pytest.mark.parametrize("room", [64, 6], ids=["short parts", "longer parts, to fit"])
-def test_interpreted_parts_add_up(
-    build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, room: int
-) -> None:
-    given = problem(build(110, heads=2, kv_heads=1))
+def test_interpreted_parts_add_up(build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    given = problem(build(90, heads=2, kv_heads=1))
     out, lse, expected = given.exact()
+    monkeypatch.setattr(triton_backward, "KEY_TILE", 8)
     monkeypatch.setattr(triton_backward, "SHORTEST_PART", 2)
-    monkeypatch.setattr(triton_backward, "FEWEST_PARTS", room)
+    monkeypatch.setattr(triton_backward, "FEWEST_PARTS", 24)  # too few for parts of two steps
     for x, y in zip(given.by_triton(out, lse), expected, strict=True):
         assert error(x, y) < 2e-6
 
