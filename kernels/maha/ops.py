@@ -79,8 +79,11 @@ def _maha_attention(
 
 
 def _implementation(name: str, q: Tensor, v: Tensor, aggregation: str, regularizer: str) -> ModuleType:
-    """The module of that name; ``auto`` is ``triton`` for what it can do on a GPU, and else ``blocked``."""
-    if name == "blocked" or (name == "auto" and not (q.is_cuda and _has_triton())):
+    """The module of that name; ``auto`` is ``triton`` for what it can do on a GPU, and else ``blocked``.
+
+    Gradients of the reference, too, are those of the blocked form.
+    """
+    if name in ("reference", "blocked") or (name == "auto" and not (q.is_cuda and _has_triton())):
         return blocked
     kernels = _triton()
     missing = kernels.unsupported(q, v, aggregation=aggregation, regularizer=regularizer)
@@ -132,8 +135,11 @@ def _maha_attention_backward(
     ratio: int,
     aggregation: str,
     regularizer: str,
+    implementation: str,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
-    return backward.maha_attention_backward(
+    kernels = _implementation(implementation, q, v, aggregation, regularizer)
+    run = backward if kernels is blocked else kernels
+    grads: tuple[Tensor, list[Tensor], list[Tensor], Tensor] = run.maha_attention_backward(
         grad,
         q,
         k,
@@ -148,6 +154,7 @@ def _maha_attention_backward(
         aggregation=aggregation,
         regularizer=regularizer,
     )
+    return grads
 
 
 @_maha_attention_backward.register_fake
@@ -176,9 +183,7 @@ def _setup_context(
 ) -> None:
     q, k, v, start, length, keys, values, offsets = inputs
     ctx.save_for_backward(q, k, v, start, length, offsets, *keys, *values)
-    ctx.options = {
-        name: value for name, value in keyword_only_inputs.items() if name not in ("causal", "implementation")
-    }
+    ctx.options = {name: value for name, value in keyword_only_inputs.items() if name != "causal"}
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""MAHA by one Triton kernel: all scales and their aggregation in one launch.
+"""MAHA by Triton kernels: all scales and their aggregation in one launch, and two for the gradients.
 
 Nothing is read back from the device, and every size follows from shapes: a call can be captured in a CUDA graph.
 """
@@ -11,6 +11,7 @@ from math import log2
 import torch
 from torch import Tensor
 
+from retrofit.kernels.maha import triton_backward as backward
 from retrofit.kernels.maha import triton_execute as execute
 from retrofit.kernels.maha.bands import Bands
 
@@ -20,10 +21,14 @@ FEW_ROWS = 16
 """The same where there are no more queries than that."""
 KEYS = 64
 """Keys of one step of the softmax, for rows of at most 256 bytes."""
+BACKWARD_TILE = 64
+"""Rows and keys of a tile of the gradients, for rows of at most 256 bytes."""
 ATTEND = {"num_warps": 8, "num_stages": 2, "maxnreg": 128}
 """Two programs fit into a multiprocessor of an H200 for 128 dims in bfloat16."""
 SMALL = {"num_warps": 4, "num_stages": 2}
 """For tiles of fewer rows."""
+GRADIENTS = {"num_warps": 8, "num_stages": 2}
+"""For the gradients of keys and values."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 UNBOUNDED = 2**30
 """Tokens back to an edge that no position reaches."""
@@ -59,31 +64,133 @@ def maha_attention(
     regularizer: str,
 ) -> Tensor:
     """Returns the output [B, Hq, T, Dv] of a call that is not ``unsupported``; arguments as in ``ops``."""
-    (batch, heads, tokens, dim), (_, kv_heads, slots, value_dim) = q.shape, v.shape
-    group = heads // kv_heads
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    keys, values = ([_by_rows(x) for x in cells] for cells in (keys, values))
-    rows = TILE_ROWS if max(dim, value_dim) <= 128 else TILE_ROWS // 2
-    if tokens * group <= FEW_ROWS:
-        rows = FEW_ROWS
-    per_tile = min(_power(group), rows)
-    query_block = rows // per_tile
-    blocks = (tokens + 2 * query_block - 2) // query_block
-    out = torch.empty(batch, heads, tokens, value_dim, dtype=q.dtype, device=q.device)
-    execute.attend[(blocks, -(-group // per_tile) * batch * kv_heads)](
-        q, k, v, start, length, tuple(keys), tuple(values), offsets.contiguous(), out,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        tuple(x.stride()[:2] for x in keys), tuple(x.stride()[:2] for x in values),
-        slots, tokens, blocks, scale,
-        KV_HEADS=kv_heads, GROUP=group, HEADS=per_tile, QUERY_BLOCK=query_block,
-        DIM=dim, DIM_PAD=_padded(dim), VALUE_DIM=value_dim, VALUE_PAD=_padded(value_dim),
-        SCALES=bands.scales, RATIO=bands.ratio, LOG=_log(bands.ratio), LOG_RATIO=log2(bands.ratio), SINK=bands.sink,
-        REACHES=(0, *bands.reaches, *([UNBOUNDED] if bands.last_width is None else [])),
-        KEYS=KEYS if max(dim, value_dim) * q.element_size() <= 256 else KEYS // 2,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        **(ATTEND if rows == TILE_ROWS else SMALL),
-    )  # fmt: skip
-    return out
+    call = _Call(q, k, v, start, length, keys, values, offsets, scale=scale, bands=bands)
+    return call.attend()[0]
+
+
+def maha_attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Tensor,
+    length: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    offsets: Tensor,
+    *,
+    scale: float,
+    bands: Bands,
+    aggregation: str,
+    regularizer: str,
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
+    """Returns the gradients of q, of [k, *keys], of [v, *values] and of the offsets."""
+    call = _Call(q, k, v, start, length, keys, values, offsets, scale=scale, bands=bands)
+    return call.backward(grad.contiguous())
+
+
+class _Call:
+    """The tensors of a call as the kernels take them."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        start: Tensor,
+        length: Tensor,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+        offsets: Tensor,
+        *,
+        scale: float,
+        bands: Bands,
+    ) -> None:
+        self.q, self.k, self.v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        self.keys, self.values = (tuple(map(_by_rows, cells)) for cells in (keys, values))
+        self.offsets = offsets.contiguous()
+        self.inputs = (self.q, self.k, self.v, start, length, self.keys, self.values, self.offsets)
+        self.strides = (
+            *self.q.stride()[:3],
+            *self.k.stride()[:3],
+            *self.v.stride()[:3],
+            tuple(x.stride()[:2] for x in self.keys),
+            tuple(x.stride()[:2] for x in self.values),
+        )
+        self.slots, self.tokens, self.scale, self.scales = k.shape[2], q.shape[2], scale, bands.scales
+        self.group = q.shape[1] // k.shape[1]
+        self.dim = max(q.shape[3], v.shape[3])
+        self.sizes = {
+            "KV_HEADS": k.shape[1],
+            "GROUP": self.group,
+            "DIM": q.shape[3],
+            "DIM_PAD": _padded(q.shape[3]),
+            "VALUE_DIM": v.shape[3],
+            "VALUE_PAD": _padded(v.shape[3]),
+            "SCALES": bands.scales,
+            "RATIO": bands.ratio,
+            "LOG": _log(bands.ratio),
+            "LOG_RATIO": log2(bands.ratio),
+            "SINK": bands.sink,
+            "REACHES": (0, *bands.reaches, *([UNBOUNDED] if bands.last_width is None else [])),
+            "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
+        }
+
+    def attend(self) -> tuple[Tensor, Tensor]:
+        """Returns the output and the logarithm to base 2 of each query's mass, −∞ for padding."""
+        rows = TILE_ROWS if self.dim <= 128 else TILE_ROWS // 2
+        if self.tokens * self.group <= FEW_ROWS:
+            rows = FEW_ROWS
+        heads, query_block, blocks, programs = self._tiles(rows)
+        out = self.q.new_empty(*self.q.shape[:3], self.v.shape[3])
+        lse = self.q.new_empty(self.q.shape[:3], dtype=torch.float32)
+        execute.attend[(blocks, programs)](
+            *self.inputs, out, lse, *self.strides, self.slots, self.tokens, blocks, self.scale,
+            HEADS=heads, QUERY_BLOCK=query_block, KEYS=self._keys(KEYS), **self.sizes,
+            **(ATTEND if rows == TILE_ROWS else SMALL),
+        )  # fmt: skip
+        return out, lse
+
+    def backward(self, grad: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
+        """Returns the gradients of q, of [k, *keys], of [v, *values] and of the offsets."""
+        out, lse = self.attend()
+        size = self._keys(BACKWARD_TILE)
+        heads, query_block, blocks, programs = self._tiles(size)
+        tiles = {"HEADS": heads, "QUERY_BLOCK": query_block, "KEYS": size}
+        grad_q = torch.empty(self.q.shape, dtype=self.q.dtype, device=self.q.device)
+        delta = torch.empty_like(lse)
+        backward.query_gradients[(blocks, programs)](
+            *self.inputs, out, lse, grad, grad_q, delta, *self.strides, self.slots, self.tokens, self.scale,
+            **tiles, **self.sizes, **SMALL,
+        )  # fmt: skip
+        grad_keys = [self.k.new_zeros(x.shape) for x in (self.k, *self.keys)]
+        grad_values = [self.v.new_zeros(x.shape) for x in (self.v, *self.values)]
+        cells = tuple(x.shape[2] for x in grad_keys)
+        counts = tuple(-(-count // size) for count in cells)
+        rows = self.k.shape[0] * self.k.shape[1]
+        parts = -(-self.group // heads)
+        parted = torch.zeros(sum(counts), rows, parts * heads, device=self.q.device)
+        backward.key_gradients[(sum(counts), rows)](
+            *self.inputs, lse, grad, delta, tuple(grad_keys), tuple(grad_values), parted, *self.strides,
+            cells, counts, self.slots, self.tokens, self.scale, **tiles, **self.sizes, **GRADIENTS,
+        )  # fmt: skip
+        # The first tile of scale 0, those of the coarsest scale, …, and the others of scale 0.
+        order = [1, *reversed(counts[1:]), counts[0] - 1]
+        sums = [part.sum(0) for part in parted.split(order)]
+        by_scale = torch.stack([sums[0] + sums[-1], *reversed(sums[1:-1])], -1)[:, : self.group]
+        by_scale = by_scale.reshape(self.k.shape[0], -1, self.scales).sum(0)
+        return grad_q, grad_keys, grad_values, by_scale.to(self.offsets.dtype)
+
+    def _tiles(self, rows: int) -> tuple[int, int, int, int]:
+        """Heads and queries of a tile of so many rows, query blocks, and tiles of a block over the batch."""
+        heads = min(_power(self.group), rows)
+        query_block = rows // heads
+        blocks = (self.tokens + 2 * query_block - 2) // query_block
+        return heads, query_block, blocks, -(-self.group // heads) * self.k.shape[0] * self.k.shape[1]
+
+    def _keys(self, most: int) -> int:
+        """Keys of one step: ``most`` for rows of at most 256 bytes, and fewer of longer ones."""
+        return max(16, min(most, most * 256 // (_padded(self.dim) * self.q.element_size())))
 
 
 def _by_rows(x: Tensor) -> Tensor:

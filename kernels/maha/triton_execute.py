@@ -115,7 +115,7 @@ def load_rows(pointer, row, stride, dim, DIM: tl.constexpr, DIM_PAD: tl.constexp
 
 @triton.jit
 def attend(
-    q, k, v, start, length, keys, values, offsets, out,
+    q, k, v, start, length, keys, values, offsets, out, lse,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     strides_key, strides_value, slots, tokens, blocks, scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, QUERY_BLOCK: tl.constexpr,
@@ -123,7 +123,7 @@ def attend(
     SCALES: tl.constexpr, RATIO: tl.constexpr, LOG: tl.constexpr, LOG_RATIO: tl.constexpr, SINK: tl.constexpr,
     REACHES: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Writes ``out`` [B, Hq, T, VALUE_DIM]; zeros for padding.
+    """Writes ``out`` [B, Hq, T, VALUE_DIM], zeros for padding, and ``lse`` [B, Hq, T] to base 2, −∞ for padding.
 
     ``keys`` and ``values`` are the cells of the scales from 1 on, ``strides_key`` and ``strides_value`` their
     (batch, head) strides; ``REACHES`` are the tokens back to the near end of each scale, and to the last one's end.
@@ -209,10 +209,12 @@ def attend(
         z = load_rows(value_pointer, inside[:, None], value_stride, value_dim[None], VALUE_DIM, VALUE_PAD)
         acc, total, top = add_tile(acc, total, top, s, z, PRECISION)
 
-    result = tl.where(real[:, None], acc / tl.where(real, total, 1.0)[:, None], 0.0)
+    total = tl.where(real, total, 1.0)
+    result = tl.where(real[:, None], acc / total[:, None], 0.0)
     at_out = (bh * GROUP + g) * tokens + (t - p0)
     tl.store(
         out + at_out[:, None] * VALUE_DIM + value_dim[None],
         result.to(out.dtype.element_ty),
         mask=new[:, None] & (value_dim[None] < VALUE_DIM),
     )
+    tl.store(lse + at_out, top + tl.log2(total), mask=new)

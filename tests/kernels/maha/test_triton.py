@@ -1,4 +1,4 @@
-"""The Triton kernels: in Triton's interpreter, compiled for every architecture, and on a GPU."""
+"""The Triton kernels: in Triton's interpreter, compiled for GPUs, and on one."""
 
 from __future__ import annotations
 
@@ -44,18 +44,21 @@ def warm(self, *args, grid, warmup, **options):
     code = run(self, *args, grid=grid, warmup=True, **options).asm
     print(self.__name__, capability, len(code["cubin"]) > 1000, f"sm_{capability}" in code["ptx"])
 JITFunction.run = warm
-bands = Bands((224, 252, 504), None, 32, 2)
-q, k = (torch.empty(1, heads, 2**18, 64, dtype=torch.bfloat16, device="meta") for heads in (8, 2))
-taps = [torch.empty(2, 64, 2, device="meta")] * 3
+bands = Bands((224,), None, 32, 2)
+q, k = (torch.empty(1, heads, 2**18, 32, dtype=torch.bfloat16, device="meta") for heads in (8, 2))
+taps = [torch.empty(2, 32, 2, device="meta")]
 at = torch.zeros(1, dtype=torch.int64, device="meta")
-options = {"ratios": (2,) * 3, "offset": 0, "pooling": "learned", "weights": taps}
+cells = [torch.empty(1, 2, 2**17, 32, dtype=torch.bfloat16, device="meta")]
+options = {"ratios": (2,), "offset": 0, "pooling": "learned", "weights": taps}
 for capability in map(int, sys.argv[1:]):
-    cells = pyramid.extend_pyramid(k[:, :, :-1], None, at, new=2**18 - 1, **options)
-    cells = pyramid.extend_pyramid(k, cells, at, new=1, **options)
-    kernels.maha_attention(
-        q, k, k, at, at, cells, cells, torch.zeros(8, 4, device="meta"), scale=0.1, bands=bands,
-        aggregation="convex", regularizer="entropy",
-    )
+    inputs = (q, k, k, at, at, cells, cells, torch.zeros(8, 2, device="meta"))
+    last = {"scale": 0.1, "bands": bands, "aggregation": "convex", "regularizer": "entropy"}
+    if capability == 90:
+        pyramid.extend_pyramid(k, None, at, new=2**18, **options)
+        pyramid.extend_pyramid(k, cells, at, new=1, **options)
+        kernels.maha_attention_backward(q, *inputs, **last)
+    else:
+        kernels.maha_attention(*inputs, **last)
 """
 
 
@@ -76,15 +79,30 @@ class Case:
         """The op on the queries at index begin … end, with the keys up to end."""
         end = self.k.shape[2] if end is None else end
         k, v = self.k[:, :, :end], self.v[:, :, :end]
+        levels = [self.cells(k), self.cells(v)]
+        return self.call(self.q[:, :, begin:end], k, v, *levels, self.offsets)
+
+    def gradients(self) -> list[Tensor]:
+        """Of q, k, v, the cells and the offsets, for a random gradient of the output."""
+        cells = [self.cells(self.k), self.cells(self.v)]
+        q, k, v, offsets = own = [x.clone().requires_grad_() for x in (self.q, self.k, self.v, self.offsets)]
+        keys, values = ([x.clone().requires_grad_() for x in part] for part in cells)
+        out = self.call(q, k, v, keys, values, offsets)
+        above = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+        return list(torch.autograd.grad(out, [*own, *keys, *values], above))
+
+    def call(
+        self, q: Tensor, k: Tensor, v: Tensor, keys: list[Tensor], values: list[Tensor], offsets: Tensor
+    ) -> Tensor:
         return maha_attention(
-            self.q[:, :, begin:end],
+            q,
             k,
             v,
             self.start,
-            torch.minimum(self.length, end - self.start).clamp(min=0),
-            self.cells(k),
-            self.cells(v),
-            self.offsets,
+            torch.minimum(self.length, k.shape[2] - self.start).clamp(min=0),
+            keys,
+            values,
+            offsets,
             scale=self.q.shape[3] ** -0.5,
             widths=self.bands.widths,
             last_width=self.bands.last_width,
@@ -169,13 +187,13 @@ def test_interpreted_kernel_equals_blocked(case: dict) -> None:
 
 @interpreted
 def test_interpreted_chunks_equal_the_whole() -> None:
-    case = build(120, bands=Bands((32, 16, 16), None, 8, 2))
-    torch.testing.assert_close(case.run_in_chunks([75, 76, 91]), case.run(), rtol=1e-5, atol=1e-5)
+    case = build(100, bands=Bands((32, 16, 16), None, 8, 2))
+    torch.testing.assert_close(case.run_in_chunks([75, 76]), case.run(), rtol=1e-5, atol=1e-5)
 
 
 @interpreted
 def test_interpreted_kernel_is_causal_to_the_bit() -> None:
-    case = build(120, bands=Bands((32, 16, 16), None, 8, 2))
+    case = build(100, bands=Bands((32, 16, 16), None, 8, 2))
     before = case.run()
     for x in (case.q, case.k, case.v):
         x[:, :, 93:] = 9 * torch.randn_like(x[:, :, 93:])
@@ -193,8 +211,12 @@ def test_kernels_compile_for_every_architecture() -> None:
         check=False,
     )
     assert result.returncode == 0, result.stderr[-2000:]
-    names = ("halve_levels", "pool_cells", "pool_cells", "pool_cells", "attend")
-    expected = [f"{name} {capability} True True" for capability in (80, 90, 100) for name in names]
+    names = {
+        80: ["attend"],
+        90: ["halve_levels", "pool_cells", "attend", "query_gradients", "key_gradients"],
+        100: ["attend"],
+    }
+    expected = [f"{name} {capability} True True" for capability, own in names.items() for name in own]
     assert result.stdout.splitlines() == expected
 
 
@@ -230,6 +252,22 @@ def test_what_the_kernel_cannot_do_is_refused(changes: dict, words: str) -> None
         )
 
 
+@interpreted
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"tokens": 70, "bands": Bands((16, 8, 8), None, 8, 2), "heads": 3, "dim": 20, "value_dim": 12},
+        {"tokens": 66, "bands": Bands((5, 9), 20, 9, 3), "batch": 2, "start": [0, 13], "length": [60, 53]},
+    ],
+    ids=["odd group and dims", "padded, ratio 3, last width"],
+)
+def test_interpreted_gradients_equal_those_of_blocked(case: dict) -> None:
+    own = build(**case)
+    expected = replace(own, implementation="blocked").gradients()
+    for actual, wanted in zip(own.gradients(), expected, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=2e-5)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
@@ -251,6 +289,11 @@ def test_on_a_gpu_equals_blocked(shape: dict, dtype: torch.dtype) -> None:
     exact = replace(case.on("cuda", torch.float64), implementation="blocked").run()
     error, bound = ((x.double() - exact).norm() / exact.norm() for x in (actual, expected))
     assert error <= 1.5 * bound + 1e-6
+    blocked, exactly = (replace(x, implementation="blocked") for x in (case, case.on("cuda", torch.float64)))
+    grads = zip(case.gradients(), blocked.gradients(), exactly.gradients(), strict=True)
+    for grad, other, wanted in grads:
+        error, bound = ((x.double() - wanted).norm() / (wanted.norm() + 1e-30) for x in (grad, other))
+        assert error <= 2 * bound + 1e-5 + 4 * torch.finfo(dtype).eps
     tokens = case.k.shape[2]
     chunks = case.run_in_chunks([tokens - 37, tokens - 1])
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
