@@ -1,6 +1,6 @@
 """Converts a tiny model of every architecture of transformers and says what became of each.
 
-    python scripts/sweep_transformers.py --output benchmarks/results/sweep-causal-lm.json [NAME …]
+    python scripts/sweep_transformers.py --family causal-lm --output benchmarks/results/sweep-causal-lm.json [NAME …]
 
 An architecture is built offline from its default configuration with reduced sizes, in a process of its own
 with a time limit. Attention found by ``inspect`` is held against the calls to softmax and SDPA that a dispatch
@@ -23,156 +23,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tiny_models import built, example
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import retrofit
 from retrofit.errors import RetrofitError
 
 LIMIT = 150  # seconds for one architecture
-SIZES = {
-    "hidden_size": 64,
-    "embed_dim": 64,
-    "n_embd": 64,
-    "d_model": 64,
-    "dim": 64,
-    "embedding_size": 64,
-    "word_embed_proj_dim": 64,
-    "emb_dim": 64,
-    "intermediate_size": 96,
-    "n_inner": 96,
-    "ffn_dim": 96,
-    "d_ff": 96,
-    "d_inner": 96,
-    "dim_ff": 96,
-    "dff": 96,
-    "decoder_ffn_dim": 96,
-    "encoder_ffn_dim": 96,
-    "moe_intermediate_size": 48,
-    "shared_intermediate_size": 96,
-    "shared_expert_intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "n_layer": 2,
-    "n_layers": 2,
-    "num_layers": 2,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "num_encoder_layers": 2,
-    "num_decoder_layers": 2,
-    "num_attention_heads": 4,
-    "n_head": 4,
-    "n_heads": 4,
-    "num_heads": 4,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "num_encoder_attention_heads": 4,
-    "num_decoder_attention_heads": 4,
-    "head_dim": 16,
-    "attention_head_dim": 16,
-    "dim_head": 16,
-    "d_kv": 16,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 16,
-    "q_lora_rank": 24,
-    "kv_lora_rank": 16,
-    "rotary_dim": 8,
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "n_routed_experts": 4,
-    "moe_num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_k": 2,
-    "n_group": 1,
-    "topk_group": 1,
-    "first_k_dense_replace": 1,
-    "vocab_size": 512,
-    "char_vocab_size": 512,
-    "max_position_embeddings": 256,
-    "n_positions": 256,
-    "n_ctx": 256,
-    "max_seq_len": 256,
-    "sliding_window": 24,
-    "attention_window": 24,
-    "local_attention": 24,
-    "window_size": 24,
-    "attention_chunk_size": 24,
-    "mamba_d_state": 16,
-    "mamba_n_heads": 4,
-    "mamba_d_head": 32,
-    "mamba_n_groups": 1,
-    "mamba_expand": 2,
-    "state_size": 16,
-    "ssm_state_size": 16,
-    "mamba_num_heads": 4,
-    "mamba_head_dim": 32,
-    "mamba_headdim": 32,
-    "n_mamba_heads": 1,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 16,
-    "linear_value_head_dim": 16,
-    "chunk_size": 16,
-    "image_size": 32,
-    "patch_size": 8,
-    "hidden_size_per_layer_input": 8,
-    "vocab_size_per_layer_input": 512,
-}
-
-
-def tiny_config(cls: type, overrides: dict[str, Any] | None = None) -> Any:
-    """Returns a configuration of ``cls`` with every size reduced that its default one has."""
-    default = cls()
-    given = {name: value for name in _settable(cls, default) if (value := _read(default, name)) is not None}
-    kwargs: dict[str, Any] = {name: size for name, size in SIZES.items() if isinstance(given.get(name), int)}
-    if "qk_rope_head_dim" in kwargs:
-        kwargs.pop("head_dim", None)
-        if "head_dim" in given:
-            kwargs["head_dim"] = kwargs["qk_rope_head_dim"]
-        if "num_key_value_heads" in given:
-            kwargs["num_key_value_heads"] = 4
-    for name in ("num_key_value_heads", "n_head_kv", "num_kv_heads", "swa_num_key_value_heads"):
-        value = given.get(name)
-        if isinstance(value, int) and not isinstance(value, bool) and name not in kwargs:
-            heads = given.get("num_attention_heads", value)
-            kwargs[name] = 1 if value == 1 else 4 if value == heads else 2
-    if given.get("is_decoder") is False and not given.get("is_encoder_decoder"):
-        kwargs["is_decoder"] = True
-    kinds = given.get("layer_types")
-    if isinstance(kinds, (list, tuple)) and kinds:
-        kinds = list(dict.fromkeys(kinds))
-        kinds += kinds[-1:] * (len(kinds) == 1)
-        kwargs["layer_types"] = kinds
-        kwargs["num_hidden_layers"] = len(kinds)
-    for name, value in given.items():
-        if name.endswith("token_id") and isinstance(value, int) and value >= SIZES["vocab_size"]:
-            kwargs[name] = 7
-    for name in getattr(cls, "sub_configs", {}):
-        sub = given.get(name)
-        if hasattr(sub, "to_dict"):
-            kwargs[name] = tiny_config(type(sub)).to_dict()
-    kwargs.update(overrides or {})
-    return cls(**{name: value for name, value in kwargs.items() if value is not ...})
-
-
-def _settable(cls: type, default: Any) -> list[str]:
-    """Names that a configuration may be given."""
-    names = {*vars(default), *getattr(cls, "attribute_map", {}), *getattr(cls, "__dataclass_fields__", {})}
-    names |= {name for name in SIZES if _read(default, name) is not None}
-    mapped = getattr(cls, "attribute_map", {})
-    return sorted(
-        name
-        for name in names
-        for kept in [getattr(cls, mapped.get(name, name), None)]
-        if not (isinstance(kept, property) and kept.fset is None)
-    )
-
-
-def _read(config: Any, name: str) -> Any:
-    try:
-        return getattr(config, name)
-    except Exception:  # per-layer attributes have no one value
-        return None
 
 
 class _Count(TorchDispatchMode):
@@ -200,21 +59,19 @@ def sweep(name: str, config_class: type, model_class: type) -> dict[str, Any]:
     """Builds, inspects, converts, generates with and reverts one architecture."""
     row: dict[str, Any] = {"architecture": name, "class": model_class.__name__}
     try:
-        config = tiny_config(config_class, OVERRIDES.get(name))
-        if not isinstance(config, model_class.config_class or object):
-            config = config.get_text_config(decoder=True)
-        torch.manual_seed(0)
-        model = model_class(config).eval()
+        model = built(name, config_class, model_class)
     except Exception as error:
         return {**row, "verdict": "not built", "error": _line(error)}
-    ids = torch.randint(10, 500, (2, 21))
+    inputs = example(model)
+    # A text model gets retrofit's own example, which is padded on both sides.
+    given = None if set(inputs) <= {"input_ids", "decoder_input_ids"} else inputs
     try:
-        counted = _counted(model_class, config, ids)
+        counted = _counted(built(name, config_class, model_class), inputs)
     except Exception as error:
         return {**row, "verdict": "not run", "error": _line(error)}
     start = time.perf_counter()
     try:
-        report = retrofit.inspect(model)
+        report = retrofit.inspect(model, given)
         found = {site.path: site for site in report.sites}
         row["counted"] = len(counted)
         row["missed"] = sorted(path for path in counted if not _covered(path, found))
@@ -224,9 +81,10 @@ def sweep(name: str, config_class: type, model_class: type) -> dict[str, Any]:
         refused = Counter(f"{site.reason}" for site in attention if not site.convertible)
         row["refused"] = dict(refused)
         row["convertible"] = sum(site.convertible for site in report.sites)
+        row["coverage"] = report.coverage
         row["seconds"] = round(time.perf_counter() - start, 1)
         if row["convertible"]:
-            row.update(_round_trip(model, ids))
+            row.update(_round_trip(model, inputs, given))
     except RetrofitError as error:
         row["error"] = f"{type(error).__name__}: {_line(error)}"
     except Exception as error:
@@ -248,46 +106,55 @@ def verdict(row: dict[str, Any]) -> str:
     return "converted" if row["convertible"] == row["sites"] else "in part"
 
 
-def _round_trip(model: Any, ids: torch.Tensor) -> dict[str, Any]:
+def _round_trip(model: Any, inputs: dict[str, Any], given: dict[str, Any] | None) -> dict[str, Any]:
     state = {key: value.clone() for key, value in model.state_dict().items()}
+    text = given is None
     with torch.no_grad():
-        before = _logits(model, ids)
-        can = getattr(model, "can_generate", lambda: False)()
-        tokens = _generated(model, ids) if can else None
-        report = retrofit.convert(model, retrofit.DenseConfig())
-        after = _logits(model, ids)
+        before = _first(model, inputs)
+        can = text and getattr(model, "can_generate", lambda: False)()
+        tokens = _generated(model, inputs["input_ids"]) if can else None
+        report = retrofit.convert(model, retrofit.DenseConfig(), given)
+        after = _first(model, inputs)
         row = {
             "prefill_error": float(((after - before).norm() / before.norm()).item()),
             "site_error": max(report.verification.sites.values()),
             "decode_error": report.verification.decode,
         }
+        # What inspect took for convertible and the proof did not: its mask was classified.
+        unfit = [site for site in report.left if site.mask is not None]
+        if unfit:
+            row["convertible"] = len(report.converted)
+            row["refused"] = dict(
+                Counter(report.skipped[site.path] for site in report.left if site.kind != "other")
+            )
         if tokens is not None:
-            row["generate_equal"] = bool(torch.equal(tokens, _generated(model, ids)))
+            row["generate_equal"] = bool(torch.equal(tokens, _generated(model, inputs["input_ids"])))
         retrofit.revert(model)
         same = all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
-        row["reverted"] = same and bool(torch.equal(_logits(model, ids), before))
+        row["reverted"] = same and bool(torch.equal(_first(model, inputs), before))
     if not row["reverted"] or row.get("generate_equal") is False:
         row["error"] = "generate() differs" if row["reverted"] else "revert() is not bit-exact"
     return row
 
 
-def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    extra = {"decoder_input_ids": ids[:, :9]} if model.config.is_encoder_decoder else {}
-    output = model(input_ids=ids, **extra)
-    first = output.logits if hasattr(output, "logits") else output[0]
-    return first.clone()
+def _first(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    """The first result of ``model``: of a text model its logits."""
+    output = model(**inputs)
+    for name in ("logits", "logits_per_image", "last_hidden_state"):
+        if getattr(output, name, None) is not None:
+            return getattr(output, name).clone()
+    return next(leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)).clone()
 
 
 def _generated(model: Any, ids: torch.Tensor) -> torch.Tensor:
     return model.generate(ids, max_new_tokens=6, do_sample=False, num_beams=1, pad_token_id=0)
 
 
-def _counted(model_class: Any, config: Any, ids: torch.Tensor) -> Counter[str]:
+def _counted(model: Any, inputs: dict[str, Any]) -> Counter[str]:
     """Paths with softmax or SDPA calls, seen by a second model of the same configuration."""
-    model = model_class(config).eval()
     count = _Count(model)
     with torch.no_grad(), count:
-        _logits(model, ids)
+        model(**inputs)
     return count.seen
 
 
@@ -300,59 +167,46 @@ def _line(error: BaseException) -> str:
     return f"{type(error).__name__}: " + (str(error).strip().splitlines() or [""])[0][:300]
 
 
-OVERRIDES: dict[str, dict[str, Any]] = {
-    "bamba": {"attn_layer_indices": [1]},
-    "big_bird": {"attention_type": "original_full"},  # the other one is for texts of 700 tokens and more
-    "deepseek_v2": {"num_experts_per_tok": 2, "moe_intermediate_size": 48},
-    "falcon_h1": {"mamba_d_ssm": 128},
-    "gemma3n_text": {"num_kv_shared_layers": 0},
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
-    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
-    "hunyuan_v1_dense": {"head_dim": 16},
-    "hunyuan_v1_moe": {"head_dim": 16},
-    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
-    "ministral": {"head_dim": 16},
-    "moshi": {
-        "sliding_window": 256
-    },  # as in the real one, no shorter than the positions: its mask has no window
-    "nemotron": {"num_key_value_heads": 2},
-    "nemotron_h": {"n_groups": 1, "layers_block_type": ["mamba", "attention"]},
-    "prophetnet": {"num_hidden_layers": ...},
-    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
-    "xlnet": {"max_position_embeddings": ...},
-    "xmod": {"default_language": "en_XX"},
-}
-"""What the sizes alone do not settle; ``...`` leaves an argument out."""
-
-
 def _work(name: str, config_class: type, model_class: type, pipe: Any) -> None:
     signal.alarm(LIMIT)
     torch.set_num_threads(1)
     pipe.send(sweep(name, config_class, model_class))
 
 
-def architectures(names: list[str]) -> list[tuple[str, type, type]]:
-    """The architectures of the causal-LM mapping with their classes."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+FAMILIES = {
+    "causal-lm": ("Causal language models", ("CAUSAL_LM",)),
+    "encoder": ("Text encoders", ("MASKED_LM",)),
+    "encoder-decoder": ("Encoder-decoders of text", ("SEQ_TO_SEQ_CAUSAL_LM",)),
+    "vision": ("Vision models", ("IMAGE", "IMAGE_CLASSIFICATION")),
+    "audio": ("Audio models", ("CTC", "AUDIO_CLASSIFICATION", "SPEECH_SEQ_2_SEQ")),
+    "multimodal": ("Models of text and images", ("ZERO_SHOT_IMAGE_CLASSIFICATION", "IMAGE_TEXT_TO_TEXT")),
+}
+"""Titles, and the mappings of transformers whose architectures belong to a family; the first that has one counts."""
 
+
+def architectures(names: list[str], family: str = "causal-lm") -> list[tuple[str, type, type]]:
+    """The architectures of a family with their classes."""
+    from transformers.models.auto import modeling_auto
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    mappings = [getattr(modeling_auto, f"MODEL_FOR_{name}_MAPPING") for name in FAMILIES[family][1]]
     found = []
     for name, config_class in CONFIG_MAPPING.items():
-        if config_class in MODEL_FOR_CAUSAL_LM_MAPPING and (not names or name in names):
-            cls = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
+        mapping = next((mapping for mapping in mappings if config_class in mapping), None)
+        if mapping is not None and (not names or name in names):
+            cls = mapping[config_class]
             found.append((name, config_class, cls[0] if isinstance(cls, tuple) else cls))
     return found
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[dict[str, Any]], family: str = "causal-lm") -> str:
     """The rows as Markdown: the totals, then one line for each architecture."""
     import transformers
 
     totals = Counter(row["verdict"] for row in rows)
     built = sum(count for verdict, count in totals.items() if verdict not in NOT_SWEPT)
     lines = [
-        "# Causal language models of transformers",
+        f"# {FAMILIES[family][0]} of transformers",
         "",
         f"transformers {transformers.__version__}, torch {torch.__version__.split('+')[0]}; tiny random models, float32, CPU. Made by",
         "`scripts/sweep_transformers.py`; the raw results, each with the commit that gave it, are in the JSON file",
@@ -380,13 +234,14 @@ def main() -> None:
     """Runs the sweep, one process after the other; the result file grows with each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="architectures to renew in the file; all if none is named")
+    parser.add_argument("--family", choices=FAMILIES, default="causal-lm")
     parser.add_argument("--output", type=Path, required=True)
     given = parser.parse_args()
     context = multiprocessing.get_context("fork")
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None
     rows = json.loads(given.output.read_text()) if given.names and given.output.exists() else []
-    for name, config_class, model_class in architectures(given.names):
+    for name, config_class, model_class in architectures(given.names, given.family):
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(target=_work, args=(name, config_class, model_class, sender))
         process.start()
@@ -403,7 +258,7 @@ def main() -> None:
         )
         print(name, row["verdict"], row.get("error", row.get("refused", "")), file=sys.stderr, flush=True)
         given.output.write_text(json.dumps(rows, indent=1) + "\n")
-        given.output.with_suffix(".md").write_text(table(rows))
+        given.output.with_suffix(".md").write_text(table(rows, given.family))
     print(Counter(row["verdict"] for row in rows))
 
 

@@ -13,7 +13,9 @@ ROWS = json.loads((ROOT / "benchmarks/results/sweep-causal-lm.json").read_text()
 LEAST_CONVERTED = 137
 
 
-def _sweep():
+@pytest.fixture
+def sweep(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     spec = importlib.util.spec_from_file_location(
         "sweep_transformers", ROOT / "scripts/sweep_transformers.py"
     )
@@ -37,8 +39,7 @@ def test_the_table_does_not_shrink():
             assert all(reason for reason in row["refused"])
 
 
-def test_the_table_is_what_its_rows_say():
-    sweep = _sweep()
+def test_the_table_is_what_its_rows_say(sweep):
     text = (ROOT / "benchmarks/results/sweep-causal-lm.md").read_text()
     for row in ROWS:
         assert f"| {row['architecture']} |" in text
@@ -46,8 +47,7 @@ def test_the_table_is_what_its_rows_say():
 
 
 @pytest.mark.parametrize("name", ["mvp", "gpt_bigcode", "bloom"])
-def test_an_architecture_is_what_the_table_says(name):
-    sweep = _sweep()
+def test_an_architecture_is_what_the_table_says(name, sweep):
     ((_, config, model),) = sweep.architectures([name])
     row = sweep.sweep(name, config, model)
     (kept,) = [row for row in ROWS if row["architecture"] == name]

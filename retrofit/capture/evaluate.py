@@ -103,6 +103,8 @@ def evaluate_for(
         elif current.op == "get_attr":
             target = str(current.target)
             results[current] = constants[target] if target in constants else attribute(module, target)
+        elif current.op == "call_module":
+            results[current] = module.get_submodule(str(current.target))(*args, **kwargs)
         else:
             results[current] = current.target(*args, **kwargs)
     return results[node]

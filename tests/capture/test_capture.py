@@ -191,3 +191,22 @@ def test_what_the_model_itself_exchanges_is_refused():
     }
     assert "puts Attending in the place of Identity at 0.inner" in sites["0"].reason
     assert sites["0.other"].convertible
+
+
+class Distances(nn.Module):
+    """Attention with a learned bias for each distance, which a child makes from sizes alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Embedding(400, 1)
+
+    def forward(self, x):
+        n = x.shape[1]
+        distance = torch.arange(n)[:, None] - torch.arange(n) + 200
+        mask = self.bias(distance)[None, ..., 0]
+        return F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None], mask[:, None])[:, 0]
+
+
+def test_a_bias_that_a_child_makes_from_sizes_is_named():
+    (site,) = api.inspect(nn.Sequential(Distances()).eval(), torch.randn(2, 11, 8)).sites
+    assert "adds a bias to the scores, by distance alone" in site.reason

@@ -1,0 +1,216 @@
+"""Tiny models of transformers' architectures, built offline from their default configurations.
+
+LlamaConfig  →  the same with 64 channels, 2 layers, 4 heads, 512 tokens  →  a random model and an example for it
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+SIZES = {
+    "hidden_size": 64,
+    "embed_dim": 64,
+    "n_embd": 64,
+    "d_model": 64,
+    "dim": 64,
+    "embedding_size": 64,
+    "word_embed_proj_dim": 64,
+    "emb_dim": 64,
+    "intermediate_size": 96,
+    "n_inner": 96,
+    "ffn_dim": 96,
+    "d_ff": 96,
+    "d_inner": 96,
+    "dim_ff": 96,
+    "dff": 96,
+    "decoder_ffn_dim": 96,
+    "encoder_ffn_dim": 96,
+    "moe_intermediate_size": 48,
+    "shared_intermediate_size": 96,
+    "shared_expert_intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "n_layer": 2,
+    "n_layers": 2,
+    "num_layers": 2,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "num_encoder_layers": 2,
+    "num_decoder_layers": 2,
+    "num_attention_heads": 4,
+    "n_head": 4,
+    "n_heads": 4,
+    "num_heads": 4,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "num_encoder_attention_heads": 4,
+    "num_decoder_attention_heads": 4,
+    "head_dim": 16,
+    "attention_head_dim": 16,
+    "dim_head": 16,
+    "d_kv": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "rotary_dim": 8,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "moe_num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_k": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "vocab_size": 512,
+    "char_vocab_size": 512,
+    "max_position_embeddings": 256,
+    "n_positions": 256,
+    "n_ctx": 256,
+    "max_seq_len": 256,
+    "sliding_window": 24,
+    "attention_window": 24,
+    "local_attention": 24,
+    "window_size": 24,
+    "attention_chunk_size": 24,
+    "mamba_d_state": 16,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 32,
+    "mamba_n_groups": 1,
+    "mamba_expand": 2,
+    "state_size": 16,
+    "ssm_state_size": 16,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 32,
+    "mamba_headdim": 32,
+    "n_mamba_heads": 1,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "chunk_size": 16,
+    "image_size": 32,
+    "patch_size": 8,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 512,
+}
+
+
+def tiny_config(cls: type, overrides: dict[str, Any] | None = None) -> Any:
+    """Returns a configuration of ``cls`` with every size reduced that its default one has."""
+    default = cls()
+    given = {name: value for name in _settable(cls, default) if (value := _read(default, name)) is not None}
+    kwargs: dict[str, Any] = {name: size for name, size in SIZES.items() if isinstance(given.get(name), int)}
+    if "qk_rope_head_dim" in kwargs:
+        kwargs.pop("head_dim", None)
+        if "head_dim" in given:
+            kwargs["head_dim"] = kwargs["qk_rope_head_dim"]
+        if "num_key_value_heads" in given:
+            kwargs["num_key_value_heads"] = 4
+    for name in ("num_key_value_heads", "n_head_kv", "num_kv_heads", "swa_num_key_value_heads"):
+        value = given.get(name)
+        if isinstance(value, int) and not isinstance(value, bool) and name not in kwargs:
+            heads = given.get("num_attention_heads", value)
+            kwargs[name] = 1 if value == 1 else 4 if value == heads else 2
+    if given.get("is_decoder") is False and not given.get("is_encoder_decoder"):
+        kwargs["is_decoder"] = True
+    kinds = given.get("layer_types")
+    if isinstance(kinds, (list, tuple)) and kinds:
+        kinds = list(dict.fromkeys(kinds))
+        kinds += kinds[-1:] * (len(kinds) == 1)
+        kwargs["layer_types"] = kinds
+        kwargs["num_hidden_layers"] = len(kinds)
+    for name, value in given.items():
+        if name.endswith("token_id") and isinstance(value, int) and value >= SIZES["vocab_size"]:
+            kwargs[name] = 7
+    for name in getattr(cls, "sub_configs", {}):
+        sub = given.get(name)
+        if hasattr(sub, "to_dict"):
+            kwargs[name] = tiny_config(type(sub)).to_dict()
+    kwargs.update(overrides or {})
+    return cls(**{name: value for name, value in kwargs.items() if value is not ...})
+
+
+def _settable(cls: type, default: Any) -> list[str]:
+    """Names that a configuration may be given."""
+    names = {*vars(default), *getattr(cls, "attribute_map", {}), *getattr(cls, "__dataclass_fields__", {})}
+    names |= {name for name in SIZES if _read(default, name) is not None}
+    mapped = getattr(cls, "attribute_map", {})
+    return sorted(
+        name
+        for name in names
+        for kept in [getattr(cls, mapped.get(name, name), None)]
+        if not (isinstance(kept, property) and kept.fset is None)
+    )
+
+
+def _read(config: Any, name: str) -> Any:
+    try:
+        return getattr(config, name)
+    except Exception:  # per-layer attributes have no one value
+        return None
+
+
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
+    "big_bird": {"attention_type": "original_full"},  # the other one is for texts of 700 tokens and more
+    "deepseek_v2": {"num_experts_per_tok": 2, "moe_intermediate_size": 48},
+    "falcon_h1": {"mamba_d_ssm": 128},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "hunyuan_v1_moe": {"head_dim": 16},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "ministral": {"head_dim": 16},
+    "moshi": {
+        "sliding_window": 256
+    },  # as in the real one, no shorter than the positions: its mask has no window
+    "nemotron": {"num_key_value_heads": 2},
+    "nemotron_h": {"n_groups": 1, "layers_block_type": ["mamba", "attention"]},
+    "prophetnet": {"num_hidden_layers": ...},
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
+    "xlnet": {"max_position_embeddings": ...},
+    "xmod": {"default_language": "en_XX"},
+}
+"""What the sizes alone do not settle; ``...`` leaves an argument out."""
+
+
+def built(name: str, config_class: type, model_class: Any) -> Any:
+    """Returns a random model of the architecture ``name``."""
+    config = tiny_config(config_class, OVERRIDES.get(name))
+    if not isinstance(config, model_class.config_class or object):
+        config = config.get_text_config(decoder=True)
+    torch.manual_seed(0)
+    return model_class(config).eval()
+
+
+def example(model: Any) -> dict[str, torch.Tensor]:
+    """Returns what ``model`` takes: token ids, an image, a waveform or its features, or text with an image."""
+    config, generator = model.config, torch.Generator().manual_seed(0)
+    name = getattr(model, "main_input_name", "input_ids")
+    inputs: dict[str, torch.Tensor] = {}
+    if name == "input_ids" or hasattr(config, "text_config"):
+        inputs["input_ids"] = torch.randint(10, 500, (2, 21), generator=generator)
+    if name == "pixel_values" or "text_model" in dict(model.named_children()):
+        vision = getattr(config, "vision_config", config)
+        image = getattr(vision, "image_size", 32)
+        height, width = image if isinstance(image, (tuple, list)) else (image, image)
+        channels = getattr(vision, "num_channels", 3)
+        inputs["pixel_values"] = torch.randn(2, channels, height, width, generator=generator)
+    if name == "input_values":
+        bins = getattr(config, "num_mel_bins", None)
+        size = [8000] if bins is None else [config.max_length, bins]
+        inputs["input_values"] = torch.randn(2, *size, generator=generator)
+    if name == "input_features":
+        bins = getattr(config, "num_mel_bins", None) or getattr(config, "feature_projection_input_dim", 80)
+        frames = 2 * getattr(config, "max_source_positions", 32)
+        first = [bins, frames] if hasattr(config, "max_source_positions") else [frames, bins]
+        inputs["input_features"] = torch.randn(2, *first, generator=generator)
+    if getattr(config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = torch.randint(10, 500, (2, 9), generator=generator)
+    return inputs
