@@ -147,8 +147,6 @@ def evaluate(
     scored = torch.ones(windows.shape[0], length - 1, dtype=torch.bool)
     scored[1:, : max(0, length - 1 - stride)] = False
     warnings = []
-    if length < asked:
-        warnings.append(f"the data has {length} tokens, fewer than the length of {asked}; use a longer text")
     if start >= length - 1:
         warnings.append(
             f"sequences of {length} tokens end before position {start}, where the counts should start; "
@@ -171,6 +169,8 @@ def evaluate(
             f"no query of these {length} tokens was sparse at any site: the numbers say nothing about the "
             "conversion; use a longer text or length"
         )
+    if length < asked:
+        warnings.append(f"the data has {length} tokens, fewer than the length of {asked}; use a longer text")
     edges = [round(index * (length - 1) / bins) for index in range(bins + 1)]
     return EvalReport(
         length=length,

@@ -152,6 +152,7 @@ def test_a_text_too_short_to_be_sparse_is_told(converted: Any, ids: Tensor) -> N
     assert report.keys == report.dense_keys
     assert "end before position 72" in report.warnings[0]
     assert "no query of these 60 tokens was sparse" in report.warnings[1]
+    assert f"the data has 60 tokens, fewer than the length of {LENGTH}" in report.warnings[2]
 
 
 def test_the_length_is_held_to_the_models_positions(tiny_llama: Callable[..., Any], ids: Tensor) -> None:
