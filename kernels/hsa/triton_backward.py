@@ -26,13 +26,15 @@ QUERY_ROWS = 128
 QUERY_KEYS = 32
 """Keys of one of its steps."""
 KEY_ROWS = 64
-"""Queries times heads in a step of ``key_gradients``."""
+"""Queries times heads in a step of ``key_gradients``; half of them in float32."""
 KEY_TILE = 32
 """Keys of one of its tiles."""
 BY_QUERY = {"num_warps": 8, "num_stages": 2, "maxnreg": 128}
 BY_KEY = {"num_warps": 4, "num_stages": 2}
 SMALL = {"num_warps": 4, "num_stages": 1}
-"""For tiles of fewer rows, or of longer ones."""
+"""For tiles of fewer rows."""
+WIDE = {"num_warps": 8, "num_stages": 1}
+"""For rows of more than 256 bytes."""
 SHORTEST_PART = 64
 """Steps below which a tile is not split."""
 FEWEST_PARTS = 1024
@@ -89,7 +91,7 @@ def hsa_attention_backward(
         *_strides(q, k, v, out, grad, grad_q), *call.extent, scale,
         LIST=geometry.leaf_width, GROUP=call.group, HEADS=heads,
         KEYS=max(geometry.block, QUERY_KEYS), **call.product, **call.values, **call.shared,
-        **(BY_QUERY if heads * geometry.query_block >= 128 else SMALL),
+        **(WIDE if wide else BY_QUERY if heads * geometry.query_block >= 128 else SMALL),
     )  # fmt: skip
 
     keys = max(geometry.block, min(KEY_TILE, 4 * geometry.block, geometry.fanout * geometry.block))
@@ -97,13 +99,13 @@ def hsa_attention_backward(
     entries, ends, steps = _entries(call, keys, tiles, start, length, spans, first)
     parts, part_ends, owners, size = _parts(steps, 2 * call.blocks)
     held = torch.empty(owners.shape[0], keys, call.dim + call.value_dim, dtype=torch.float32, device=q.device)
-    heads = call.heads_per_tile(KEY_ROWS)
+    heads = call.heads_per_tile(KEY_ROWS // 2 if call.bytes == 4 else KEY_ROWS)
     gradients.key_gradients[(owners.shape[0] + steps.shape[0],)](
         q, k, v, grad, lse, delta, start, length, entries, ends, steps, parts, part_ends, owners, size,
         grad_k, grad_v, held, *_strides(q, k, v, grad, grad_k, grad_v), *call.extent,
         tiles, CHUNKS, steps.shape[0], owners.shape[0], scale,
         GROUP=call.group, HEADS=heads, KEYS=keys, **call.product, **call.values, **call.shared,
-        **(SMALL if wide else BY_KEY),
+        **(WIDE if wide else BY_KEY),
     )  # fmt: skip
     gradients.join_gradients[(steps.shape[0],)](
         held, start, length, parts, part_ends, grad_k, grad_v, *_strides(grad_k, grad_v), tiles,
