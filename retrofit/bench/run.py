@@ -130,8 +130,6 @@ def benchmark(
 
     if repeats < 1:
         raise BenchmarkError(f"repeats must be at least 1, got {repeats}")
-    if repeats < 1:
-        raise BenchmarkError(f"repeats must be at least 1, got {repeats}")
     if unknown := set(rivals) - {"flex", "nsa"}:
         raise BenchmarkError(f"rivals must be among flex and nsa, got {', '.join(sorted(unknown))}")
     found = dict(sites(model))
