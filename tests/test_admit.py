@@ -98,3 +98,42 @@ def test_steps_without_padding_count_where_the_original_contradicts_itself_with_
     report = api.convert(model, DenseConfig())
     assert len(report.converted) == 2
     assert report.verification.decode < 1e-4
+
+
+class Renamed(LlamaAttention):
+    def forward(self, hidden_states, attention_mask=None, state=None, **options):
+        return super().forward(hidden_states, attention_mask=attention_mask, past_key_values=state, **options)
+
+
+class Around(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden_states, past_key_values=None, **options):
+        return self.inner(hidden_states, state=past_key_values, **options)
+
+
+def test_a_cache_is_used_whatever_its_argument_is_called(tiny_llama):
+    model = tiny_llama(num_hidden_layers=1)
+    model.model.layers[0].self_attn = Around(Renamed(model.config, 0).eval())
+    ids = torch.randint(1, 128, (2, 12))
+    expected = model.generate(ids, max_new_tokens=5, do_sample=False)
+    assert api.convert(model, DenseConfig()).verification.decode < 1e-4
+    assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), expected)
+
+
+def test_cached_steps_of_encoder_decoders_are_compared():
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    sizes = {"d_model": 32, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "vocab_size": 128}
+    layers = {
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+    }
+    config = BartConfig(**sizes, **layers, max_position_embeddings=64)
+    report = api.convert(BartForConditionalGeneration(config).eval(), DenseConfig())
+    assert len(report.converted) == 2
+    assert report.verification.decode < 1e-4
