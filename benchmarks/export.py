@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import resource
 import subprocess
 import sys
@@ -18,9 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime
 import torch
 
 import retrofit
+from retrofit.bench import environment
 from retrofit.onnx import OnnxModel, export_onnx
 
 RESULTS = Path(__file__).parent / "results" / "export.json"
@@ -41,9 +43,10 @@ def main() -> None:
     torch.set_num_threads(1)
     results: dict[str, Any] = {
         "model": options.model,
-        "threads": 1,
-        "machine": platform.processor() or platform.machine(),
-        "versions": {name: __import__(name).__version__ for name in ("torch", "onnx", "onnxruntime")},
+        "environment": {
+            **environment(torch.device("cpu")),
+            **{package.__name__: package.__version__ for package in (onnx, onnxruntime)},
+        },
     }
     with tempfile.TemporaryDirectory() as scratch:
         for name, config in (
