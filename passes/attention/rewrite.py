@@ -14,6 +14,7 @@ from retrofit.passes.attention.arguments import arguments
 from retrofit.passes.attention.canonical import ATTENTION
 from retrofit.passes.attention.rule import PassReport, Rule, calls, remove_dead, run_rules
 from retrofit.passes.attention.spelled_eager import EagerSpelling
+from retrofit.passes.attention.spelled_mass import SinkAsFactor
 from retrofit.passes.attention.spelled_sdpa import SdpaSpelling
 
 CONTEXT = "context"
@@ -24,7 +25,7 @@ _CHECKS = (
     torch.ops.aten._assert_scalar.default,
     torch.ops.aten._assert_async.msg,
 )
-SPELLINGS: tuple[Rule[Any], ...] = (SdpaSpelling(), EagerSpelling())
+SPELLINGS: tuple[Rule[Any], ...] = (SinkAsFactor(), SdpaSpelling(), EagerSpelling())
 
 
 def normalize(graph: Graph) -> PassReport:

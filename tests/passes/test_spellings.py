@@ -396,6 +396,7 @@ POSITIVE: dict[str, Callable[[], nn.Module]] = {
     "a softcap": lambda: Site(_softmax_of(lambda site, s: torch.tanh(s / 5) * 5)),
     "a tanh": lambda: Site(_softmax_of(lambda site, s: torch.tanh(s))),
     "attention sinks": lambda: Site(_weights_of(_sink)),
+    "a sink as a factor": lambda: Site(lambda site, q, k, v: _sink_as_factor(q, k, v, site.sinks)),
     "a softcap, a mask and sinks": lambda: Site(_weights_of(_softcap_mask_and_sinks)),
     "scale on both": lambda: Site(
         lambda site, q, k, v: _softmax_of(lambda site, s: s)(site, q * DIM**-0.25, k * DIM**-0.25, v)
@@ -497,6 +498,13 @@ def _sink_by_query(site, s):
     return _sink(site, s, torch.arange(t).float().view(1, 1, t, 1).expand(b, h, t, 1))
 
 
+def _sink_as_factor(q, k, v, sinks, less=torch.sub):
+    q, k, v = _heads(q, k, v)
+    scores = q @ k.transpose(2, 3) * SCALE
+    factor = less(scores.logsumexp(-1), sinks.view(1, -1, 1)).sigmoid()
+    return _flat(F.softmax(scores, -1) @ v * factor.unsqueeze(-1))
+
+
 def _softcap_mask_and_sinks(site, s):
     s = (50 * torch.tanh(s / 50)).masked_fill(~_causal(s.shape[-1]), -torch.inf)
     column = site.sinks.reshape(1, -1, 1, 1).expand(s.shape[0], -1, s.shape[2], -1)
@@ -587,6 +595,10 @@ NEAR_MISSES: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "a logit for each query": (lambda: Site(_weights_of(_sink_by_query)), "vary over more than the heads"),
     "a mask after the sinks": (lambda: Site(_weights_of(_mask_after_sinks)), "after a logit was added"),
+    "a factor that is no sink": (
+        lambda: Site(lambda site, q, k, v: _sink_as_factor(q, k, v, site.temperature, torch.mul)),
+        "used elsewhere",
+    ),
     "a key that is left out": (
         lambda: Site(lambda site, q, k, v: _weights_of(_without_last)(site, q, k, v[:, :-1])),
         "0 logits are added to the scores and 1 taken",
