@@ -1,0 +1,205 @@
+"""What only looks like attention is refused with the reason, and left untouched."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from spelled import DIM, HEADS, SCALE, WIDTH, Model, Site, causal, flat, heads, inputs, softmax_of, weights_of
+from torch import nn
+
+import retrofit
+from retrofit.errors import NoAttentionFound
+
+
+class FusedUnbind(nn.Module):
+    """timm's way: reshape, permute, unbind; q scaled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.attn_drop = nn.Dropout(0.0)
+
+    def forward(self, x):
+        B, N, C = x.shape
+        q, k, v = self.qkv(x).reshape(B, N, 3, HEADS, C // HEADS).permute(2, 0, 3, 1, 4).unbind(0)
+        attn = (q * SCALE) @ k.transpose(-2, -1)
+        attn = self.attn_drop(attn.softmax(dim=-1))
+        return self.proj((attn @ v).transpose(1, 2).reshape(B, N, C))
+
+
+class WithWeights(nn.Module):
+    """Returns its weights as well; they become None."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.site = FusedUnbind()
+        self.norm = nn.LayerNorm(DIM)
+
+    def forward(self, x):
+        q, k, v = (p.unflatten(-1, (HEADS, DIM)).transpose(1, 2) for p in self.site.qkv(x).chunk(3, dim=-1))
+        weights = torch.softmax(q @ k.mT * SCALE, dim=-1, dtype=torch.float32).to(q.dtype)
+        return self.site.proj((weights @ v).transpose(1, 2).flatten(2)), weights.mean(dim=1)
+
+
+def _talking(site, s):
+    return torch.einsum("bhts,hg->bgts", F.softmax(s * SCALE, -1), site.mix)
+
+
+def _sink(site, s, column=None):
+    b, h, t, _ = s.shape
+    column = site.sinks.view(1, h, 1, 1).expand(b, h, t, 1) if column is None else column
+    scores = torch.cat([s, column], dim=-1)
+    return F.softmax(scores, dim=-1)[..., :-1]
+
+
+def _sink_by_query(site, s):
+    b, h, t, _ = s.shape
+    return _sink(site, s, torch.arange(t).float().view(1, 1, t, 1).expand(b, h, t, 1))
+
+
+def _sink_as_factor(q, k, v, sinks, less=torch.sub):
+    q, k, v = heads(q, k, v)
+    scores = q @ k.transpose(2, 3) * SCALE
+    factor = less(scores.logsumexp(-1), sinks.view(1, -1, 1)).sigmoid()
+    return flat(F.softmax(scores, -1) @ v * factor.unsqueeze(-1))
+
+
+def _mask_before_tanh(site, s):
+    return torch.tanh(s.masked_fill(~causal(s.shape[-1]), -1e9))
+
+
+def _mask_after_sinks(site, s):
+    t = s.shape[-1]
+    scores = torch.cat([s, site.sinks.view(1, -1, 1, 1).expand(s.shape[0], -1, t, 1)], dim=-1)
+    hidden = F.pad(~causal(t), (0, 1))
+    return F.softmax(scores.masked_fill(hidden, -torch.inf), dim=-1)[..., :-1]
+
+
+def _without_last(site, s):
+    return F.softmax(s, dim=-1)[..., :-1]
+
+
+def _alibi(site, s):
+    t = s.shape[-1]
+    distance = (torch.arange(t) - torch.arange(t)[:, None]).float()
+    return s * SCALE + distance * site.temperature
+
+
+def _score_dependent(site, s):
+    return s.masked_fill(s < s.mean(dim=-1, keepdim=True), float("-inf"))
+
+
+def _over_channels(site, q, k, v):
+    q, k, v = (x.permute(0, 2, 3, 1) for x in (q, k, v))  # [b, h, d, t]
+    return (F.softmax(q @ k.transpose(2, 3), -1) @ v).permute(0, 3, 1, 2).flatten(2)
+
+
+class UsesWeights(nn.Module):
+    """Takes the weights that its attention returns for a gate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = WithWeights()
+
+    def forward(self, x):
+        y, weights = self.inner(x)
+        return y * weights.amax(dim=-1, keepdim=True)
+
+
+class Router(nn.Module):
+    """A mixture of experts: its softmax has nothing to do with attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.experts = (
+            nn.Linear(WIDTH, 3),
+            nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3)),
+        )
+
+    def forward(self, x):
+        share = F.softmax(self.gate(x), dim=-1)
+        return (torch.stack([expert(x) for expert in self.experts], dim=-1) * share.unsqueeze(-2)).sum(-1)
+
+
+def _used_elsewhere(q, k, v):
+    q, k, v = heads(q, k, v)
+    weights = F.softmax(q @ k.transpose(2, 3) * SCALE, -1)
+    return flat((weights @ v) * weights.amax(-1, keepdim=True))
+
+
+NEAR_MISSES: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "softmax over experts": (Router, "not into a product with values"),
+    "softmax over queries": (
+        lambda: Site(weights_of(lambda site, s: F.softmax(s, dim=2))),
+        "not over the keys",
+    ),
+    "softmax over channels": (lambda: Site(_over_channels), "width of the heads depends on the input"),
+    "linear attention": (
+        lambda: Site(
+            lambda site, q, k, v: (F.softmax(q, -1) @ (F.softmax(k, 1).transpose(2, 3) @ v)).flatten(2)
+        ),
+        "not from a product",
+    ),
+    "talking heads": (lambda: Site(weights_of(_talking)), "not"),
+    "a mask before a tanh": (lambda: Site(softmax_of(_mask_before_tanh)), "wrong side of a tanh"),
+    "a factor after a tanh": (
+        lambda: Site(softmax_of(lambda site, s: torch.tanh(s) * site.temperature)),
+        "wrong side of a tanh",
+    ),
+    "two tanh": (
+        lambda: Site(softmax_of(lambda site, s: torch.tanh(torch.tanh(s)))),
+        "wrong side of a tanh",
+    ),
+    "a logit for each query": (lambda: Site(weights_of(_sink_by_query)), "vary over more than the heads"),
+    "a mask after the sinks": (lambda: Site(weights_of(_mask_after_sinks)), "after a logit was added"),
+    "a factor that is no sink": (
+        lambda: Site(lambda site, q, k, v: _sink_as_factor(q, k, v, site.temperature, torch.mul)),
+        "used elsewhere",
+    ),
+    "a key that is left out": (
+        lambda: Site(lambda site, q, k, v: weights_of(_without_last)(site, q, k, v[:, :-1])),
+        "0 logits are added to the scores and 1 taken",
+    ),
+    "ALiBi": (lambda: Site(softmax_of(_alibi)), "bias"),
+    "a mask that depends on the scores": (
+        lambda: Site(softmax_of(_score_dependent)),
+        "depends on the scores",
+    ),
+    "a mild mask": (
+        lambda: Site(softmax_of(lambda site, s: s.masked_fill(~causal(s.shape[-1]), -5.0))),
+        "set to -5.0",
+    ),
+    "weights used elsewhere": (
+        lambda: Site(lambda site, q, k, v: _used_elsewhere(q, k, v)),
+        "used elsewhere",
+    ),
+    "weights used by the module around": (UsesWeights, "used by the module around it"),
+    "a factor that varies over the keys": (
+        lambda: Site(softmax_of(lambda site, s: s * torch.arange(1, s.shape[-1] + 1))),
+        "varies over the keys",
+    ),
+    "a gate after the softmax": (
+        lambda: Site(weights_of(lambda site, s: F.softmax(s, -1) * site.temperature)),
+        "not into a product with values",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NEAR_MISSES)
+def test_a_near_miss_is_refused_and_left_untouched(name):
+    torch.manual_seed(0)
+    make, reason = NEAR_MISSES[name]
+    model = Model(make()).eval()
+    (example,) = inputs((2, 11))
+    with torch.no_grad():
+        before = model(example)
+        with pytest.raises(NoAttentionFound, match=reason):
+            retrofit.convert(model, retrofit.DenseConfig(), (example,))
+        assert torch.equal(model(example), before)
+    (site,) = retrofit.inspect(model, (example,)).sites
+    assert not site.convertible
+    assert re.search(r"(spelled|test_near_misses)\.py:\d", site.reason) or "around it" in site.reason

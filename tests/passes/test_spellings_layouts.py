@@ -1,0 +1,127 @@
+"""The products of attention in every layout: found, converted with proof at other sizes than the example's, and reverted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from spelled import HEADS, SCALE, WIDTH, Model, Site, causal, check_round_trip, flat, heads, softmax_of
+from torch import nn
+
+
+def _merged(site, q, k, v):
+    b, t, h, d = q.shape
+    q, k, v = (x.transpose(1, 2).reshape(b * h, t, d) for x in (q, k, v))
+    y = torch.bmm(F.softmax(torch.bmm(q * SCALE, k.transpose(1, 2)), dim=-1), v)
+    return y.view(b, h, t, d).transpose(1, 2).reshape(b, t, h * d)
+
+
+def _merged_with_mask(site, q, k, v):
+    b, t, h, d = q.shape
+    q, k, v = (x.transpose(1, 2).reshape(b * h, t, d) for x in (q, k, v))
+    scores = torch.bmm(q * SCALE, k.transpose(1, 2)).view(b, h, t, t)
+    scores = scores + torch.zeros(t, t).masked_fill(~causal(t), torch.finfo(torch.float32).min)
+    y = torch.bmm(F.softmax(scores.view(b * h, t, t), dim=-1), v)
+    return y.view(b, h, t, d).transpose(1, 2).reshape(b, t, h * d)
+
+
+def _baddbmm(site, q, k, v):
+    b, t, h, d = q.shape
+    q, k, v = (x.transpose(1, 2).reshape(b * h, t, d) for x in (q, k, v))
+    mask = torch.zeros(t, t).masked_fill(~causal(t), float("-inf")).expand(b * h, t, t)
+    y = torch.bmm(F.softmax(torch.baddbmm(mask, q, k.transpose(1, 2), alpha=SCALE), dim=-1), v)
+    return y.view(b, h, t, d).transpose(1, 2).reshape(b, t, h * d)
+
+
+def _length_first(site, q, k, v):
+    q, k, v = (x.transpose(0, 1) for x in (q, k, v))  # [t, b, h, d]
+    weights = F.softmax(torch.einsum("ibhd,jbhd->ijbh", q, k) * SCALE, dim=1)
+    return torch.einsum("ijbh,jbhd->ibhd", weights, v).transpose(0, 1).flatten(2)
+
+
+def _keys_times_queries(site, q, k, v):
+    q, k, v = heads(q, k, v)
+    weights = F.softmax(k @ q.transpose(-2, -1) * SCALE, dim=-2)
+    return flat(weights.transpose(-2, -1) @ v)
+
+
+def _values_times_weights(site, q, k, v):
+    q, k, v = (x.permute(0, 2, 3, 1) for x in (q, k, v))  # [b, h, d, t]
+    weights = F.softmax(q.transpose(2, 3) @ k * SCALE, dim=-1)
+    return (v @ weights.transpose(2, 3)).permute(0, 3, 1, 2).flatten(2)
+
+
+def _no_heads(site, q, k, v):
+    q, k, v = (x.flatten(2) for x in (q, k, v))
+    return F.softmax(q @ k.transpose(1, 2) / math.sqrt(WIDTH), dim=-1) @ v
+
+
+def _grouped(site, q, k, v):
+    b, t, _, d = q.shape
+    q = q.view(b, t, 2, 2, d)
+    weights = F.softmax(torch.einsum("btkgd,bskd->bkgts", q, k) * SCALE, dim=-1)
+    return torch.einsum("bkgts,bskd->btkgd", weights, v).flatten(2)
+
+
+def _grouped_broadcast(site, q, k, v):
+    b, t, h, d = q.shape
+    q, k, v = heads(q, k, v)
+    q = q.reshape(b, 2, 2, t, d)
+    weights = F.softmax(q @ k.unsqueeze(2).transpose(-2, -1) * SCALE, dim=-1)
+    return flat((weights @ v.unsqueeze(2)).reshape(b, h, t, d))
+
+
+def _one_kv_head(site, q, k, v):
+    b, t, h, d = q.shape
+    scores = q.reshape(b, t * h, d) @ k.view(b, t, d).transpose(1, 2) * SCALE
+    weights = F.softmax(scores.view(b, t, h, t), dim=-1)
+    return (weights.view(b, t * h, t) @ v.view(b, t, d)).view(b, t, h * d)
+
+
+def _expanded_kv_head(site, q, k, v):
+    q, k, v = heads(q, k, v)
+    k, v = (x.expand(-1, HEADS, -1, -1) for x in (k, v))
+    return flat(F.softmax(q @ k.transpose(2, 3) * SCALE, dim=-1) @ v)
+
+
+def _einsum(first, second):
+    def attend(site, q, k, v):
+        return torch.einsum(second, F.softmax(torch.einsum(first, q, k) * SCALE, dim=-1), v).flatten(2)
+
+    return attend
+
+
+SPELLINGS: dict[str, Callable[[], nn.Module]] = {
+    "bmm on (b h) t d": lambda: Site(_merged),
+    "a mask in between on b h t s": lambda: Site(_merged_with_mask),
+    "baddbmm": lambda: Site(_baddbmm),
+    "einsum bthd,bshd->bhts": lambda: Site(_einsum("bthd,bshd->bhts", "bhts,bshd->bthd")),
+    "einsum in another order": lambda: Site(_einsum("bihc,bjhc->hbij", "hbij,bjhc->bihc")),
+    "einsum with dots": lambda: Site(
+        lambda site, q, k, v: flat(
+            torch.einsum(
+                "...ts,...sd->...td",
+                F.softmax(torch.einsum("...td,...sd->...ts", *list(heads(q, k))) * SCALE, -1),
+                v.transpose(1, 2),
+            )
+        )
+    ),
+    "length first": lambda: Site(_length_first),
+    "keys times queries": lambda: Site(_keys_times_queries),
+    "values times weights": lambda: Site(_values_times_weights),
+    "no head axis": lambda: Site(_no_heads),
+    "value width": lambda: Site(softmax_of(lambda site, s: s * SCALE), value_dim=12),
+    "grouped einsum": lambda: Site(_grouped, kv_heads=2),
+    "grouped by broadcasting": lambda: Site(_grouped_broadcast, kv_heads=2),
+    "one kv head": lambda: Site(_one_kv_head, kv_heads=1),
+    "one kv head, expanded": lambda: Site(_expanded_kv_head, kv_heads=1),
+}
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_a_spelling_is_converted_and_reverted(name):
+    torch.manual_seed(0)
+    check_round_trip(Model(SPELLINGS[name]()).eval())

@@ -1,0 +1,214 @@
+"""Modules as libraries write them: found, converted with proof at other sizes than the example's, and reverted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from spelled import (
+    DIM,
+    HEADS,
+    MOST,
+    SCALE,
+    WIDTH,
+    Around,
+    Model,
+    Site,
+    causal,
+    causal_sdpa,
+    check_round_trip,
+    flat,
+    inputs,
+)
+from torch import nn
+
+import retrofit
+
+
+class FusedChunk(nn.Module):
+    """nanoGPT's way: one projection, split; a tril buffer, sliced; dropout; causal by masked_fill."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c_attn, self.c_proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.attn_dropout, self.resid_dropout = nn.Dropout(0.1), nn.Dropout(0.1)
+        self.register_buffer("bias", torch.tril(torch.ones(MOST, MOST)).view(1, 1, MOST, MOST))
+
+    def forward(self, x):
+        B, T, C = x.size()
+        q, k, v = self.c_attn(x).split(C, dim=2)
+        k = k.view(B, T, HEADS, C // HEADS).transpose(1, 2)
+        q = q.view(B, T, HEADS, C // HEADS).transpose(1, 2)
+        v = v.view(B, T, HEADS, C // HEADS).transpose(1, 2)
+        att = (q @ k.transpose(-2, -1)) * (1.0 / math.sqrt(k.size(-1)))
+        att = att.masked_fill(self.bias[:, :, :T, :T] == 0, float("-inf"))
+        att = self.attn_dropout(F.softmax(att, dim=-1))
+        y = (att @ v).transpose(1, 2).contiguous().view(B, T, C)
+        return self.resid_dropout(self.c_proj(y))
+
+
+class FusedUnbind(nn.Module):
+    """timm's way: reshape, permute, unbind; q scaled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.attn_drop = nn.Dropout(0.0)
+
+    def forward(self, x):
+        B, N, C = x.shape
+        q, k, v = self.qkv(x).reshape(B, N, 3, HEADS, C // HEADS).permute(2, 0, 3, 1, 4).unbind(0)
+        attn = (q * SCALE) @ k.transpose(-2, -1)
+        attn = self.attn_drop(attn.softmax(dim=-1))
+        return self.proj((attn @ v).transpose(1, 2).reshape(B, N, C))
+
+
+class WithWeights(nn.Module):
+    """Returns its weights as well; they become None."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.site = FusedUnbind()
+        self.norm = nn.LayerNorm(DIM)
+
+    def forward(self, x):
+        q, k, v = (p.unflatten(-1, (HEADS, DIM)).transpose(1, 2) for p in self.site.qkv(x).chunk(3, dim=-1))
+        weights = torch.softmax(q @ k.mT * SCALE, dim=-1, dtype=torch.float32).to(q.dtype)
+        return self.site.proj((weights @ v).transpose(1, 2).flatten(2)), weights.mean(dim=1)
+
+
+class Torch(nn.Module):
+    """nn.MultiheadAttention, called as self-attention."""
+
+    def __init__(self, *, weights=False, causal=False, **options) -> None:
+        super().__init__()
+        self.mha = nn.MultiheadAttention(WIDTH, HEADS, **options)
+        self.weights, self.causal = weights, causal
+
+    def forward(self, x):
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1]) if self.causal else None
+        x = x if self.mha.batch_first else x.transpose(0, 1)
+        y = self.mha(x, x, x, need_weights=self.weights, attn_mask=mask, is_causal=self.causal)[0]
+        return y if self.mha.batch_first else y.transpose(0, 1)
+
+
+def _encoder():
+    layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 48, dropout=0.0, batch_first=True)
+    return nn.TransformerEncoder(layer, 2)
+
+
+class Padded(nn.Module):
+    """Takes a mask of its tokens, as BERT does."""
+
+    def __init__(self, hide) -> None:
+        super().__init__()
+        self.site, self.hide = Site(causal_sdpa), hide
+
+    def forward(self, x, mask):
+        q, k, v = (
+            p(x).unflatten(-1, (HEADS, DIM)).transpose(1, 2) for p in (self.site.q, self.site.k, self.site.v)
+        )
+        return self.site.out(flat(F.softmax(self.hide(q @ k.transpose(2, 3) * SCALE, mask), dim=-1) @ v))
+
+
+class Pixels(nn.Module):
+    """Attention of a diffusion model's decoder over the pixels of an image, without heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Conv2d(WIDTH, WIDTH, 1) for _ in range(3))
+
+    def forward(self, x):
+        b, c, h, w = x.shape
+        q = self.q(x).reshape(b, c, h * w).permute(0, 2, 1)
+        weights = F.softmax(torch.bmm(q, self.k(x).reshape(b, c, h * w)) * c**-0.5, dim=2)
+        return x + torch.bmm(self.v(x).reshape(b, c, h * w), weights.permute(0, 2, 1)).reshape(b, c, h, w)
+
+
+class Twice(nn.Module):
+    """One attention module, called by two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn, self.between = Site(causal_sdpa), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        return self.attn(self.between(self.attn(x)))
+
+
+SPELLINGS: dict[str, Callable[[], nn.Module]] = {
+    "nanoGPT": FusedChunk,
+    "timm": FusedUnbind,
+    "weights returned": WithWeights,
+    "nn.MultiheadAttention": lambda: Torch(batch_first=True),
+    "nn.MultiheadAttention, weights": lambda: Torch(batch_first=True, weights=True),
+    "nn.MultiheadAttention, length first": Torch,
+    "nn.MultiheadAttention, causal": lambda: Torch(batch_first=True, causal=True),
+    "nn.MultiheadAttention, length first, weights": lambda: Torch(weights=True, causal=True),
+    "nn.TransformerEncoder": _encoder,
+    "shared between layers": Twice,
+}
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_a_spelling_is_converted_and_reverted(name):
+    torch.manual_seed(0)
+    check_round_trip(Model(SPELLINGS[name]()).eval())
+
+
+PADDING = {
+    "masked_fill": lambda s, mask: s.masked_fill(mask[:, None, None, :] == 0, float("-inf")),
+    "an extended mask": lambda s, mask: s + (1.0 - mask[:, None, None, :].to(s.dtype)) * -10000.0,
+    "with a causal mask": lambda s, mask: s.masked_fill(~causal(s.shape[-1]), -1e9).masked_fill(
+        ~mask.bool()[:, None, None], -1e9
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PADDING)
+def test_padding_is_carried_through(name):
+    torch.manual_seed(0)
+    model = Around(Padded(PADDING[name])).eval()
+
+    def padded(rows, tokens):
+        (x,) = inputs((rows, tokens))
+        mask = torch.ones(rows, tokens, dtype=torch.int64)
+        mask[0, tokens // 2 :] = 0
+        return x, mask
+
+    others = [padded(2, 11), padded(3, 23), padded(1, 5)]
+    with torch.no_grad():
+        before = [model(*inputs) for inputs in others]
+        (site,) = retrofit.convert(model, retrofit.DenseConfig(), others[0]).converted
+        assert site.mask == ("causal+padding" if "causal" in name else "key padding")
+        for (x, mask), expected in zip(others, before, strict=True):
+            real = mask[..., None]
+            torch.testing.assert_close(model(x, mask) * real, expected * real, rtol=1e-5, atol=1e-5)
+
+
+def test_pixels_attend():
+    torch.manual_seed(0)
+    model = Around(Pixels()).eval()
+    others = [torch.randn(b, WIDTH, h, w) for b, h, w in ((2, 6, 6), (3, 4, 9), (1, 8, 8))]
+    with torch.no_grad():
+        before = [model(x) for x in others]
+        (site,) = retrofit.convert(model, retrofit.DenseConfig(), (others[0],)).converted
+        assert (site.heads, site.head_dim) == (1, WIDTH)
+        for x, expected in zip(others, before, strict=True):
+            torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_decoder_of_torch_keeps_its_cross_attention():
+    torch.manual_seed(0)
+    layer = nn.TransformerDecoderLayer(WIDTH, HEADS, 48, dropout=0.0, batch_first=True)
+    model = nn.TransformerDecoder(layer, 2).eval()
+    target, memory = inputs((2, 11), (2, 7))
+    with torch.no_grad():
+        expected = model(target, memory, tgt_is_causal=False)
+        report = retrofit.convert(model, retrofit.DenseConfig(), (target, memory))
+        assert [site.path for site in report.converted] == ["layers.0.self_attn", "layers.1.self_attn"]
+        assert all("cross-attention" in reason for reason in report.skipped.values())
+        torch.testing.assert_close(model(target, memory), expected, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,155 @@
+"""What may happen to the scores between the product and the softmax: found, converted with proof at other sizes than the example's, and reverted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from spelled import (
+    DIM,
+    SCALE,
+    Model,
+    Site,
+    causal,
+    check_round_trip,
+    flat,
+    heads,
+    inputs,
+    softmax_of,
+    weights_of,
+)
+from torch import nn
+
+import retrofit
+
+
+def _cosine(site, q, k, v):
+    q, k, v = heads(F.normalize(q, dim=-1), F.normalize(k, dim=-1), v)
+    return flat(F.softmax(q @ k.transpose(2, 3) * site.temperature, -1) @ v)
+
+
+def _in_place(site, q, k, v):
+    q, k, v = heads(q, k, v)
+    scores = q @ k.transpose(2, 3)
+    scores.mul_(SCALE)
+    scores.masked_fill_(~causal(q.shape[2]), float("-inf"))
+    return flat(F.softmax(scores, -1) @ v)
+
+
+def _log_length(site, q, k, v):
+    t = q.shape[1]
+    factor = torch.log(torch.arange(t) + 2.0)[:, None]
+    q, k, v = heads(q, k, v)
+    return flat(F.softmax((q @ k.transpose(2, 3)) * factor * SCALE, -1) @ v)
+
+
+def _stable(site, scores):
+    return (scores - scores.amax(dim=-1, keepdim=True)) * SCALE
+
+
+def _sink(site, s, column=None):
+    b, h, t, _ = s.shape
+    column = site.sinks.view(1, h, 1, 1).expand(b, h, t, 1) if column is None else column
+    scores = torch.cat([s, column], dim=-1)
+    return F.softmax(scores, dim=-1)[..., :-1]
+
+
+def _sink_as_factor(q, k, v, sinks, less=torch.sub):
+    q, k, v = heads(q, k, v)
+    scores = q @ k.transpose(2, 3) * SCALE
+    factor = less(scores.logsumexp(-1), sinks.view(1, -1, 1)).sigmoid()
+    return flat(F.softmax(scores, -1) @ v * factor.unsqueeze(-1))
+
+
+def _softcap_mask_and_sinks(site, s):
+    s = (50 * torch.tanh(s / 50)).masked_fill(~causal(s.shape[-1]), -torch.inf)
+    column = site.sinks.reshape(1, -1, 1, 1).expand(s.shape[0], -1, s.shape[2], -1)
+    both = torch.cat([s, column], dim=-1)
+    both = both - both.max(dim=-1, keepdim=True).values
+    return F.softmax(both, dim=-1, dtype=torch.float32)[..., :-1]
+
+
+SPELLINGS: dict[str, Callable[[], nn.Module]] = {
+    "scale on the scores": lambda: Site(softmax_of(lambda site, s: s * SCALE)),
+    "division": lambda: Site(softmax_of(lambda site, s: s / math.sqrt(DIM))),
+    "division by a tensor": lambda: Site(softmax_of(lambda site, s: s / torch.sqrt(torch.tensor(8.0)))),
+    "scale left of the scores": lambda: Site(softmax_of(lambda site, s: SCALE * s)),
+    "no scale": lambda: Site(softmax_of(lambda site, s: s)),
+    "a softcap": lambda: Site(softmax_of(lambda site, s: torch.tanh(s / 5) * 5)),
+    "a tanh": lambda: Site(softmax_of(lambda site, s: torch.tanh(s))),
+    "attention sinks": lambda: Site(weights_of(_sink)),
+    "a sink as a factor": lambda: Site(lambda site, q, k, v: _sink_as_factor(q, k, v, site.sinks)),
+    "a softcap, a mask and sinks": lambda: Site(weights_of(_softcap_mask_and_sinks)),
+    "scale on both": lambda: Site(
+        lambda site, q, k, v: softmax_of(lambda site, s: s)(site, q * DIM**-0.25, k * DIM**-0.25, v)
+    ),
+    "a learned temperature per head": lambda: Site(_cosine),
+    "a scale that depends on the query": lambda: Site(_log_length),
+    "softmax in float32": lambda: Site(
+        weights_of(lambda site, s: F.softmax(s.float(), dim=-1, dtype=torch.float32).type_as(s))
+    ),
+    "softmax after subtracting the maximum": lambda: Site(softmax_of(_stable)),
+    "dropout": lambda: Site(weights_of(lambda site, s: site.drop(F.softmax(s, dim=-1)))),
+    "masked_fill": lambda: Site(
+        softmax_of(lambda site, s: (s * SCALE).masked_fill(~causal(s.shape[-1]), float("-inf")))
+    ),
+    "masked_fill with a sliced buffer": lambda: Site(
+        softmax_of(
+            lambda site, s: (s * SCALE).masked_fill(site.tril[:, :, : s.shape[2], : s.shape[3]] == 0, -1e9)
+        )
+    ),
+    "masked_fill and zeros after the softmax": lambda: Site(
+        weights_of(
+            lambda site, s: F.softmax(s.masked_fill(~causal(s.shape[-1]), -1e9), -1).masked_fill(
+                ~causal(s.shape[-1]), 0.0
+            )
+        )
+    ),
+    "in place": lambda: Site(_in_place),
+    "where": lambda: Site(
+        softmax_of(
+            lambda site, s: torch.where(causal(s.shape[-1]), s * SCALE, torch.finfo(torch.float32).min)
+        )
+    ),
+    "where, turned around": lambda: Site(
+        softmax_of(lambda site, s: torch.where(~causal(s.shape[-1]), -torch.inf, s * SCALE))
+    ),
+    "addition": lambda: Site(
+        softmax_of(lambda site, s: s * SCALE + torch.full_like(s, float("-inf")).triu(1))
+    ),
+    "times the mask, minus a large number": lambda: Site(
+        softmax_of(
+            lambda site, s: (
+                s * SCALE * site.tril[..., : s.shape[2], : s.shape[3]]
+                - 1e4 * (1 - site.tril[..., : s.shape[2], : s.shape[3]])
+            )
+        )
+    ),
+    "1 - mask times a large number": lambda: Site(
+        softmax_of(lambda site, s: s * SCALE - (1.0 - site.tril[..., : s.shape[2], : s.shape[3]]) * 1e9)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_a_spelling_is_converted_and_reverted(name):
+    torch.manual_seed(0)
+    check_round_trip(Model(SPELLINGS[name]()).eval())
+
+
+def test_a_window_wider_than_the_example_is_seen():
+    def windowed(site, scores):
+        at = torch.arange(scores.shape[-1])
+        back = at[:, None] - at
+        return (scores * SCALE).masked_fill((back < 0) | (back >= 40), float("-inf"))
+
+    model = Model(Site(softmax_of(windowed))).eval()
+    example, longer = inputs((2, 11), (2, 90))
+    with torch.no_grad():
+        expected = model(longer)
+        (site,) = retrofit.convert(model, retrofit.DenseConfig(), (example,)).converted
+        assert site.mask == "sliding window(40)"
+        torch.testing.assert_close(model(longer), expected, rtol=1e-5, atol=1e-5)

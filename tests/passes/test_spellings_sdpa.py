@@ -1,0 +1,89 @@
+"""SDPA in every form of its arguments: found, converted with proof at other sizes than the example's, and reverted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from spelled import DIM, HEADS, Model, Site, causal, causal_sdpa, check_round_trip, flat, heads, repeat, sdpa
+from torch import nn
+
+
+def _repeated_before_transpose(site, q, k, v):
+    b, t, h, d = k.shape
+    k, v = (x[:, :, :, None].expand(b, t, h, 2, d).reshape(b, t, HEADS, d) for x in (k, v))
+    q, k, v = heads(q, k, v)
+    return flat(F.scaled_dot_product_attention(q, k, v))
+
+
+def _sdpa_merged(site, q, k, v):
+    b, t, h, d = q.shape
+    q, k, v = (x.transpose(1, 2).reshape(b * h, t, d) for x in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=causal(t))
+    return y.view(b, h, t, d).transpose(1, 2).reshape(b, t, h * d)
+
+
+def _sdpa_five(site, q, k, v):
+    b, t, _, d = q.shape
+    q, k, v = (x.view(b, t, 2, 2, d).permute(0, 2, 3, 1, 4) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).permute(0, 3, 1, 2, 4).flatten(2)
+
+
+def _sdpa_no_heads(site, q, k, v):
+    return F.scaled_dot_product_attention(*(x.flatten(2) for x in (q, k, v)), is_causal=True)
+
+
+def _rotary(site, q, k, v):
+    t = q.shape[1]
+    angle = torch.arange(t)[:, None] / 100 ** (torch.arange(DIM // 2) / DIM)
+    cos, sin = (f(angle).repeat(1, 2)[:, None] for f in (torch.cos, torch.sin))
+
+    def rotated(x):
+        return x * cos + torch.cat([-x[..., DIM // 2 :], x[..., : DIM // 2]], -1) * sin
+
+    return causal_sdpa(site, rotated(q), rotated(k), v)
+
+
+def _complex_rotary(site, q, k, v):
+    t = q.shape[1]
+    turn = torch.polar(torch.ones(t, DIM // 2), torch.arange(t)[:, None] / torch.arange(1, DIM // 2 + 1))[
+        :, None
+    ]
+
+    def rotated(x):
+        return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turn).flatten(-2)
+
+    return causal_sdpa(site, rotated(q), rotated(k), v)
+
+
+def _normalised(site, q, k, v):
+    return causal_sdpa(site, F.rms_norm(q, (DIM,)), F.layer_norm(k, (DIM,)), v)
+
+
+SPELLINGS: dict[str, Callable[[], nn.Module]] = {
+    "sdpa": lambda: Site(sdpa()),
+    "sdpa causal": lambda: Site(causal_sdpa),
+    "sdpa scale": lambda: Site(sdpa(scale=0.2)),
+    "sdpa enable_gqa": lambda: Site(sdpa(enable_gqa=True), kv_heads=2),
+    "sdpa repeat_interleave": lambda: Site(
+        sdpa(lambda q, k, v: (q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1))), kv_heads=2
+    ),
+    "sdpa expand": lambda: Site(sdpa(lambda q, k, v: (q, repeat(k), repeat(v))), kv_heads=2),
+    "sdpa expand before transpose": lambda: Site(_repeated_before_transpose, kv_heads=2),
+    "sdpa bool mask": lambda: Site(lambda site, q, k, v: sdpa(attn_mask=causal(q.shape[1]))(site, q, k, v)),
+    "sdpa (b h) t d": lambda: Site(_sdpa_merged),
+    "sdpa five dimensions": lambda: Site(_sdpa_five),
+    "sdpa without heads": lambda: Site(_sdpa_no_heads),
+    "sdpa value width": lambda: Site(causal_sdpa, value_dim=12),
+    "rotary": lambda: Site(_rotary),
+    "complex rotary": lambda: Site(_complex_rotary),
+    "q and k norm": lambda: Site(_normalised),
+}
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_a_spelling_is_converted_and_reverted(name):
+    torch.manual_seed(0)
+    check_round_trip(Model(SPELLINGS[name]()).eval())
