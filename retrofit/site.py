@@ -233,7 +233,9 @@ class RetrofittedAttention(nn.Module):
 
     def _layer(self, values: Mapping[str, Any]) -> RetrofitLayer | None:
         # Whatever the argument is called: a cache that is left out would be noticed by nobody.
-        others = [name for name, value in values.items() if is_cache(value) and hasattr(value, "get_seq_length")]
+        others = [
+            name for name, value in values.items() if is_cache(value) and hasattr(value, "get_seq_length")
+        ]
         for name in (*CACHE_NAMES, *others):
             cache = values.get(name)
             if cache is not None and (is_cache(cache) or name in self.plan.signature.names):

@@ -157,6 +157,7 @@ def _read(config: Any, name: str) -> Any:
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "big_bird": {"attention_type": "original_full"},  # the other one is for texts of 700 tokens and more
+    "bigbird_pegasus": {"attention_type": "original_full"},
     "deepseek_v2": {"num_experts_per_tok": 2, "moe_intermediate_size": 48},
     "falcon_h1": {"mamba_d_ssm": 128},
     "gemma3n_text": {"num_kv_shared_layers": 0},
