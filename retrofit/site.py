@@ -23,7 +23,7 @@ from retrofit.capture.export import expanded
 from retrofit.capture.plan import SitePlan, compiled
 from retrofit.capture.standin import is_tensor_slot
 from retrofit.errors import CaptureError
-from retrofit.masks import to_start_length
+from retrofit.masks import check_continued, to_start_length
 from retrofit.passes.attention.masks import visible_keys
 from retrofit.targets.base import TargetAttention
 from retrofit.targets.dense import attend_densely
@@ -313,6 +313,8 @@ class RetrofittedAttention(nn.Module):
             end = torch.where(length > 0, start + length, slots)
             start = torch.where(length > 0, start, slots)
             if layer.start is not None:
+                if mask is not None and not self.plan.mask.sliding_window:
+                    check_continued(layer.start, start, past)
                 start = torch.where(layer.start < past, layer.start, start.clamp(min=past))
             length = end - start
             layer.start = start
