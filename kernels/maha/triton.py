@@ -16,7 +16,7 @@ from retrofit.kernels.maha import triton_execute as execute
 from retrofit.kernels.maha.bands import Bands
 
 TILE_ROWS = 128
-"""Queries times heads in a tile of 128 dims or fewer."""
+"""Queries times heads in a tile, for rows of at most 256 bytes."""
 FEW_ROWS = 16
 """The same where there are no more queries than that."""
 KEYS = 64
@@ -138,7 +138,7 @@ class _Call:
 
     def attend(self) -> tuple[Tensor, Tensor]:
         """Returns the output and the logarithm to base 2 of each query's mass, −∞ for padding."""
-        rows = TILE_ROWS if self.dim <= 128 else TILE_ROWS // 2
+        rows = self._shrunk(TILE_ROWS)
         if self.tokens * self.group <= FEW_ROWS:
             rows = FEW_ROWS
         heads, query_block, blocks, programs = self._tiles(rows)
@@ -146,7 +146,7 @@ class _Call:
         lse = self.q.new_empty(self.q.shape[:3], dtype=torch.float32)
         execute.attend[(blocks, programs)](
             *self.inputs, out, lse, *self.strides, self.slots, self.tokens, blocks, self.scale,
-            HEADS=heads, QUERY_BLOCK=query_block, KEYS=self._keys(KEYS), **self.sizes,
+            HEADS=heads, QUERY_BLOCK=query_block, KEYS=self._shrunk(KEYS), **self.sizes,
             **(ATTEND if rows == TILE_ROWS else SMALL),
         )  # fmt: skip
         return out, lse
@@ -154,7 +154,7 @@ class _Call:
     def backward(self, grad: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
         """Returns the gradients of q, of [k, *keys], of [v, *values] and of the offsets."""
         out, lse = self.attend()
-        size = self._keys(BACKWARD_TILE)
+        size = self._shrunk(BACKWARD_TILE)
         heads, query_block, blocks, programs = self._tiles(size)
         tiles = {"HEADS": heads, "QUERY_BLOCK": query_block, "KEYS": size}
         grad_q = torch.empty(self.q.shape, dtype=self.q.dtype, device=self.q.device)
@@ -188,9 +188,13 @@ class _Call:
         blocks = (self.tokens + 2 * query_block - 2) // query_block
         return heads, query_block, blocks, -(-self.group // heads) * self.k.shape[0] * self.k.shape[1]
 
-    def _keys(self, most: int) -> int:
-        """Keys of one step: ``most`` for rows of at most 256 bytes, and fewer of longer ones."""
-        return max(16, min(most, most * 256 // (_padded(self.dim) * self.q.element_size())))
+    def _shrunk(self, size: int) -> int:
+        """The side of a tile: ``size`` for rows of at most 256 bytes, and less for longer ones.
+
+        Products in float32 are not done by tensor cores; half the size keeps their code short.
+        """
+        row = _padded(self.dim) * self.q.element_size() * (2 if self.q.dtype == torch.float32 else 1)
+        return max(16, min(size, size * 256 // row))
 
 
 def _by_rows(x: Tensor) -> Tensor:
