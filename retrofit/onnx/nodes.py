@@ -87,7 +87,7 @@ def add_functions(
         arguments = _arguments(call)
         inputs = list(_flatten(node.op, arguments))
         for index, (_, value) in enumerate(inputs):
-            if value is None:
+            if value is None and index < len(placed.inputs):  # those at the end are left out
                 placed.replace_input_with(index, None)
         key = (node.name, *_attributes(node, arguments).items(), *(_type(value) for _, value in inputs))
         if key not in overloads:
