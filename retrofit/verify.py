@@ -267,6 +267,8 @@ def first_tensor(output: Any) -> Tensor:
 def relative_error(got: Tensor, expected: Tensor, keep: Tensor | None) -> float:
     """‖got − expected‖ / ‖expected‖ over the real tokens; infinite if either is not finite there."""
     got, expected = got.detach().double(), expected.detach().double()
+    if keep is not None and got.dim() == 3 and got.shape[:2] == (keep.shape[1], keep.shape[0]):
+        got, expected = got.transpose(0, 1), expected.transpose(0, 1)  # length first
     if keep is not None and got.dim() >= 3 and got.shape[0] == keep.shape[0]:
         dim = 1 if got.shape[1] == keep.shape[1] else 2
         if got.shape[dim] == keep.shape[1]:

@@ -11,6 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from retrofit import api
 from retrofit.configs import DenseConfig
 from retrofit.errors import VerificationError
+from retrofit.verify import relative_error
 
 
 class Doubled(LlamaAttention):
@@ -137,3 +138,14 @@ def test_cached_steps_of_encoder_decoders_are_compared():
     report = api.convert(BartForConditionalGeneration(config).eval(), DenseConfig())
     assert len(report.converted) == 2
     assert report.verification.decode < 1e-4
+
+
+@pytest.mark.parametrize("length_first", [False, True])
+def test_padding_is_not_compared(length_first):
+    keep = torch.tensor([[True, True, False], [True, True, True]])
+    expected, got = torch.ones(2, 3, 4), torch.ones(2, 3, 4)
+    got[0, 2] = 7
+    if length_first:
+        expected, got = expected.transpose(0, 1), got.transpose(0, 1)
+    assert relative_error(got, expected, keep) == 0
+    assert relative_error(got * 2, expected, keep) > 0.5

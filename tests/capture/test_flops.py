@@ -56,3 +56,19 @@ def test_the_two_products_are_counted(function, expected):
     tensors = torch.randn(B, H, T, D), torch.randn(B, H, N, D), torch.randn(B, H, N, DV)
     (call,) = record(Module(function), tensors, {}).owners[""]
     assert call.flops == expected
+
+
+class RouterFirst(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.router, self.attention = Module(_router), Module(_eager)
+
+    def forward(self, q, k, v):
+        return self.attention(q, k, v) * self.router(q, k, v) + self.attention(q, k, v)
+
+
+def test_the_softmax_of_another_module_is_left_aside():
+    tensors = torch.randn(B, H, T, D), torch.randn(B, H, N, D), torch.randn(B, H, N, DV)
+    owners = record(RouterFirst(), tensors, {}).owners
+    assert [call.flops for call in owners["attention"]] == [WHOLE, WHOLE]
+    assert [call.flops for call in owners["router"]] == [0]
