@@ -64,7 +64,7 @@ class RouterFirst(nn.Module):
         self.router, self.attention = Module(_router), Module(_eager)
 
     def forward(self, q, k, v):
-        return self.attention(q, k, v) * self.router(q, k, v) + self.attention(q, k, v)
+        return self.attention(q, k, v) * self.router(q + 1, k, v) + self.attention(q, k, v)
 
 
 def test_the_softmax_of_another_module_is_left_aside():
