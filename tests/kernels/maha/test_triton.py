@@ -130,7 +130,7 @@ class Case:
     def on(self, device: str, dtype: torch.dtype) -> Case:
         names = ("q", "k", "v", "start", "length", "offsets")
         moved = {name: getattr(self, name).to(device) for name in names}
-        return replace(self, **moved, **{name: moved[name].to(dtype) for name in ("q", "k", "v")})
+        return replace(self, **(moved | {name: moved[name].to(dtype) for name in ("q", "k", "v")}))
 
 
 def build(
