@@ -174,9 +174,7 @@ def config_from_dict(record: dict[str, Any]) -> TargetConfig:
     known = [field.name for field in fields(config)]
     for key, value in values.items():
         if key not in known:
-            raise ConfigError(
-                f"{name} has no option {key!r}{nearest(key, known)}; known: {', '.join(known)}"
-            )
+            raise ConfigError(f"{name} has no option {key!r}{nearest(key, known)}; known: {', '.join(known)}")
         if isinstance(value, list):
             values[key] = tuple(value)
     return config(**values)
