@@ -23,10 +23,13 @@ from retrofit.progress import shown, track
 from retrofit.targets.maha import EFFICIENT
 
 RESULTS = Path(__file__).parent / "results" / "quality.json"
+GROWING = retrofit.MAHAConfig(scales=7, widths=(96, 222, 478, 984, 2000, 4032))
+"""A scale begins where the position reaches it; on a GPU the widths of a block of 32 queries fill tiles of 64."""
 RUNS = {
     "HSA, default": (retrofit.HSAConfig(), 8192),
     "MAHA, default": (retrofit.MAHAConfig(), 4096),
     "MAHA, 81% fewer FLOPs": (EFFICIENT, 4096),
+    "MAHA, growing": (GROWING, 8192),
 }
 
 

@@ -113,7 +113,8 @@ def benchmark(
         site: Path of the site; None takes the middle one.
         repeats: Timed runs a length, at least; the median counts.
         dense_until: Overrides the site's own, for HSA.
-        shape: Heads, kv heads and dims to bring the inputs to; None leaves the site's.
+        shape: Heads, kv heads and dims to bring the inputs to; None leaves the site's. In another shape learned
+            parameters have their initial values.
         backward: Whether to time forward and backward together as well.
         rivals: What else to time: ``flex`` (FlexAttention on the blocks that HSA selected, without the selection)
             and ``nsa`` (fla's native sparse attention).
@@ -146,8 +147,6 @@ def benchmark(
     inputs = record(model, path, tokenizer, source, max(*lengths, CHECK_LENGTH), target.scale)
     if shape is not None:
         inputs = inputs.shaped(*shape)
-        if any(True for _ in target.parameters()):
-            raise BenchmarkError("a site with learned parameters is timed in its own shape; leave shape out")
         heads, kv_heads, dim = shape
         target = _with(
             target, heads=heads, kv_heads=kv_heads, head_dim=dim, value_dim=dim, scale=inputs.scale
@@ -200,6 +199,7 @@ def check(target: TargetAttention, inputs: Inputs) -> float:
 
 
 def _with(target: TargetAttention, **changes: Any) -> TargetAttention:
+    """A target like ``target``; its learned parameters are kept where the shape is."""
     names = (
         "heads",
         "kv_heads",
@@ -214,9 +214,10 @@ def _with(target: TargetAttention, **changes: Any) -> TargetAttention:
     )
     options = {name: getattr(target, name) for name in ("config", *names)} | changes
     copied = type(target)(options.pop("config"), **options)
-    copied.load_state_dict(target.state_dict())
+    if changes.keys() <= {"config", "implementation"}:
+        copied.load_state_dict(target.state_dict())
     parameter = next(target.parameters(), None)
-    return copied.to(parameter.device if parameter is not None else "cpu").eval()
+    return (copied if parameter is None else copied.to(parameter.device, parameter.dtype)).eval()
 
 
 def _call(q: Tensor) -> AttentionCall:
