@@ -10,8 +10,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # One thread per test process: two processes with as many threads as cores fight for them.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-# Files stay together: models that a whole file shares are converted and exported once.
-PYTEST_ARGS ?= -n 2 --dist loadfile
+# Files stay together: models that a whole file shares are converted and exported once. They run in the order of
+# tests/conftest.py, the long ones first.
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 PATHS ?= tests
 
 .PHONY: setup test check demo examples lint types wheel format clean

@@ -234,7 +234,7 @@ class RetrofittedAttention(nn.Module):
     def _layer(self, values: Mapping[str, Any]) -> RetrofitLayer | None:
         # Whatever the argument is called: a cache that is left out would be noticed by nobody.
         others = [
-            name for name, value in values.items() if is_cache(value) and hasattr(value, "get_seq_length")
+            name for name, value in values.items() if hasattr(value, "get_seq_length") and is_cache(value)
         ]
         for name in (*CACHE_NAMES, *others):
             cache = values.get(name)

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 
 import retrofit
-from retrofit import api
+from retrofit import admit
 from retrofit.configs import HSAConfig, MAHAConfig
 from retrofit.errors import ConfigError, ModelLoadError, OutputError
 from retrofit.saving import check_folder, new_folder
@@ -213,7 +213,7 @@ def test_what_was_verified_at_conversion_is_not_verified_again(
         verified.append(found.path)
         return verify_site(found, site)
 
-    monkeypatch.setattr(api, "verify_site", watched)
+    monkeypatch.setattr(admit, "verify_site", watched)
     retrofit.save_pretrained(dense, folder)
     retrofit.from_pretrained(folder)
     assert verified == []

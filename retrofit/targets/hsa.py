@@ -99,7 +99,9 @@ class HSAAttention(TargetAttention):
                 f"a row must have at most {MAX_POSITIONS:,} tokens for HSA, got {k.shape[2]:,}; leave the sites out "
                 "with where=… or give them DenseConfig()"
             )
-        nodes = self._pool_keys(k, call.start, new, state)
+        # Nothing flows back through a selection; summaries are made of the nodes themselves.
+        scored = k.detach() if self.gate is None and k.requires_grad else k
+        nodes = self._pool_keys(scored, call.start, new, state)
         value_nodes = self._pool_values(v, call.start, new, state)
         out, spans, first = hsa_attention(
             q,

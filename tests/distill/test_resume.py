@@ -86,7 +86,7 @@ def test_a_folder_is_not_taken_from_another_run(
 ) -> None:
     model, _, folder = uninterrupted
     before = sorted((entry.name, entry.read_bytes()) for entry in folder.iterdir())
-    with pytest.raises(OutputError, match="holds an earlier run; pass resume=True"):
+    with pytest.raises(OutputError, match="holds an earlier run; go on with it"):
         script.run(model, folder)
     monkeypatch.setattr(script, "CONFIG", script.DistillConfig(length=128, seed=4))
     with pytest.raises(OutputError, match=r"has config\.\w+=.*resume with the same"):

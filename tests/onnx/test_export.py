@@ -16,7 +16,7 @@ import torch
 import retrofit
 from retrofit.configs import DenseConfig, HSAConfig, MAHAConfig
 from retrofit.errors import ExportError, OutputError
-from retrofit.folders import is_export, new_folder
+from retrofit.folders import EXPORT_RECORD, is_export, new_folder
 from retrofit.onnx import OnnxModel, export_onnx
 
 
@@ -103,7 +103,9 @@ def test_an_export_and_a_saved_model_never_replace_each_other(
     retrofit.convert(model, DenseConfig())
     saved, exported = tmp_path / "saved", tmp_path / "exported"
     retrofit.save_pretrained(model, saved)
-    export_onnx(model, exported, check=False)
+    with new_folder(exported, is_export, "earlier export") as folder:
+        for name in ("model.onnx", EXPORT_RECORD, "config.json"):
+            (folder / name).write_text("{}")
     with pytest.raises(OutputError, match=r"exported is not empty .* but an ONNX export"):
         retrofit.save_pretrained(model, exported)
     with pytest.raises(OutputError, match=r"saved is not empty .* but a model"):
