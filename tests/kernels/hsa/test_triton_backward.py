@@ -196,8 +196,9 @@ def test_gradients_on_a_gpu(build: Callable[..., Any], inputs: dict[str, Any], d
     bound = given.by_blocks()
     exact = replace(given, case=on_gpu(case, torch.float64), grad=given.grad.double()).by_blocks()
     for x, y, z in zip(actual, exact, bound, strict=True):
-        # The kernels round weights, slopes and the output besides the gradients; in emulation up to 1.9 times.
-        assert error(x, y) <= 2.5 * error(z, y) + 1e-6
+        # The kernels round weights, slopes and the output besides the gradients; in emulation up to 1.9 times. In
+        # float32 the GPU's exp2 and log2, good to two units in the last place, add up over the heads of a group.
+        assert error(x, y) <= 2.5 * error(z, y) + 5e-6
 
 
 @pytest.mark.gpu
