@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from retrofit.errors import ConfigError
+from retrofit.kernels.dense.scores import ScoreRules
 from retrofit.kernels.hsa.geometry import Geometry
 
 pytest.importorskip("triton")
@@ -129,6 +130,7 @@ def test_what_the_kernels_cannot_do_is_refused(build: Callable[..., Any]) -> Non
     for changes, words in (
         ({"causal": False}, "not causal"),
         ({"sliding_window": 90}, "sliding window, got 90"),
+        ({"rules": ScoreRules(2.0)}, "a softcap or sinks in the softmax"),
     ):
         with pytest.raises(ConfigError, match=f"{words}.*use implementation='auto' or 'blocked'"):
             replace(build(100), **changes).run()
