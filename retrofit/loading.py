@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from retrofit.errors import ModelLoadError
+from retrofit.gguf import load_gguf
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HUB_FILES = ("*.json", "model*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken")
@@ -75,7 +76,8 @@ def load_model(
         model = _from_folder(path, source, wanted, trust_remote_code)
         tokenizer = _tokenizer(path, source, trust_remote_code)
     else:
-        model, tokenizer = _from_gguf(path, source, wanted)
+        with _one_line(source):
+            model, tokenizer = load_gguf(path, source, wanted)
     # PEFT and Trainer record where a model came from under this name.
     model.config._name_or_path = source
     model.name_or_path = source
@@ -367,50 +369,6 @@ def _tokenizer(path: Path, source: str, trust_remote_code: bool) -> Any:
 
 
 # A GGUF file.
-
-
-def _from_gguf(path: Path, source: str, dtype: str | torch.dtype) -> tuple[Any, Any]:
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise ModelLoadError(
-                f"{source} is not a GGUF file: it does not start with GGUF; download it again"
-            )
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    options: dict[str, Any] = {"gguf_file": path.name}
-    with _one_line(source):
-        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), **options)
-        packed = AutoModelForCausalLM.from_pretrained(str(path.parent), dtype=dtype, **options, **_unpacked())
-        return _rebuilt(packed), tokenizer
-
-
-def _unpacked() -> dict[str, Any]:
-    """Returns the option that makes transformers unpack every weight; older versions always do."""
-    import transformers
-
-    config = getattr(transformers, "GgufConfig", None)
-    return {} if config is None else {"quantization_config": config(dequantize=True)}
-
-
-def _rebuilt(packed: Any) -> Any:
-    """Returns the model anew from its configuration and weights: the loaded one believes itself quantised."""
-    from transformers.initialization import no_init_weights
-
-    config = packed.config
-    for name in ("quantization_config", "_is_quantized"):
-        if name in vars(config):
-            delattr(config, name)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(packed.dtype)
-    try:
-        with no_init_weights():
-            model = type(packed)(config)
-    finally:
-        torch.set_default_dtype(before)
-    model.load_state_dict(packed.state_dict())
-    model.tie_weights()
-    model.generation_config = packed.generation_config
-    return model
 
 
 @contextmanager

@@ -94,10 +94,11 @@ def attend_lists(
         weights = scratch.empty("scores", (*query.shape[:2], end * g.block), flat)
         rules.capped_(torch.bmm(query, keys.transpose(1, 2), out=weights))
         by_head = weights.view(len(query), -1, g.query_block, end, g.block)
-        by_head.flatten(-2)[..., : bias.shape[-1]] += bias[few, None, :, : end * g.block]
+        by_head.flatten(-2)[..., : bias.shape[-1]].add_(bias[few, None, :, : end * g.block])
         if by_leaf:
             seen_by_all = int(count[few, 0].min())
-            by_head[..., exact + seen_by_all :, :] += late[few, None, :, seen_by_all : end - exact, None]
+            seen_late = late[few, None, :, seen_by_all : end - exact, None]
+            by_head[..., exact + seen_by_all :, :].add_(seen_late)
         top = None if sinks is None else weights.amax(-1, keepdim=True)
         torch.softmax(weights, -1, out=weights)
         # Tile by tile: the sums of the earlier queries do not depend on how long the list gets.

@@ -175,7 +175,7 @@ def _list_votes(
             best_nodes.transpose(1, 2)
         )
         by_head = rules.capped_(weights).view(count, -1, *votes.shape[1:])
-        by_head[..., begin:] += bias[few, None]
+        by_head[..., begin:].add_(bias[few, None])
         torch.softmax(weights, -1, out=weights)
         torch.sum(by_head, 1, out=vote)
     return votes
