@@ -54,10 +54,12 @@ class RetrofitLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     Attributes:
         start: int64 [B], index of each row's first real token; set by the site at prefill, kept since.
+        padded: Whether there has been a mask, so that some row may have padding.
         state: What the target keeps; None before its first call, or where it keeps nothing.
     """
 
     start: Tensor | None
+    padded: bool
     state: Any
 
     def __init__(self, **options: Any) -> None:
@@ -65,6 +67,7 @@ class RetrofitLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self._buffers: tuple[Tensor, Tensor] | None = None
         self._owned = False
         self.start = None
+        self.padded = False
         self.state = None
         super().__init__(**options)  # type: ignore[no-untyped-call]
 
@@ -168,6 +171,7 @@ class RetrofitLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self._tokens = 0
         self._owned = False
         self.start = None
+        self.padded = False
         self.state = None
         self.is_initialized = False
 

@@ -32,7 +32,7 @@ class HSAConfig:
     Attributes:
         window: The most recent tokens, attended to exactly; a multiple of ``block``.
         sink: The first tokens, attended to exactly; a multiple of ``block``.
-        budget: Tokens each query selects for itself; a multiple of ``block``.
+        budget: Tokens each query selects for itself, at most; a multiple of ``block``.
         block: Size of a leaf, the unit of selection.
         node: Size of the pooled nodes by which leaves are scored; divides ``block``.
         fanout: Spans of level j hold ``block * fanout**j`` tokens.
@@ -43,6 +43,10 @@ class HSAConfig:
         summaries: Whether what is not executed takes part as gated summaries.
         dense_until: Queries at positions before it attend densely; a multiple of ``query_block``.
             None means ``sink + window + budget``.
+        threshold: A query selects the leaves of which a token is estimated to weigh at least this much of what
+            sinks and window weigh together, for some head of the group; 0 selects ``budget`` tokens in any case.
+        spread: Weight of the second-order term of a leaf's score, which says how much the keys that a node stands
+            for may differ from it; 0 scores by the nodes alone.
 
     Raises:
         ConfigError: If a value is out of its range or contradicts another.
@@ -50,7 +54,7 @@ class HSAConfig:
 
     target: ClassVar[str] = "hsa"
 
-    window: int = 256
+    window: int = 128
     sink: int = 32
     budget: int = 480
     block: int = 32
@@ -62,9 +66,14 @@ class HSAConfig:
     pooling: str = "mean"
     summaries: bool = False
     dense_until: int | None = None
+    threshold: float = 0.002
+    spread: float = 1.4
 
     def __post_init__(self) -> None:
         check_types(self)
+        for name in ("threshold", "spread"):
+            if not 0 <= (value := getattr(self, name)) < float("inf"):
+                raise ConfigError(f"{name} must be a number of at least 0, got {value}")
         for name in ("window", "budget", "block", "node", "nodes_per_span", "beam", "query_block"):
             at_least(self, name, 1)
         at_least(self, "sink", 0)

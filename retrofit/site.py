@@ -57,12 +57,14 @@ class AttentionCall:
         start: int64 [B], index of each row's first real token.
         length: int64 [B], number of real tokens of each row, the new ones included.
         layer: The cache layer of this site; None without a cache.
+        padded: Whether some row may have padding; False where every row is known to have all index slots.
         sinks: One more logit of each query head [Hq], which takes part in the softmax and has no value.
     """
 
     start: Tensor
     length: Tensor
     layer: RetrofitLayer | None = None
+    padded: bool = True
     sinks: Tensor | None = None
 
 
@@ -318,7 +320,8 @@ class RetrofittedAttention(nn.Module):
                 start = torch.where(layer.start < past, layer.start, start.clamp(min=past))
             length = end - start
             layer.start = start
-        return AttentionCall(start, length, layer)
+            layer.padded = layer.padded or mask is not None
+        return AttentionCall(start, length, layer, padded=mask is not None if layer is None else layer.padded)
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -26,8 +26,9 @@ def count(
     """Returns keys executed and nodes scored per query and kv head, float [B, Hkv, queries] each.
 
     A dense query executes every key it sees and scores no nodes. Elsewhere nodes are the leaf candidates' for
-    the query itself, a ``query_block``-th of those of the block's coarse steps (before a sliding window's
-    limit), and with ``summaries`` those of the cover. Padding counts nothing.
+    the query itself, the keys of sinks and window, which are scored with them, a ``query_block``-th of those of the
+    block's coarse steps (before a sliding window's limit), and with ``summaries`` those of the cover. Padding
+    counts nothing.
 
     Args:
         spans: As the operator returns them, [B, Hkv, NB, beam].
@@ -92,7 +93,7 @@ class _Blocks:
         chosen = (self.seen(begin, begin + g.block, t[:, None]) * executed).sum(-1)
 
         scored = outside & (self.seen(begin, begin + g.block, t[:, None]) > 0)
-        nodes = scored.sum(-1) * g.nodes_in_span(0) + self.coarse_nodes(covered) / g.query_block
+        nodes = scored.sum(-1) * g.nodes_in_span(0) + exact + self.coarse_nodes(covered) / g.query_block
         if summaries:
             nodes = nodes + self.cover_nodes(leaves, executed, t, covered, reach)
         dense = (t if self.causal else self.length - 1) < g.dense_end

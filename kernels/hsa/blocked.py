@@ -43,6 +43,7 @@ def hsa_attention(
     start: Tensor,
     length: Tensor,
     nodes: Sequence[Tensor],
+    spreads: Tensor | None,
     value_nodes: Sequence[Tensor],
     gate: Tensor | None,
     past_spans: Tensor | None,
@@ -71,6 +72,7 @@ def hsa_attention(
 
     levels = list(nodes)[: call.highest_level + 1]
     by_span = [tables.complete_rows(level, g.nodes_in_span(i)) for i, level in enumerate(levels)]
+    leaf_nodes = select.leaf_nodes(levels[0], spreads, g)
     _coarse(call, q, levels, by_span, spans, rules)
     sources = call.sources(k, v, nodes, value_nodes, gate)
     scratch = Scratch() if q.device.type == "cpu" else None
@@ -80,7 +82,7 @@ def hsa_attention(
     for block in call.chunks(call.sparse, size):
         part, chosen = block_step(
             call.queries(q, call.places(block)),
-            by_span[0],
+            leaf_nodes,
             sources,
             call.pick(spans, block),
             call.pick(first, block),
@@ -123,12 +125,12 @@ def block_step(
 
     For export, give ``tiles`` (``blocked_execute.max_tiles(geometry)`` always suffices), get ``queries`` from
     ``blocked_call.block_queries`` and ``spans`` from ``blocked_select.coarse_spans``, and make the tables with
-    ``blocked_rows.padded_rows(nodes[0], …)`` and ``blocked_rows.aligned_rows(k, …)``.
+    ``blocked_select.leaf_nodes`` and ``blocked_rows.aligned_rows(k, …)``.
 
     Args:
         queries: All places of the blocks, times the scale, zero where none is, [B, Hkv, R, G·query_block, D],
             in the dtype of the scores.
-        nodes: Level 0 of the pyramid by leaf.
+        nodes: Level 0 of the pyramid by leaf, as from ``blocked_select.leaf_nodes``.
         sources: Tables of keys and values by position and, with summaries, of pooled ones.
         spans: Kept spans of the blocks, [B, Hkv, R, beam].
         first: Choices of the queries before ``low``, uint8 [B, Hkv, R, C].
@@ -150,9 +152,14 @@ def block_step(
     g = geometry
     leaves = block_leaves(spans, block, length, causal, g)
     position = block[..., None] * g.query_block + torch.arange(g.query_block, device=block.device)
+    rules = executed.rules_by_query(rules, queries)
+    exact = execute.exact_plan(
+        block, length, causal=causal, sliding_window=sliding_window, geometry=g, dtype=queries.dtype
+    )
     first = select.leaf_step(
         queries,
         nodes,
+        select.Exact(sources.keys, *exact),
         leaves,
         position,
         low,
@@ -164,14 +171,13 @@ def block_step(
         rules=rules,
         scratch=scratch,
     )
-    rules = executed.rules_by_query(rules, queries)
     if scratch is not None and sources.gate is None:
         return attend_lists(
             queries,
             sources,
+            exact,
             *execute.listed(leaves, first, g),
             block,
-            length,
             scratch,
             causal=causal,
             sliding_window=sliding_window,
@@ -180,6 +186,7 @@ def block_step(
         ), first
     tile = executed.fetch(
         sources,
+        exact,
         leaves,
         spans,
         first,
@@ -189,7 +196,6 @@ def block_step(
         causal=causal,
         sliding_window=sliding_window,
         geometry=g,
-        dtype=queries.dtype,
     )
     return executed.attend(queries, tile, sources.gate, causal=causal, geometry=g, rules=rules), first
 

@@ -117,13 +117,13 @@ def _sparse_backward(
         spans, first = (call.pick(x, block) for x in selection)
         tile = executed.fetch(
             sources,
+            execute.exact_plan(block, call.length, dtype=call.dtype, **call.rules),
             block_leaves(spans, block, call.length, call.causal, call.geometry),
             spans,
             first,
             block,
             call.length,
             tiles=None,
-            dtype=call.dtype,
             **call.rules,
         )
         queries = call.queries(q, call.places(block))

@@ -1,7 +1,8 @@
 """Execution of a few query blocks: which rows of keys they fetch, who sees what, and one softmax over all.
 
-    plan     leaves, first  →  rows int64 [B, Hkv, R, S], bias [B, Hkv, R, query_block, S·block]
-    attend   queries, bias, fetched keys and values  →  [B·Hkv·R, G·query_block, Dv]
+    exact_plan   blocks        →  rows int64 [B, R, E], bias [B, R, query_block, E·block]: sinks and window
+    plan         leaves, first →  rows int64 [B, Hkv, R, S], bias [B, Hkv, R, query_block, S·block]
+    attend       queries, bias, fetched keys and values  →  [B·Hkv·R, G·query_block, Dv]
 
 The first rows are sinks and window, a fixed number. The list of leaves follows, ordered by (first choosing
 query, index), in tiles of ``LIST_TILE`` rows. Later queries only add to its end, where the earlier ones see
@@ -83,47 +84,40 @@ def listed(leaves: Tensor, first: Tensor, geometry: Geometry) -> tuple[Tensor, T
     return leaves.gather(-1, (order % width).to(torch.int64)), count
 
 
-def plan(
-    ordered: Tensor,
-    count: Tensor,
+def exact_plan(
     block: Tensor,
     length: Tensor,
-    tiles: int,
     *,
     causal: bool,
     sliding_window: int,
     geometry: Geometry,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """What to fetch, and who sees it.
+    """Sinks, window and, not causal, the incomplete leaf: what to fetch, and who sees it.
 
     Args:
-        ordered: The list of leaves, as from ``listed``.
-        count: How many of them each query may see, as from ``listed``.
         block: Number of each query block, int64 [B, R].
         length: Number of real tokens of each row, int64 [B].
-        tiles: Tiles of the list to execute; ``max_tiles`` always suffices.
         causal: Whether a query sees only itself and what lies before it.
         sliding_window: A query sees no keys this far or farther before it; 0 for no limit.
         geometry: The sizes.
         dtype: Of the bias.
 
     Returns:
-        Rows of ``block`` tokens, int64 [B, Hkv, R, S], and a bias of 0 or a very negative number,
-        [B, Hkv, R, query_block, S·block].
+        Rows of ``block`` tokens, int64 [B, R, E], and a bias of 0 or a very negative number,
+        [B, R, query_block, E·block].
     """
-    g, heads = geometry, ordered.shape[1]
-    device = ordered.device
-    t = block[..., None] * g.query_block + torch.arange(g.query_block, device=device)  # [B, R, Q]
+    g, device = geometry, block.device
+    t = _positions(block, g)
     sinks = torch.arange(g.sink // g.block, device=device).expand(*block.shape, -1)
     begin = g.window_start(t[..., :1]) // g.block
     parts = [sinks, begin + torch.arange(window_rows(g, causal), device=device)]
     if not causal:
         parts.append((g.sink // g.block + g.complete(length))[:, None, None].expand(*block.shape, 1))
-    exact = torch.cat(parts, dim=-1)  # [B, R, E]
+    rows = torch.cat(parts, dim=-1)
 
     within = torch.arange(g.block, device=device)
-    j, at = (exact[..., None] * g.block + within).flatten(-2)[..., None, :], t[..., None]
+    j, at = (rows[..., None] * g.block + within).flatten(-2)[..., None, :], t[..., None]
     in_sinks = torch.arange(j.shape[-1], device=device) < g.sink
     from_window = j >= g.window_start(at).clamp(min=g.sink)
     if causal:
@@ -135,27 +129,65 @@ def plan(
         seen = torch.where(tail, j >= whole, in_sinks | from_window) & (j < length[:, None, None, None])
     if sliding_window:
         seen = seen & (j > at - sliding_window)
-    exact_bias = torch.where(seen, 0.0, HIDDEN).to(dtype)[:, None].expand(-1, heads, -1, -1, -1)
-    exact = exact[:, None].expand(-1, heads, -1, -1)
+    return rows, torch.where(seen, 0.0, HIDDEN).to(dtype)
+
+
+def plan(
+    exact: tuple[Tensor, Tensor],
+    ordered: Tensor,
+    count: Tensor,
+    block: Tensor,
+    tiles: int,
+    *,
+    causal: bool,
+    sliding_window: int,
+    geometry: Geometry,
+) -> tuple[Tensor, Tensor]:
+    """What to fetch, and who sees it.
+
+    Args:
+        exact: What comes before the list, as from ``exact_plan``.
+        ordered: The list of leaves, as from ``listed``.
+        count: How many of them each query may see, as from ``listed``.
+        block: Number of each query block, int64 [B, R].
+        tiles: Tiles of the list to execute; ``max_tiles`` always suffices.
+        causal: Whether a query sees only itself and what lies before it.
+        sliding_window: A query sees no keys this far or farther before it; 0 for no limit.
+        geometry: The sizes.
+
+    Returns:
+        Rows of ``block`` tokens, int64 [B, Hkv, R, S], and a bias of 0 or a very negative number,
+        [B, Hkv, R, query_block, S·block].
+    """
+    g, heads, device = geometry, ordered.shape[1], ordered.device
+    rows, exact_bias = exact
+    rows = rows[:, None].expand(-1, heads, -1, -1)
+    exact_bias = exact_bias[:, None].expand(-1, heads, -1, -1, -1)
     if not tiles:
-        return exact, exact_bias
+        return rows, exact_bias
 
     slots = tiles * list_tile(g)
     chosen = F.pad(ordered, (0, max(0, slots - ordered.shape[-1])))[..., :slots]
     if causal and not sliding_window and not torch.compiler.is_exporting():  # ONNX has no views
-        bias = list_bias(count, slots, g, dtype)
+        bias = list_bias(count, slots, g, exact_bias.dtype)
     else:
         seen = torch.arange(slots, device=device) < (count if causal else count[..., -1:])[..., None]
         start = (g.sink + chosen * g.block)[..., None, :]
-        tt = t[:, None, ..., None]
+        t = _positions(block, g)[:, None, ..., None]
         if not causal:
-            seen = seen & ((start < g.window_start(tt)) | (start >= g.window_end(tt)))
+            seen = seen & ((start < g.window_start(t)) | (start >= g.window_end(t)))
         seen = seen.repeat_interleave(g.block, dim=-1)
         if sliding_window:
-            seen = seen & ((start[..., None] + within).flatten(-2) > tt - sliding_window)
-        bias = torch.where(seen, 0.0, HIDDEN).to(dtype)
-    rows = torch.cat([exact, chosen + g.sink // g.block], dim=-1)
+            within = torch.arange(g.block, device=device)
+            seen = seen & ((start[..., None] + within).flatten(-2) > t - sliding_window)
+        bias = torch.where(seen, 0.0, HIDDEN).to(exact_bias.dtype)
+    rows = torch.cat([rows, chosen + g.sink // g.block], dim=-1)
     return rows, torch.cat([exact_bias, bias], dim=-1)
+
+
+def _positions(block: Tensor, geometry: Geometry) -> Tensor:
+    """Positions [B, R, query_block] of the places of query blocks [B, R]."""
+    return block[..., None] * geometry.query_block + torch.arange(geometry.query_block, device=block.device)
 
 
 def list_bias(count: Tensor, slots: int, geometry: Geometry, dtype: torch.dtype) -> Tensor:

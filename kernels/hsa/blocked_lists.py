@@ -21,10 +21,10 @@ from retrofit.kernels.hsa.geometry import Geometry
 def attend_lists(
     queries: Tensor,
     sources: Sources,
+    exact: tuple[Tensor, Tensor],
     ordered: Tensor,
     count: Tensor,
     block: Tensor,
-    length: Tensor,
     scratch: Scratch,
     *,
     causal: bool,
@@ -37,10 +37,10 @@ def attend_lists(
     Args:
         queries: Times the scale, [B, Hkv, R, G·query_block, D].
         sources: Tables of keys and values.
+        exact: Sinks and window, as from ``execute.exact_plan``.
         ordered: The lists of leaves, as from ``execute.listed``.
         count: How many of them each query may see, as from ``execute.listed``.
         block: Number of each query block, int64 [B, R].
-        length: Number of real tokens of each row, int64 [B].
         scratch: Memory to work in.
         causal: Whether a query sees only itself and what lies before it.
         sliding_window: A query sees no keys this far or farther before it; 0 for no limit.
@@ -48,20 +48,19 @@ def attend_lists(
         rules: What else happens to the scores; the sinks by query, [B·Hkv·R, G·query_block, 1].
     """
     g, dtype = geometry, queries.dtype
-    tile, exact = execute.list_tile(g), execute.exact_rows(g, causal)
+    tile, near = execute.list_tile(g), execute.exact_rows(g, causal)
     tiles = (-(-count.amax(-1).flatten() // tile)).clamp(min=1)
     slots = int(tiles.max()) * tile
     by_leaf = causal and not sliding_window  # a query sees whole leaves, the first ones of the list
     rows, bias = execute.plan(
+        exact,
         ordered,
         count,
         block,
-        length,
         0 if by_leaf else slots // tile,
         causal=causal,
         sliding_window=sliding_window,
         geometry=g,
-        dtype=dtype,
     )
     if by_leaf:
         listed = F.pad(ordered[..., :slots], (0, max(0, slots - ordered.shape[-1])))
@@ -79,7 +78,7 @@ def attend_lists(
     for few in scratch.few(len(flat)):
         query, part = flat[few], out[few]
         most = int(tiles[few][-1])
-        end = exact + most * tile
+        end = near + most * tile
         keys, values = (
             torch.index_select(
                 x.table,
@@ -97,12 +96,12 @@ def attend_lists(
         by_head.flatten(-2)[..., : bias.shape[-1]].add_(bias[few, None, :, : end * g.block])
         if by_leaf:
             seen_by_all = int(count[few, 0].min())
-            seen_late = late[few, None, :, seen_by_all : end - exact, None]
-            by_head[..., exact + seen_by_all :, :].add_(seen_late)
+            seen_late = late[few, None, :, seen_by_all : end - near, None]
+            by_head[..., near + seen_by_all :, :].add_(seen_late)
         top = None if sinks is None else weights.amax(-1, keepdim=True)
         torch.softmax(weights, -1, out=weights)
         # Tile by tile: the sums of the earlier queries do not depend on how long the list gets.
-        sizes = [(exact + tile) * g.block, *[tile * g.block] * (most - 1)]
+        sizes = [(near + tile) * g.block, *[tile * g.block] * (most - 1)]
         first, *others = zip(weights.split(sizes, -1), values.split(sizes, 1), strict=True)
         torch.bmm(*first, out=part)
         for weight, value in others:

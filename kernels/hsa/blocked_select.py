@@ -3,14 +3,17 @@
     coarse_spans   [B, Hkv, R, G, D] first queries of R blocks  →  spans  int32 [B, Hkv, R, beam]
     leaf_step      [B, Hkv, R, G·query_block, D] queries        →  first  uint8 [B, Hkv, R, C]
 
-A span's score is that of its best node: its votes are the softmax of the scores over the candidates, summed over
-the group's heads. Both are pure functions of tensors whose shapes depend on the geometry and on R alone. The matrix products have
-one shape however many tokens a call brings, so that prefill, chunks and single tokens see the same bits.
+A span's score is that of its best node. In the coarse steps its votes are the softmax of the scores over the
+candidates, summed over the group's heads; in the leaf step its vote says how much it weighs against sinks and window.
+Both are pure functions of tensors whose shapes depend on the geometry and on R alone. The matrix
+products have one shape however many tokens a call brings, so that prefill, chunks and single tokens see the same bits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import log
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from retrofit.kernels.dense.scores import PLAIN, ScoreRules
-from retrofit.kernels.hsa.blocked_rows import Rows
+from retrofit.kernels.hsa.blocked_rows import Rows, complete_rows
 from retrofit.kernels.hsa.blocked_scratch import Scratch
-from retrofit.kernels.hsa.geometry import Geometry
+from retrofit.kernels.hsa.geometry import MOST_VOTES, VOTE_STEPS, Geometry
 
 COARSE_TILE = 8
 """Query blocks whose first queries meet the top level's nodes in one product."""
@@ -85,9 +88,31 @@ def coarse_spans(
 _LAST = 2**40
 
 
+class Exact(NamedTuple):
+    """What the queries of R blocks attend to besides leaves.
+
+    Attributes:
+        keys: Keys by position.
+        rows: Rows of ``block`` tokens, int64 [B, R, E], as from ``blocked_execute.exact_plan``.
+        bias: Who sees them, [B, R, query_block, E·block].
+    """
+
+    keys: Rows
+    rows: Tensor
+    bias: Tensor
+
+
+def leaf_nodes(level: Tensor, spreads: Tensor | None, geometry: Geometry) -> Rows:
+    """The leaves' nodes by leaf, each with its spread, if there is one, as one dim more."""
+    if spreads is not None:
+        level = torch.cat([level, spreads.unsqueeze(-1)], -1)
+    return complete_rows(level, geometry.nodes_in_span(0))
+
+
 def leaf_step(
     queries: Tensor,
     nodes: Rows,
+    exact: Exact,
     leaves: Tensor,
     position: Tensor,
     low: Tensor,
@@ -104,7 +129,8 @@ def leaf_step(
 
     Args:
         queries: All places of the blocks, times the scale, [B, Hkv, R, G·query_block, D]; finite.
-        nodes: The leaves' nodes by leaf.
+        nodes: The leaves' nodes by leaf, as from ``leaf_nodes``.
+        exact: What the queries attend to besides leaves.
         leaves: Leaf candidates of the blocks, int64 [B, Hkv, R, C].
         position: Of each place, int64 [B, R, query_block].
         low: First position of a new query in each row, int64 [B].
@@ -113,24 +139,14 @@ def leaf_step(
         causal: Whether a query sees only itself and what lies before it.
         sliding_window: A query sees no keys this far or farther before it; 0 for no limit.
         geometry: The sizes.
-        rules: What else happens to the scores.
+        rules: What else happens to the scores; the sinks by query, [B·Hkv·R, G·query_block, 1].
         scratch: Memory for scoring the leaves of a few lists at a time, to stay in the cache; None for all at once,
             without a look at the data.
     """
-    g, (batch, heads, blocks, width) = geometry, leaves.shape
-    rows = g.query_block
+    g, rows = geometry, geometry.query_block
     allowed = leaf_candidates(leaves, position, causal=causal, sliding_window=sliding_window, geometry=g)
-    if scratch is not None:
-        # Children of kept spans are candidates for the whole block: only the right edge differs by query.
-        same = causal and not sliding_window and bool((leaves[..., : g.beam * g.fanout] >= 0).all())
-        begin = g.beam * g.fanout if same else 0
-        bias = torch.where(allowed.flatten(0, 2)[..., begin:], 0.0, -torch.inf).to(queries.dtype)
-        at = nodes.flat(leaves).reshape(-1, width)
-        votes = _list_votes(queries.flatten(0, 2), nodes, at, bias, begin, rules, scratch)
-    else:
-        votes = _votes(queries, nodes, leaves, allowed, rules)
-    votes = votes.reshape(batch, heads, blocks, rows, width)
-    chosen = best(votes, allowed, g.leaves_per_query)
+    votes = _weights(queries, nodes, exact, leaves, g, rules, scratch).reshape(allowed.shape)
+    chosen = best(votes, allowed & (votes >= g.least_vote), g.leaves_per_query)
     chosen = (
         chosen & ((position >= low[:, None, None]) & (position < high[:, None, None]))[:, None, ..., None]
     )
@@ -139,46 +155,102 @@ def leaf_step(
     return torch.minimum(first, when)
 
 
-def _votes(queries: Tensor, nodes: Rows, leaves: Tensor, allowed: Tensor, rules: ScoreRules) -> Tensor:
-    """Votes [B·Hkv·R, Q, C] of all blocks at once."""
-    width, each, rows = leaves.shape[-1], nodes.group, allowed.shape[-2]
-    scores = torch.bmm(queries.flatten(0, 2), _members(nodes, leaves, queries.dtype))
-    scores = rules.capped_(scores.unflatten(-1, (width, each)).unflatten(1, (-1, rows)).amax(-1))
-    return scores.masked_fill(~allowed.flatten(0, 2)[:, None], -torch.inf).softmax(-1).sum(1)
-
-
-def _list_votes(
+def _weights(
     queries: Tensor,
     nodes: Rows,
-    at: Tensor,
-    bias: Tensor,
-    begin: int,
+    exact: Exact,
+    leaves: Tensor,
+    geometry: Geometry,
     rules: ScoreRules,
-    scratch: Scratch,
+    scratch: Scratch | None,
 ) -> Tensor:
-    """Votes [X, Q, C] of queries [X, G·Q, D] for the leaves in rows ``at`` [X, C] of the table of nodes.
+    """Votes [X, Q, C]: what a token of each leaf weighs against sinks and window, for the best head, in steps.
 
-    A few lists at a time: what they need stays in the cache. ``bias`` [X, Q, ·] says who does not see what from
-    leaf ``begin`` on.
+    A few lists at a time, if there is scratch memory: what they need stays in the cache.
     """
-    width, each, rows = at.shape[1], nodes.group, queries.shape[1]
-    votes = queries.new_empty(len(at), bias.shape[1], width)
-    for few in scratch.few(len(at)):
-        query, vote, count = queries[few], votes[few], len(at[few])
-        found = scratch.empty("nodes", (count * width, nodes.table.shape[1]), nodes.table)
-        torch.index_select(nodes.table, 0, at[few].flatten(), out=found)
-        scores = scratch.empty("node scores", (count, width * each, rows), queries)
-        torch.bmm(found.view(count, width * each, -1).to(queries.dtype), query.transpose(1, 2), out=scores)
-        best_nodes = scratch.empty("best nodes", (count, width, rows), queries)
-        torch.amax(scores.view(count, width, each, rows), 2, out=best_nodes)
-        weights = scratch.empty("leaf scores", (count, rows, width), queries).copy_(
-            best_nodes.transpose(1, 2)
+    g, heads = geometry, leaves.shape[1]
+    scorer = _Scorer(nodes, exact.keys, g.query_block, rules.softcap)
+    flat = queries.flatten(0, 2)
+    extra = _with_norm(flat, g.spread) if g.spread else flat
+    at_nodes = nodes.flat(leaves).reshape(len(flat), -1)
+    by_head = exact.rows[:, None].expand(-1, heads, -1, -1)
+    at_keys = exact.keys.flat(exact.keys.numbers(by_head, g.block)).reshape(len(flat), -1)
+    seen = exact.bias[:, None].expand(-1, heads, -1, -1, -1).flatten(0, 2)
+    if scratch is None:
+        return scorer.votes(flat, extra, at_nodes, at_keys, seen, rules.sinks)
+    votes = flat.new_empty(len(flat), g.query_block, leaves.shape[-1])
+    for few in scratch.few(len(flat)):
+        sinks = None if rules.sinks is None else rules.sinks[few]
+        votes[few] = scorer.votes(
+            flat[few], extra[few], at_nodes[few], at_keys[few], seen[few], sinks, scratch
         )
-        by_head = rules.capped_(weights).view(count, -1, *votes.shape[1:])
-        by_head[..., begin:].add_(bias[few, None])
-        torch.softmax(weights, -1, out=weights)
-        torch.sum(by_head, 1, out=vote)
     return votes
+
+
+def _with_norm(queries: Tensor, spread: float) -> Tensor:
+    """Queries, times the scale, with half their squared norm as one dim more, which meets the nodes' spreads."""
+    return torch.cat([queries, (0.5 * spread) * queries.square().sum(-1, keepdim=True)], -1)
+
+
+class _Scorer(NamedTuple):
+    """Scores leaves against exact keys, for X lists of leaves."""
+
+    nodes: Rows
+    keys: Rows
+    places: int
+    softcap: float
+
+    def votes(
+        self,
+        queries: Tensor,
+        extra: Tensor,
+        at_nodes: Tensor,
+        at_keys: Tensor,
+        seen: Tensor,
+        sinks: Tensor | None,
+        scratch: Scratch | None = None,
+    ) -> Tensor:
+        """Votes [X, Q, C].
+
+        Args:
+            queries: [X, G·Q, D].
+            extra: The same, with what meets the nodes' spreads.
+            at_nodes: Rows of the nodes of the C leaves, [X, C].
+            at_keys: Rows of the exact keys, [X, E].
+            seen: Bias of the exact keys, [X, Q, E].
+            sinks: [X, G·Q, 1].
+            scratch: Memory to work in.
+        """
+        new = _fresh if scratch is None else scratch.empty
+        count, width = at_nodes.shape
+        each, rows, exact = self.nodes.group, queries.shape[1], seen.shape[-1]
+        nodes = new("nodes", (count * width, self.nodes.table.shape[1]), self.nodes.table)
+        torch.index_select(self.nodes.table, 0, at_nodes.flatten(), out=nodes)
+        by_node = new("node scores", (count, width * each, rows), queries)
+        torch.bmm(nodes.view(count, width * each, -1).to(queries.dtype), extra.transpose(1, 2), out=by_node)
+        by_leaf = new("best nodes", (count, width, rows), queries)
+        torch.amax(by_node.view(count, width, each, rows), 2, out=by_leaf)
+
+        keys = new("exact keys", (at_keys.numel(), self.keys.table.shape[1]), self.keys.table)
+        torch.index_select(self.keys.table, 0, at_keys.flatten(), out=keys)
+        by_key = new("exact scores", (count, rows, exact), queries)
+        torch.bmm(queries, keys.view(count, exact, -1).to(queries.dtype).transpose(1, 2), out=by_key)
+        rules = ScoreRules(self.softcap)
+        near = rules.capped_(by_key).view(count, -1, self.places, exact).add_(seen[:, None]).flatten(1, 2)
+        total = near.logsumexp(-1, keepdim=True)
+        if sinks is not None:
+            total = torch.logaddexp(total, sinks)
+        by_head = rules.capped_(by_leaf).sub_(total.transpose(1, 2)).unflatten(2, (-1, self.places))
+        return in_steps(by_head.amax(2).transpose(1, 2))
+
+
+def in_steps(weights: Tensor) -> Tensor:
+    """Votes for leaves by the logarithms of what they weigh."""
+    return (weights * (VOTE_STEPS / log(2))).round().clamp(-MOST_VOTES, MOST_VOTES)
+
+
+def _fresh(name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    return like.new_empty(shape)
 
 
 def leaf_candidates(
@@ -200,18 +272,32 @@ def best(votes: Tensor, allowed: Tensor, count: int) -> Tensor:
     """The ``count`` highest votes among the allowed, ties to the lower index: bool [..., W]."""
     if count >= votes.shape[-1]:
         return allowed
-    votes = torch.where(allowed, votes, -1.0)
     if votes.device.type == "cpu" and not torch.compiler.is_exporting():
-        place = votes.shape[-1] - count  # NumPy selects with vector instructions, PyTorch without
-        least = torch.from_numpy(np.partition(votes.detach().numpy(), place, axis=-1)[..., place, None])
-        chosen = votes >= least
-        if int(chosen.sum()) == count * least.numel():  # no ties
-            return chosen & allowed
-    else:
-        least = votes.topk(count, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+        crowded = allowed.sum(-1, dtype=torch.int32) > count
+        if bool(crowded.any()):
+            allowed = allowed.clone()
+            allowed[crowded] = _best_on_cpu(votes[crowded], allowed[crowded], count)
+        return allowed
+    votes = torch.where(allowed, votes, -torch.inf)
+    least = votes.topk(count, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    return _at_least(votes, least, count) & allowed
+
+
+def _best_on_cpu(votes: Tensor, allowed: Tensor, count: int) -> Tensor:
+    votes = torch.where(allowed, votes, -torch.inf)
+    place = votes.shape[-1] - count  # NumPy selects with vector instructions, PyTorch without
+    least = torch.from_numpy(np.partition(votes.detach().numpy(), place, axis=-1)[..., place, None])
+    chosen = votes >= least
+    if int(chosen.sum()) == count * least.numel():  # no ties
+        return chosen
+    return _at_least(votes, least, count)
+
+
+def _at_least(votes: Tensor, least: Tensor, count: int) -> Tensor:
+    """Votes above ``least``, the ``count``-th highest, and of those equal to it the first, ``count`` in all."""
     above, level = votes > least, votes == least
     room = count - above.sum(-1, keepdim=True, dtype=torch.int32)
-    return (above | (level & (level.cumsum(-1, dtype=torch.int32) <= room))) & allowed
+    return above | (level & (level.cumsum(-1, dtype=torch.int32) <= room))
 
 
 def _members(nodes: Rows, ids: Tensor, dtype: torch.dtype) -> Tensor:

@@ -60,6 +60,7 @@ class Tile(NamedTuple):
 
 def fetch(
     sources: Sources,
+    exact: tuple[Tensor, Tensor],
     leaves: Tensor,
     spans: Tensor,
     first: Tensor,
@@ -70,12 +71,12 @@ def fetch(
     causal: bool,
     sliding_window: int,
     geometry: Geometry,
-    dtype: torch.dtype,
 ) -> Tile:
     """Looks up what the selection executes.
 
     Args:
         sources: The tables.
+        exact: Sinks and window, as from ``execute.exact_plan``, in the dtype of the scores.
         leaves: Leaf candidates of the blocks, int64 [B, Hkv, R, C].
         spans: Kept spans of the blocks, [B, Hkv, R, beam].
         first: Row that first chose each leaf candidate, uint8 [B, Hkv, R, C].
@@ -85,22 +86,20 @@ def fetch(
         causal: Whether a query sees only itself and what lies before it.
         sliding_window: A query sees no keys this far or farther before it; 0 for no limit.
         geometry: The sizes.
-        dtype: Of the scores.
     """
-    g = geometry
+    g, dtype = geometry, exact[1].dtype
     ordered, count = execute.listed(leaves, first, g)
     if tiles is None:
         tiles = -(-int(count.max()) // execute.list_tile(g))
     rows, bias = execute.plan(
+        exact,
         ordered,
         count,
         block,
-        length,
         tiles,
         causal=causal,
         sliding_window=sliding_window,
         geometry=g,
-        dtype=dtype,
     )
     wanted = [(table, table.numbers(rows, g.block)) for table in (sources.keys, sources.values)]
     node_bias = None

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from math import ceil, log2
 from typing import TypeVar, cast
 
 import torch
@@ -34,17 +35,21 @@ from torch import Tensor
 MAX_POSITIONS = 2**21
 """The longest row: it fixes the number of levels, so that they do not depend on the length at hand."""
 
+VOTE_STEPS = 256
+"""Steps of a leaf's vote to a power of two of its weight: small enough to lose nothing by, and votes fit into 16 bits."""
+MOST_VOTES = 2**15 - 1
+
 Count = TypeVar("Count", int, Tensor)
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """The sizes of one site, all in tokens unless said.
+    """The sizes of one site, all in tokens unless said, and what decides who is chosen.
 
     Attributes:
         window: The most recent tokens, attended to exactly; a multiple of ``block``.
         sink: The first tokens, attended to exactly; a multiple of ``block``.
-        budget: Tokens each query selects for itself; a multiple of ``block``.
+        budget: Tokens each query selects for itself, at most; a multiple of ``block``.
         block: Size of a leaf.
         node: Size of the nodes by which leaves are scored; divides ``block``.
         fanout: Children of a span.
@@ -52,6 +57,8 @@ class Geometry:
         beam: Spans kept at each coarse step.
         query_block: Consecutive queries that share the coarse steps and the executed leaves.
         dense_until: Queries at positions before it attend densely; a multiple of ``query_block``.
+        threshold: How much a leaf must weigh against sinks and window for a query to select it.
+        spread: Weight of the second-order term in the score of a leaf's node.
     """
 
     window: int
@@ -64,6 +71,8 @@ class Geometry:
     beam: int
     query_block: int
     dense_until: int
+    threshold: float = 0.0
+    spread: float = 0.0
 
     @property
     def dense_end(self) -> int:
@@ -106,8 +115,15 @@ class Geometry:
 
     @property
     def leaves_per_query(self) -> int:
-        """Leaves that each query chooses for itself."""
+        """Leaves that each query chooses for itself, at most."""
         return min(self.budget // self.block, self.leaf_width)
+
+    @property
+    def least_vote(self) -> int:
+        """The vote of a leaf that weighs just enough, in steps of ``VOTE_STEPS`` to a power of two."""
+        if not self.threshold:
+            return -MOST_VOTES
+        return max(-MOST_VOTES, min(ceil(VOTE_STEPS * log2(self.threshold)), MOST_VOTES))
 
     def span_size(self, level: int) -> int:
         """Tokens in a span of ``level``; leaves are level 0."""

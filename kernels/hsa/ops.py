@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from dataclasses import fields
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -28,67 +29,48 @@ from retrofit.kernels.hsa.geometry import Geometry
 IMPLEMENTATIONS = ("auto", "reference", "blocked", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-_SIZES = (
-    "window",
-    "sink",
-    "budget",
-    "block",
-    "node",
-    "fanout",
-    "nodes_per_span",
-    "beam",
-    "query_block",
-    "dense_until",
+_SIZES = [field.name for field in fields(Geometry)]
+_OPTIONS = "float scale, float softcap, bool causal, int sliding_window, bool padded, " + ", ".join(
+    f"{field.type} {field.name}" for field in fields(Geometry)
+)
+_LIBRARY = torch.library.Library("retrofit", "FRAGMENT")
+_LIBRARY.define(
+    "hsa_attention(Tensor q, Tensor k, Tensor v, Tensor start, Tensor length, Tensor[] nodes, Tensor? spreads, "
+    "Tensor[] value_nodes, Tensor? gate, Tensor? past_spans, Tensor? past_first, Tensor? sinks, *, "
+    f"{_OPTIONS}, str implementation) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "hsa_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor start, Tensor length, "
+    "Tensor[] nodes, Tensor[] value_nodes, Tensor? gate, Tensor spans, Tensor first, Tensor? out, Tensor? lse, "
+    f"Tensor? sinks, *, {_OPTIONS}) -> Tensor[]"
 )
 
 
-@torch.library.custom_op("retrofit::hsa_attention", mutates_args=())
+def _geometry(options: dict[str, Any]) -> Geometry:
+    return Geometry(**{name: options[name] for name in _SIZES})
+
+
+@torch.library.impl(_LIBRARY, "hsa_attention", "CompositeExplicitAutograd")
 def _hsa_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    start: Tensor,
-    length: Tensor,
-    nodes: Sequence[Tensor],
-    value_nodes: Sequence[Tensor],
-    gate: Tensor | None,
-    past_spans: Tensor | None,
-    past_first: Tensor | None,
-    sinks: Tensor | None,
-    *,
-    scale: float,
-    softcap: float,
-    causal: bool,
-    sliding_window: int,
-    window: int,
-    sink: int,
-    budget: int,
-    block: int,
-    node: int,
-    fanout: int,
-    nodes_per_span: int,
-    beam: int,
-    query_block: int,
-    dense_until: int,
-    implementation: str,
+    *tensors: Any, scale: float, softcap: float, causal: bool, sliding_window: int, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    geometry = Geometry(
-        window, sink, budget, block, node, fanout, nodes_per_span, beam, query_block, dense_until
-    )
-    rules = ScoreRules(softcap, sinks)
-    name = _implementation(implementation, q, v, gate, causal, sliding_window, geometry, rules)
-    arguments = (q, k, v, start, length, nodes, value_nodes, gate, past_spans, past_first)
-    options: dict[str, Any] = {
+    *arguments, sinks = tensors
+    q, v, gate = arguments[0], arguments[2], arguments[8]
+    geometry, rules = _geometry(options), ScoreRules(softcap, sinks)
+    given: dict[str, Any] = {
         "scale": scale,
         "causal": causal,
         "sliding_window": sliding_window,
         "geometry": geometry,
     }
+    name = _implementation(options["implementation"], q, v, gate, causal, sliding_window, geometry, rules)
     if name == "triton":
-        result: tuple[Tensor, Tensor, Tensor, Tensor] = _triton().hsa_attention(*arguments, **options)
+        result: tuple[Tensor, Tensor, Tensor, Tensor] = _triton().hsa_attention(
+            *arguments, **given, padded=options["padded"]
+        )
         return result
     run = reference.hsa_attention if name == "reference" else blocked.hsa_attention
-    return *run(*arguments, **options, rules=rules), q.new_empty(0, dtype=torch.float32)
+    return *run(*arguments, **given, rules=rules), q.new_empty(0, dtype=torch.float32)
 
 
 def _implementation(
@@ -132,40 +114,13 @@ def _triton() -> ModuleType:
     return triton
 
 
-@_hsa_attention.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    start: Tensor,
-    length: Tensor,
-    nodes: Sequence[Tensor],
-    value_nodes: Sequence[Tensor],
-    gate: Tensor | None,
-    past_spans: Tensor | None,
-    past_first: Tensor | None,
-    sinks: Tensor | None,
-    *,
-    scale: float,
-    softcap: float,
-    causal: bool,
-    sliding_window: int,
-    window: int,
-    sink: int,
-    budget: int,
-    block: int,
-    node: int,
-    fanout: int,
-    nodes_per_span: int,
-    beam: int,
-    query_block: int,
-    dense_until: int,
-    implementation: str,
+def _fake(
+    *tensors: Any, scale: float, softcap: float, causal: bool, sliding_window: int, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    g = Geometry(window, sink, budget, block, node, fanout, nodes_per_span, beam, query_block, dense_until)
+    q, k, v, gate, sinks = tensors[0], tensors[1], tensors[2], tensors[8], tensors[11]
+    g, rules = _geometry(options), ScoreRules(softcap, sinks)
     shape = (k.shape[0], k.shape[1], g.blocks(k.shape[2]))
-    rules = ScoreRules(softcap, sinks)
-    name = _implementation(implementation, q, v, gate, causal, sliding_window, g, rules)
+    name = _implementation(options["implementation"], q, v, gate, causal, sliding_window, g, rules)
     return (
         q.new_empty(q.shape[0], q.shape[1], q.shape[2], v.shape[3]),
         q.new_empty((*shape, g.beam), dtype=torch.int32),
@@ -174,56 +129,26 @@ def _(
     )
 
 
-@torch.library.custom_op("retrofit::hsa_attention_backward", mutates_args=())
+torch.library.register_fake("retrofit::hsa_attention", _fake, lib=_LIBRARY)
+
+
+@torch.library.impl(_LIBRARY, "hsa_attention_backward", "CompositeExplicitAutograd")
 def _hsa_attention_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    start: Tensor,
-    length: Tensor,
-    nodes: Sequence[Tensor],
-    value_nodes: Sequence[Tensor],
-    gate: Tensor | None,
-    spans: Tensor,
-    first: Tensor,
-    out: Tensor | None,
-    lse: Tensor | None,
-    sinks: Tensor | None,
-    *,
-    scale: float,
-    softcap: float,
-    causal: bool,
-    sliding_window: int,
-    window: int,
-    sink: int,
-    budget: int,
-    block: int,
-    node: int,
-    fanout: int,
-    nodes_per_span: int,
-    beam: int,
-    query_block: int,
-    dense_until: int,
+    *tensors: Any, scale: float, softcap: float, causal: bool, sliding_window: int, **options: Any
 ) -> list[Tensor]:
     """Gradients of q, k, v, the nodes, the value nodes and, if there is one, the gate.
 
     Triton kernels compute them if the forward pass left the output and the log-sum-exp of the scores.
     """
-    arguments = (grad, q, k, v, start, length, nodes, value_nodes)
-    geometry = Geometry(
-        window, sink, budget, block, node, fanout, nodes_per_span, beam, query_block, dense_until
-    )
+    *arguments, gate, spans, first, out, lse, sinks = tensors
+    geometry = _geometry(options)
     if out is not None and lse is not None:
         found = _triton().hsa_attention_backward(
-            *arguments, spans, first, out, lse, scale=scale, geometry=geometry
+            *arguments, spans, first, out, lse, scale=scale, padded=options["padded"], geometry=geometry
         )
     else:
         found = blocked.hsa_attention_backward(
-            *arguments,
-            gate,
-            spans,
-            first,
+            *(*arguments, gate, spans, first),
             scale=scale,
             causal=causal,
             sliding_window=sliding_window,
@@ -234,32 +159,19 @@ def _hsa_attention_backward(
     return [grad_q, grad_k, grad_v, *grad_nodes, *grad_value_nodes, *(x for x in by_head if x is not None)]
 
 
-@_hsa_attention_backward.register_fake
-def _(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    start: Tensor,
-    length: Tensor,
-    nodes: Sequence[Tensor],
-    value_nodes: Sequence[Tensor],
-    gate: Tensor | None,
-    spans: Tensor,
-    first: Tensor,
-    out: Tensor | None,
-    lse: Tensor | None,
-    sinks: Tensor | None,
-    **_: Any,
-) -> list[Tensor]:
+def _backward_fake(*tensors: Any, **options: Any) -> list[Tensor]:
+    _, q, k, v, _, _, nodes, value_nodes, gate, *_, sinks = tensors
     by_head = [x for x in (gate, sinks) if x is not None]
     return [torch.empty_like(x) for x in (q, k, v, *nodes, *value_nodes, *by_head)]
+
+
+torch.library.register_fake("retrofit::hsa_attention_backward", _backward_fake, lib=_LIBRARY)
 
 
 def _setup_context(
     ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any
 ) -> None:
-    q, k, v, start, length, nodes, value_nodes, gate, _, _, sinks = inputs
+    q, k, v, start, length, nodes, _, value_nodes, gate, _, _, sinks = inputs
     out, spans, first, lse = output
     ctx.counts = len(nodes), len(value_nodes)
     used = (out, lse) if lse.ndim > 1 else (None, None)
@@ -273,16 +185,19 @@ def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     levels, value_levels = ctx.counts
     nodes, value_nodes = rest[:levels], rest[levels : levels + value_levels]
     gate, spans, first, out, lse, sinks = rest[levels + value_levels :]
-    grads = _hsa_attention_backward(
+    grads = torch.ops.retrofit.hsa_attention_backward(
         grad, q, k, v, start, length, nodes, value_nodes, gate, spans, first, out, lse, sinks, **ctx.options
     )
     pooled = list(grads[3 : 3 + levels]), list(grads[3 + levels : 3 + levels + value_levels])
     by_head = iter(grads[3 + levels + value_levels :])
     grad_gate, grad_sinks = (None if x is None else next(by_head) for x in (gate, sinks))
-    return (*grads[:3], None, None, *pooled, grad_gate, None, None, grad_sinks)
+    grad_nodes, grad_value_nodes = pooled
+    return (*grads[:3], None, None, grad_nodes, None, grad_value_nodes, grad_gate, None, None, grad_sinks)
 
 
-_hsa_attention.register_autograd(_backward, setup_context=_setup_context)
+torch.library.register_autograd(
+    "retrofit::hsa_attention", _backward, setup_context=_setup_context, lib=_LIBRARY
+)
 
 
 def hsa_attention(
@@ -293,6 +208,7 @@ def hsa_attention(
     start: Tensor | None = None,
     length: Tensor | None = None,
     nodes: Sequence[Tensor],
+    spreads: Tensor | None = None,
     value_nodes: Sequence[Tensor] = (),
     gate: Tensor | None = None,
     past_spans: Tensor | None = None,
@@ -300,6 +216,7 @@ def hsa_attention(
     scale: float,
     causal: bool = True,
     sliding_window: int = 0,
+    padded: bool = True,
     geometry: Geometry,
     rules: ScoreRules = PLAIN,
     implementation: str = "auto",
@@ -314,6 +231,8 @@ def hsa_attention(
         length: Number of real tokens of each row, int64 [B]; None for all from ``start`` on.
         nodes: Pooled keys per level, [B, Hkv, M_level, D], as ``extend_pyramid`` makes them with
             ``geometry.ratios`` and ``geometry.sink``.
+        spreads: How far keys lie from their node of level 0, [B, Hkv, M_0], as ``extend_spreads`` makes them with
+            ``geometry.node`` and ``geometry.sink``; needed where ``geometry.spread`` is not 0.
         value_nodes: Pooled values per level, [B, Hkv, M_level, Dv]; empty without summaries.
         gate: Weight of the summaries, [Hq], clamped at 0 with a straight-through gradient; None without.
         past_spans: ``spans`` of the call before; None at the start of a row.
@@ -321,8 +240,9 @@ def hsa_attention(
         scale: Factor on the scores.
         causal: Whether a query sees only itself and what lies before it.
         sliding_window: A query sees no keys this far or farther before it; 0 for no limit.
+        padded: Whether ``start`` and ``length`` may say anything but that every row has all index slots.
         geometry: The sizes.
-        rules: What else happens to the scores: a softcap, of nodes as of keys, and sinks, which have no vote.
+        rules: What else happens to the scores: a softcap, of nodes as of keys, and sinks, which take their share.
         implementation: ``reference``, ``blocked``, ``triton``, or ``auto``: ``triton`` on a GPU for what it can
             do (causal, no sliding window, no summaries, plain scores, sizes that are powers of two) and else
             ``blocked``.
@@ -335,18 +255,20 @@ def hsa_attention(
     Raises:
         ConfigError: If an argument does not fit the others, or the dtype or implementation is unknown.
     """
-    _check(q, k, v, nodes, value_nodes, gate, past_spans, past_first, geometry, implementation)
+    _check(q, k, v, nodes, spreads, value_nodes, gate, past_spans, past_first, geometry, implementation)
+    padded = padded and not (start is None and length is None)
     if start is None:
         start = torch.zeros(q.shape[0], dtype=torch.int64, device=q.device)
     if length is None:
         length = k.shape[2] - start
-    out, spans, first, _ = _hsa_attention(
+    out, spans, first, _ = torch.ops.retrofit.hsa_attention(
         q,
         k,
         v,
         start,
         length,
         list(nodes),
+        spreads if geometry.spread else None,
         list(value_nodes),
         gate,
         past_spans,
@@ -356,8 +278,9 @@ def hsa_attention(
         softcap=rules.softcap,
         causal=causal,
         sliding_window=sliding_window,
+        padded=padded,
         implementation=implementation,
-        **{name: getattr(geometry, name) for name in _SIZES},
+        **vars(geometry),
     )
     return out, spans, first
 
@@ -367,6 +290,7 @@ def _check(
     k: Tensor,
     v: Tensor,
     nodes: Sequence[Tensor],
+    spreads: Tensor | None,
     value_nodes: Sequence[Tensor],
     gate: Tensor | None,
     past_spans: Tensor | None,
@@ -394,6 +318,11 @@ def _check(
         raise ConfigError(
             f"nodes must have the {geometry.levels} levels of the geometry, got {len(nodes)}; "
             "make them with extend_pyramid and geometry.ratios"
+        )
+    if geometry.spread and (spreads is None or spreads.shape != nodes[0].shape[:3]):
+        raise ConfigError(
+            f"spreads must have the shape {list(nodes[0].shape[:3])} of the nodes of level 0 where spread="
+            f"{geometry.spread}, got {None if spreads is None else list(spreads.shape)}; make them with extend_spreads"
         )
     if gate is not None and len(value_nodes) != len(nodes):
         raise ConfigError(
@@ -432,7 +361,7 @@ def _work(
             causal=causal,
             sliding_window=sliding_window,
             summaries=summaries,
-            geometry=Geometry(**{name: options[name] for name in _SIZES}),
+            geometry=_geometry(options),
         )
         return float(keys.sum(dtype=torch.float64)), float(nodes.sum(dtype=torch.float64))
 
@@ -448,6 +377,7 @@ def _flops(
     start: Tensor,
     length: Tensor,
     nodes: Sequence[Tensor],
+    spreads: Tensor | None,
     value_nodes: Sequence[Tensor],
     gate: Tensor | None,
     *_: Any,

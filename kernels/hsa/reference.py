@@ -3,12 +3,19 @@
 For each row and each query block, in positions:
 
     coarse steps   by the block's first query, from the top level down: score the candidates, keep ``beam``
-    leaf step      by each query for itself: score the leaf candidates, choose budget / block of them
+    leaf step      by each query for itself: score the leaf candidates, choose those that matter
     execution      one softmax over sinks, window and the leaves chosen so far in the block, plus, gated, the
                    nodes of the cover of what is not executed (``geometry`` defines candidates and cover)
 
-A candidate's score is the highest scale·q·k among its nodes; its vote is Σ over the group's heads of the softmax of
-the scores over the candidates.
+A span's score is the highest scale·q·k among its nodes. In a coarse step its vote is Σ over the group's heads of the
+softmax of the scores over the candidates. In the leaf step a node's score has a second-order term,
+
+    scale·q·k + spread · ½·(scale·‖q‖)²·r²         r²: mean squared distance of its keys from it, by dim
+
+what the logarithm of a mean of exponentials gains when keys lie that far apart in every direction, and a vote says
+how much a leaf weighs against what the query attends to anyway: max over the group's heads of score − z, z the
+log-sum-exp of the scores of the keys in sinks and window, in steps of a 256th of log 2. Leaves with a vote of at
+least log ``threshold`` are chosen, ``budget`` / ``block`` of them at most, ties to the lower index.
 
 Score computations run in float32, or float64 for float64 inputs, and in shapes that depend on the geometry
 alone, so that prefill, chunks and single tokens see the same bits.
@@ -24,7 +31,7 @@ import torch
 from torch import Tensor
 
 from retrofit.kernels.dense.scores import PLAIN, ScoreRules
-from retrofit.kernels.hsa.geometry import Geometry
+from retrofit.kernels.hsa.geometry import MOST_VOTES, VOTE_STEPS, Geometry
 
 
 def hsa_attention(
@@ -34,6 +41,7 @@ def hsa_attention(
     start: Tensor,
     length: Tensor,
     nodes: Sequence[Tensor],
+    spreads: Tensor | None,
     value_nodes: Sequence[Tensor],
     gate: Tensor | None,
     past_spans: Tensor | None,
@@ -54,6 +62,7 @@ def hsa_attention(
         start: Index of each row's first real token, int64 [B].
         length: Number of real tokens of each row, int64 [B].
         nodes: Pooled keys per level, [B, Hkv, M_level, D].
+        spreads: Of the nodes of level 0, [B, Hkv, M_0]; None where ``geometry.spread`` is 0.
         value_nodes: Pooled values per level, [B, Hkv, M_level, Dv]; empty without summaries.
         gate: Weight of the summaries, [Hq], clamped at 0 with a straight-through gradient; None without.
         past_spans: ``spans`` of the call before, [B, Hkv, NB, beam], or None.
@@ -62,7 +71,7 @@ def hsa_attention(
         causal: Whether a query sees only itself and what lies before it.
         sliding_window: A query sees no keys this far or farther before it; 0 for no limit.
         geometry: The sizes.
-        rules: What else happens to the scores: a softcap, of nodes as of keys, and sinks, which have no vote.
+        rules: What else happens to the scores: a softcap, of nodes as of keys, and sinks, which take their share.
 
     Returns:
         The output [B, Hq, T, Dv], zero for padding; per query block the kept spans of level 1, int32
@@ -82,6 +91,7 @@ def hsa_attention(
             k=k[b, :, begin : begin + count].to(dtype),
             v=v[b, :, begin : begin + count].to(dtype),
             nodes=[level[b].to(dtype) for level in nodes],
+            spreads=None if spreads is None else spreads[b].to(dtype),
             value_nodes=[level[b].to(dtype) for level in value_nodes],
             gate=None if gate is None else _straight_through(gate.to(dtype)).view(kv_heads, -1, 1, 1),
             scale=scale,
@@ -118,6 +128,7 @@ class _Row:
     k: Tensor
     v: Tensor
     nodes: list[Tensor]
+    spreads: Tensor | None
     value_nodes: list[Tensor]
     gate: Tensor | None
     scale: float
@@ -189,10 +200,12 @@ class _Row:
         padded = q.new_zeros(*q.shape[:2], g.query_block, q.shape[3])
         rows = t - block * g.query_block
         padded[:, :, rows] = q.detach()
-        valid = self.candidates(leaves, block * g.query_block + torch.arange(g.query_block, device=q.device))
-        votes = self.votes(padded, 0, leaves, valid)
-        order = votes.masked_fill(~valid, -1.0).sort(dim=-1, descending=True, stable=True).indices
-        chosen = torch.zeros_like(valid).scatter(-1, order[..., : g.leaves_per_query], True) & valid
+        places = block * g.query_block + torch.arange(g.query_block, device=q.device)
+        valid = self.candidates(leaves, places)
+        votes = in_steps(self.weights(padded, places, leaves)).masked_fill(~valid, -torch.inf)
+        order = votes.sort(dim=-1, descending=True, stable=True).indices
+        chosen = torch.zeros_like(valid).scatter(-1, order[..., : g.leaves_per_query], True)
+        chosen &= valid & (votes >= g.least_vote)
         when = torch.where(chosen[:, rows], rows[:, None], g.query_block).amin(1)
         return torch.minimum(first, when.to(first.dtype))
 
@@ -207,13 +220,41 @@ class _Row:
         """Votes [Hkv, R, W] of q [Hkv, G, R, D] for the spans ``ids`` [Hkv, W], if ``valid`` [Hkv, R, W]."""
         if not valid.any():
             return torch.zeros_like(valid, dtype=q.dtype)
-        nodes, each = self.nodes[level], self.geometry.nodes_in_span(level)
+        scores = self.scores(q, self.members(self.nodes[level], level, ids)[:, None])
+        best = scores.unflatten(-1, (-1, self.geometry.nodes_in_span(level))).amax(-1)
+        return best.masked_fill(~valid[:, None], -torch.inf).softmax(-1).nan_to_num(0.0).sum(1)
+
+    @torch.no_grad()
+    def weights(self, q: Tensor, t: Tensor, leaves: Tensor) -> Tensor:
+        """What ``leaves`` [Hkv, C] weigh for q [Hkv, G, R, D] at ``t``: logarithms [Hkv, R, C]."""
+        if not self.nodes[0].shape[1]:
+            return q.new_zeros(*q.shape[:1], q.shape[2], leaves.shape[1])
+        g = self.geometry
+        extra: Tensor | float = 0.0
+        if self.spreads is not None:
+            spread = self.members(self.spreads[..., None], 0, leaves)[:, None, :, 0]
+            extra = g.spread * 0.5 * (self.scale * q).square().sum(-1)[..., None] * spread[..., None, :]
+        scores = self.scores(q, self.members(self.nodes[0], 0, leaves)[:, None], extra)
+        scores = scores.unflatten(-1, (-1, g.nodes_in_span(0))).amax(-1)
+        near = self.scores(q, self.k[:, None]).masked_fill(~self.exact(t), -torch.inf)
+        total = near.logsumexp(-1, keepdim=True)
+        if self.sinks is not None:
+            total = torch.logaddexp(total, self.sinks)
+        return (scores - total).amax(1)
+
+    def members(self, nodes: Tensor, level: int, ids: Tensor) -> Tensor:
+        """The nodes [Hkv, W·nodes of a span, ·] of the spans ``ids`` [Hkv, W] of a level."""
+        each = self.geometry.nodes_in_span(level)
         at = ids.clamp(min=0)[..., None] * each + torch.arange(each, device=ids.device)
         at = at.flatten(-2).clamp(max=nodes.shape[1] - 1)
-        members = nodes.gather(1, at[..., None].expand(-1, -1, nodes.shape[2]))
-        scores = self.scores(q, members[:, None])
-        best = scores.reshape(*scores.shape[:-1], -1, each).amax(-1)
-        return best.masked_fill(~valid[:, None], -torch.inf).softmax(-1).nan_to_num(0.0).sum(1)
+        return nodes.gather(1, at[..., None].expand(-1, -1, nodes.shape[2]))
+
+    def exact(self, t: Tensor) -> Tensor:
+        """What the queries ``t`` see besides leaves: sinks, window and the incomplete leaf; bool [R, n]."""
+        g, j = self.geometry, torch.arange(self.tokens, device=t.device)
+        behind = j >= g.sink + g.complete(self.tokens) * g.block
+        near = (j < g.sink) | behind | self.in_window((j - g.sink) // g.block, t[:, None])
+        return near & self.visible(t)
 
     def masks(self, t: Tensor, block: int, leaves: Tensor, first: Tensor) -> tuple[Tensor, list[Tensor]]:
         """What the queries ``t`` of ``block`` count: keys, bool [Hkv, R, n], and per level spans of the cover."""
@@ -225,16 +266,9 @@ class _Row:
         executed.scatter_(-1, torch.where(now, leaves[:, None], whole), True)
         executed = executed[..., :whole]
 
-        j = torch.arange(self.tokens, device=t.device)
-        keys = (
-            (j < g.sink)
-            | (j >= g.sink + whole * g.block)
-            | self.in_window((j - g.sink) // g.block, t[:, None])
-        )
-        keys = keys.repeat(heads, 1, 1)
+        keys = self.exact(t).repeat(heads, 1, 1)
         behind = slice(g.sink, g.sink + whole * g.block)
-        keys[..., behind] |= executed.repeat_interleave(g.block, dim=-1)
-        keys &= self.visible(t)
+        keys[..., behind] |= executed.repeat_interleave(g.block, dim=-1) & self.visible(t)[:, behind]
         if self.gate is None:
             return keys, []
 
@@ -255,9 +289,9 @@ class _Row:
             cover.insert(0, outside)
         return keys, cover
 
-    def scores(self, q: Tensor, k: Tensor) -> Tensor:
-        """Scores [..., R, W] of q [..., R, D] and k [..., W, D]."""
-        scores = self.scale * (q @ k.transpose(-1, -2))
+    def scores(self, q: Tensor, k: Tensor, extra: Tensor | float = 0.0) -> Tensor:
+        """Scores [..., R, W] of q [..., R, D] and k [..., W, D], of which ``extra`` is a part."""
+        scores = self.scale * (q @ k.transpose(-1, -2)) + extra
         return self.softcap * torch.tanh(scores / self.softcap) if self.softcap else scores
 
     def attend(self, q: Tensor, keys: Tensor, cover: list[Tensor]) -> Tensor:
@@ -286,6 +320,11 @@ class _Row:
         weights, pooled = (logits - top).exp(), self.gate * (score - top).clamp(max=80.0).exp()
         total = weights.sum(-1, keepdim=True) + pooled.sum(-1, keepdim=True) + sink
         return (weights @ values[:, None] + pooled @ value[:, None]) / total
+
+
+def in_steps(weights: Tensor) -> Tensor:
+    """Votes for leaves by the logarithms of their weights."""
+    return (weights * (VOTE_STEPS / log(2))).round().clamp(-MOST_VOTES, MOST_VOTES)
 
 
 def _straight_through(gate: Tensor) -> Tensor:

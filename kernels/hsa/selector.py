@@ -52,6 +52,7 @@ def selector_loss(
     q: Tensor,
     k: Tensor,
     nodes: Sequence[Tensor],
+    spreads: Tensor | None,
     start: Tensor,
     length: Tensor,
     at: Tensor,
@@ -71,6 +72,7 @@ def selector_loss(
         q: Queries, the last T of the N index slots, [B, Hq, T, D], finite.
         k: Keys, [B, Hkv, N, D], finite.
         nodes: Pooled keys per level, [B, Hkv, M_level, D].
+        spreads: How far keys lie from their node of level 0, [B, Hkv, M_0]; None where ``geometry.spread`` is 0.
         start: Index of each row's first real token, int64 [B].
         length: Number of real tokens of each row, int64 [B].
         at: Positions of the queries to look at, int64 [B, S]; the first of their block must be among ``q``.
@@ -125,7 +127,7 @@ def selector_loss(
         outside = outside | (begin >= g.window_end(t))
     allowed = (ids >= 0) & (ids < leaves) & outside & step.within(begin + g.block, t)
     here = pick(at)
-    scores = step.span_scores(here, nodes[0], g.nodes_in_span(0))
+    scores = step.span_scores(here, nodes[0], g.nodes_in_span(0), spreads)
     leaf, _, count = step.divergence(scores, step.leaf_mass(here, keys, at), ids, allowed)
     return leaf / count.clamp(min=1) + coarse / steps.clamp(min=1)
 
@@ -145,13 +147,17 @@ class _Step:
             return torch.ones_like(end + t, dtype=torch.bool)
         return end - 1 > t - self.sliding_window
 
-    def scores(self, q: Tensor, k: Tensor) -> Tensor:
-        scores = self.scale * (q @ k.transpose(-1, -2))
+    def scores(self, q: Tensor, k: Tensor, extra: Tensor | float = 0.0) -> Tensor:
+        scores = self.scale * (q @ k.transpose(-1, -2)) + extra
         return self.softcap * torch.tanh(scores / self.softcap) if self.softcap else scores
 
-    def span_scores(self, q: Tensor, nodes: Tensor, each: int) -> Tensor:
+    def span_scores(self, q: Tensor, nodes: Tensor, each: int, spreads: Tensor | None = None) -> Tensor:
         spans = nodes.shape[2] // each
-        scores = self.scores(q, nodes[:, :, None, : spans * each])
+        extra: Tensor | float = 0.0
+        if spreads is not None:
+            size = self.geometry.spread * 0.5 * (self.scale * q).square().sum(-1, keepdim=True)
+            extra = size * spreads[:, :, None, None, : spans * each]
+        scores = self.scores(q, nodes[:, :, None, : spans * each], extra)
         return scores.reshape(*scores.shape[:-1], spans, each).amax(-1)
 
     @torch.no_grad()

@@ -18,6 +18,7 @@ class HSAState:
 
     Attributes:
         nodes: Pooled keys per level, [B, Hkv, M_level, D].
+        spreads: How far keys lie from their node of level 0, [B, Hkv, M_0]; None where scores do without.
         value_nodes: Pooled values per level, [B, Hkv, M_level, Dv]; empty without summaries.
         spans: Kept spans of level 1 of each query block, int32 [B, Hkv, NB, beam].
         first: Row that first chose each leaf candidate, uint8 [B, Hkv, NB, C]; ``query_block`` for none.
@@ -25,6 +26,7 @@ class HSAState:
     """
 
     nodes: tuple[Tensor, ...]
+    spreads: Tensor | None
     value_nodes: tuple[Tensor, ...]
     spans: Tensor
     first: Tensor
@@ -35,6 +37,7 @@ class HSAState:
         return replace(
             self,
             nodes=tuple(fn(level) for level in self.nodes),
+            spreads=None if self.spreads is None else fn(self.spreads),
             value_nodes=tuple(fn(level) for level in self.value_nodes),
             spans=fn(self.spans),
             first=fn(self.first),
@@ -52,9 +55,11 @@ class HSAState:
         begin = torch.arange(blocks, device=start.device) * g.query_block
         rows = ((tokens - start)[:, None] - begin)[:, None, :, None]  # queries left in each block
         spans, first = self.spans[:, :, :blocks], self.first[:, :, :blocks]
+        nodes = crop_pyramid(self.nodes, tokens, ratios=g.ratios, offset=g.sink)
         return replace(
             self,
-            nodes=tuple(crop_pyramid(self.nodes, tokens, ratios=g.ratios, offset=g.sink)),
+            nodes=tuple(nodes),
+            spreads=None if self.spreads is None else self.spreads[:, :, : nodes[0].shape[2]],
             value_nodes=tuple(crop_pyramid(self.value_nodes, tokens, ratios=g.ratios, offset=g.sink)),
             spans=torch.where(rows > 0, spans, -1),
             first=torch.where(first < rows, first, g.query_block),

@@ -1,9 +1,9 @@
 """Hierarchical sparse attention by Triton kernels.
 
     top_scores, refine, keep   per level, from the top down  →  spans
-    choose                     spans                         →  first
-    list_leaves                spans, first                  →  the list of leaves of each block
-    attend                     list                          →  out, lse
+    choose                     spans                         →  first, shift
+    list_blocks                spans, first                  →  what each query block executes
+    attend_listed, attend_run  list                          →  out, lse
 
 Nothing is read back from the device, and every buffer's size follows from shapes: a call can be captured in a
 CUDA graph.
@@ -13,32 +13,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from retrofit.kernels.dense import fused as dense
 from retrofit.kernels.hsa import triton_execute as execute
 from retrofit.kernels.hsa import triton_select as select
 from retrofit.kernels.hsa.geometry import Geometry
 from retrofit.kernels.hsa.triton_backward import hsa_attention_backward
 from retrofit.kernels.hsa.triton_call import Call, power
+from retrofit.kernels.hsa.triton_choose import choose
 
 __all__ = ["hsa_attention", "hsa_attention_backward", "unsupported"]
 
-TILE_ROWS = 128
-"""Queries times heads in a tile of 128 dims or fewer."""
 KEYS = 64
 """Keys of one step of the softmax, for rows of at most 256 bytes."""
-SPANS = 2
-"""Spans whose leaves are scored in one product."""
 PROGRAMS = 2
-"""Programs to a multiprocessor that share the choosing."""
+"""Programs to a multiprocessor, of kernels whose programs take one tile after another."""
 CHOOSE = {"num_warps": 8, "num_stages": 2, "maxnreg": 128}
 ATTEND = {"num_warps": 8, "num_stages": 2, "maxnreg": 128}
 """Found on an H200 for 32 and 8 heads of 128 dims in bfloat16: two programs fit into a multiprocessor."""
 SMALL = {"num_warps": 4, "num_stages": 2}
 """For tiles of fewer rows."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LARGEST_SUM = {torch.float32: 2.0**100, torch.bfloat16: 2.0**100, torch.float16: 2.0**15}
+"""Sum of a query's weights, shifted by the highest score among sinks and window, from which a row is done again."""
 
 
 def unsupported(
@@ -65,10 +66,7 @@ def unsupported(
     ):
         if size & (size - 1):
             return f"{name} that is no power of two, got {size}"
-    if (
-        SPANS * geometry.fanout * geometry.nodes_in_span(0) < 16
-        or geometry.fanout * geometry.nodes_per_span < 16
-    ):
+    if 2 * geometry.fanout * geometry.nodes_in_span(0) < 16 or geometry.fanout * geometry.nodes_per_span < 16:
         return "fewer than 16 nodes to a product"
     return None
 
@@ -80,6 +78,7 @@ def hsa_attention(
     start: Tensor,
     length: Tensor,
     nodes: Sequence[Tensor],
+    spreads: Tensor | None,
     value_nodes: Sequence[Tensor],
     gate: Tensor | None,
     past_spans: Tensor | None,
@@ -88,21 +87,52 @@ def hsa_attention(
     scale: float,
     causal: bool,
     sliding_window: int,
+    padded: bool,
     geometry: Geometry,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns the output [B, Hq, T, Dv], the selection (spans, first), and the log-sum-exp of each query's scores.
 
     Arguments are as in ``ops``; the last output is float32 [B, Hq, T].
     """
-    g, device = geometry, q.device
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    nodes = [x.contiguous() for x in nodes]
-    call = Call.of(q, k, v, geometry)
-    spans, first = g.selection(k, past_spans, past_first)
+    call = Call.of(q, k, v, padded, geometry)
+    spans, first = geometry.selection(k, past_spans, past_first)
+    fused = call.starts_dense and dense.can_attend(q, k, v)
+    if call.is_dense and fused:
+        out, lse = dense.attend(q, k, v, scale)
+        return out, spans, first, lse
+    make = torch.zeros if padded else torch.empty
+    out = make(*q.shape[:3], call.value_dim, dtype=q.dtype, device=q.device)
+    lse = make(q.shape[:3], dtype=torch.float32, device=q.device)
+    ordered, counts = start, length  # not read where nothing is sparse
+    tiles = call.tiles[0] * call.tiles[1]
+    todo = torch.zeros(1 + tiles, dtype=torch.int32, device=q.device)
+    if not call.is_dense:
+        nodes = [x.contiguous() for x in nodes]
+        _keep_spans(call, q, nodes, start, length, spans, scale)
+        shift = _choose_leaves(call, q, k, nodes[0], spreads, start, length, spans, first, scale)
+        ordered, counts = call.list_blocks(start, length, spans, first)
+        execute.attend_listed[call.tiles](
+            q, k, v, start, length, ordered, counts, shift, todo, out, lse, *_strides(q, k, v), *call.extent,
+            scale, LARGEST_SUM[q.dtype], **_execution(call),
+        )  # fmt: skip
+    if fused:
+        end = geometry.dense_end
+        out[:, :, :end], lse[:, :, :end] = dense.attend(q[:, :, :end], k[:, :, :end], v[:, :, :end], scale)
+    execute.attend_run[(min(tiles, PROGRAMS * _processors(q.device)),)](
+        q, k, v, start, length, ordered, counts, todo, out, lse, *_strides(q, k, v), *call.extent, call.batch,
+        0 if fused else min(call.blocks, geometry.dense_end // geometry.query_block), scale, **_execution(call),
+    )  # fmt: skip
+    return out, spans, first, lse
 
+
+def _keep_spans(
+    call: Call, q: Tensor, nodes: Sequence[Tensor], start: Tensor, length: Tensor, spans: Tensor, scale: float
+) -> None:
+    """The coarse steps: fills ``spans``."""
+    g = call.geometry
     width = g.beam * g.fanout + g.fanout
-    scores = torch.empty(call.rows, call.blocks, call.group, width, dtype=torch.float32, device=device)
-    by_query = (q.stride(0), q.stride(1), q.stride(2))
+    scores = torch.empty(call.rows, call.blocks, call.group, width, dtype=torch.float32, device=q.device)
     coarse = {
         **call.shared,
         "LEVELS": g.levels,
@@ -112,22 +142,19 @@ def hsa_attention(
         "WIDTH": width,
     }
     group_pad = power(call.group)
-    wide = max(call.dim, call.value_dim) > 128
-    heads_per_tile = call.heads_per_tile(TILE_ROWS // 2 if wide else TILE_ROWS)
-    large = heads_per_tile * g.query_block >= 128
     highest = g.top_level(g.covered(call.slots - 1))
     for level in range(highest, 0, -1):
         at_nodes = (nodes[level].stride(0), nodes[level].stride(1))
         count = nodes[level].shape[2]
         per_tile = 64 // group_pad
         select.top_scores[(-(-call.blocks // per_tile), call.rows)](
-            q, nodes[level], start, length, scores, *by_query, *at_nodes, *call.extent, count,
+            q, nodes[level], start, length, scores, *_strides(q), *at_nodes, *call.extent, count,
             LEVEL=level, GROUP_PAD=group_pad, PER_SPAN=g.nodes_per_span, TILE=64, **call.product, **coarse,
             num_warps=4,
         )  # fmt: skip
         if level < highest:
             select.refine[(call.blocks, call.rows)](
-                q, nodes[level], start, length, spans, scores, *by_query, *at_nodes,
+                q, nodes[level], start, length, spans, scores, *_strides(q), *at_nodes,
                 *call.extent, call.total_blocks, count,
                 LEVEL=level, PER_SPAN=g.nodes_per_span, TILE=max(16, group_pad), **call.product, **coarse,
                 num_warps=4,
@@ -137,32 +164,61 @@ def hsa_attention(
             LEVEL=level, WIDTH_PAD=power(width), BEAM_PAD=min(power(g.beam), power(width)), **coarse, num_warps=4,
         )  # fmt: skip
 
-    tiles = call.blocks * call.rows
-    programs = min(tiles, PROGRAMS * _processors(device))
-    width = power(g.leaf_width)
-    scratch = torch.empty(
-        programs, call.group, g.query_block, width + g.fanout, dtype=torch.float32, device=device
-    )
-    select.choose[(programs,)](
-        q, nodes[0], start, length, spans, first, scratch, *by_query,
-        nodes[0].stride(0), nodes[0].stride(1), *call.extent, call.total_blocks, nodes[0].shape[2], tiles, scale,
-        PER_LEAF=g.nodes_in_span(0), CHOICES=g.leaves_per_query, SPANS=SPANS,
-        CHOICES_PAD=min(power(g.leaves_per_query), width), GROUP=call.group, HEADS=heads_per_tile,
-        **call.product, **call.shared, **call.leaves, **(CHOOSE if large else SMALL),
-    )  # fmt: skip
-    ordered, counts = call.list_leaves(start, length, spans, first)
 
-    out = torch.zeros(*q.shape[:3], call.value_dim, dtype=q.dtype, device=device)
-    lse = torch.zeros(q.shape[:3], dtype=torch.float32, device=device)
-    parts = -(-call.group // heads_per_tile)
-    keys = KEYS if max(call.dim, call.value_dim) * call.bytes <= 256 else KEYS // 2
-    execute.attend[(call.blocks, parts * call.rows)](
-        q, k, v, start, length, ordered, counts, out, lse, *by_query,
-        k.stride(0), k.stride(1), k.stride(2), v.stride(0), v.stride(1), v.stride(2), *call.extent, scale,
-        LIST=g.leaf_width, GROUP=call.group, HEADS=heads_per_tile, KEYS=max(g.block, keys),
-        **call.product, **call.values, **call.shared, **(ATTEND if large else SMALL),
+def _choose_leaves(
+    call: Call,
+    q: Tensor,
+    k: Tensor,
+    nodes: Tensor,
+    spreads: Tensor | None,
+    start: Tensor,
+    length: Tensor,
+    spans: Tensor,
+    first: Tensor,
+    scale: float,
+) -> Tensor:
+    """The leaf step: lowers ``first``, and returns the shift of each query's scores, [B, Hq, T]."""
+    g, width = call.geometry, power(call.geometry.leaf_width)
+    leaves = nodes.shape[2] // g.nodes_in_span(0)
+    if spreads is not None:
+        spreads = spreads[:, :, : leaves * g.nodes_in_span(0)].contiguous()
+    tiles = call.blocks * call.rows
+    programs = min(tiles, PROGRAMS * _processors(q.device))
+    scratch = torch.empty(programs, g.query_block, width + g.fanout, dtype=torch.int16, device=q.device)
+    shift = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    choose[(programs,)](
+        q, k, nodes, spreads, start, length, spans, first, shift, scratch, *_strides(q, k), nodes.stride(0),
+        nodes.stride(1), *call.extent, call.total_blocks, leaves, tiles, scale, g.spread, g.least_vote,
+        PER_LEAF=g.nodes_in_span(0), CHOICES=g.leaves_per_query,
+        CHOICES_PAD=min(power(g.leaves_per_query), width), GROUP=call.group, HEADS=call.tile_heads,
+        KEYS=max(16, KEYS if call.dim * call.bytes <= 256 else KEYS // 2),
+        **call.product, **call.shared, **call.leaves, **(CHOOSE if _is_large(call) else SMALL),
     )  # fmt: skip
-    return out, spans, first, lse
+    return shift
+
+
+def _execution(call: Call) -> dict[str, Any]:
+    """Constants of the kernels that attend."""
+    g = call.geometry
+    keys = KEYS if max(call.dim, call.value_dim) * call.bytes <= 256 else KEYS // 2
+    return {
+        "LIST": call.list_width,
+        "GROUP": call.group,
+        "HEADS": call.tile_heads,
+        "KEYS": max(g.block, keys),
+        **call.product,
+        **call.values,
+        **call.shared,
+        **(ATTEND if _is_large(call) else SMALL),
+    }
+
+
+def _is_large(call: Call) -> bool:
+    return call.tile_heads * call.geometry.query_block >= 128
+
+
+def _strides(*tensors: Tensor) -> tuple[int, ...]:
+    return tuple(stride for x in tensors for stride in x.stride()[:3])
 
 
 @cache

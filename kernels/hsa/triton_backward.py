@@ -1,6 +1,6 @@
 """The backward pass of hierarchical sparse attention by Triton kernels.
 
-    list_leaves, query_gradients                 →  grad_q
+    list_blocks, query_gradients                 →  grad_q
     count_entries, write_entries, count_steps    →  which query blocks see each tile of keys
     key_gradients, join_gradients                →  grad_k, grad_v
 
@@ -58,6 +58,7 @@ def hsa_attention_backward(
     lse: Tensor,
     *,
     scale: float,
+    padded: bool,
     geometry: Geometry,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
     """Returns the gradients of q, k, v, nodes and value_nodes; the selection itself has none.
@@ -76,20 +77,21 @@ def hsa_attention_backward(
         out: The output.
         lse: Log-sum-exp of the scores of each query.
         scale: Factor on the scores.
+        padded: Whether ``start`` and ``length`` may say anything but that every row has all index slots.
         geometry: The sizes.
     """
     grads = [torch.zeros_like(x) for x in (q, k, v)]
     grad_q, grad_k, grad_v = (_in_rows(x) for x in grads)
     q, k, v, grad = (_in_rows(x) for x in (q, k, v, grad))
-    call = Call.of(q, k, v, geometry)
+    call = Call.of(q, k, v, padded, geometry)
     delta = torch.empty_like(lse)
     wide = max(call.dim, call.value_dim) * call.bytes > 256
     heads = call.heads_per_tile(QUERY_ROWS // 2 if wide else QUERY_ROWS)
-    ordered, counts = call.list_leaves(start, length, spans, first)
+    ordered, counts = call.list_blocks(start, length, spans, first)
     gradients.query_gradients[(call.blocks, -(-call.group // heads) * call.rows)](
         q, k, v, out, grad, lse, start, length, ordered, counts, grad_q, delta,
         *_strides(q, k, v, out, grad, grad_q), *call.extent, scale,
-        LIST=geometry.leaf_width, GROUP=call.group, HEADS=heads,
+        LIST=call.list_width, GROUP=call.group, HEADS=heads,
         KEYS=max(geometry.block, QUERY_KEYS), **call.product, **call.values, **call.shared,
         **(WIDE if wide else BY_QUERY if heads * geometry.query_block >= 128 else SMALL),
     )  # fmt: skip

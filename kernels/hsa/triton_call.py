@@ -8,8 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retrofit.kernels.hsa import triton_select as select
 from retrofit.kernels.hsa.geometry import Geometry
+from retrofit.kernels.hsa.triton_choose import list_blocks
+
+TILE_ROWS = 128
+"""Queries times heads in a tile of 128 dims or fewer."""
+MOST_KEYS = 128
+"""Keys in a step of any kernel, at most."""
 
 
 def power(n: int) -> int:
@@ -34,13 +39,17 @@ class Call:
     dim: int
     value_dim: int
     bytes: int
+    padded: bool
     geometry: Geometry
 
     @staticmethod
-    def of(q: Tensor, k: Tensor, v: Tensor, geometry: Geometry) -> Call:
+    def of(q: Tensor, k: Tensor, v: Tensor, padded: bool, geometry: Geometry) -> Call:
         """Reads the sizes of the inputs."""
         batch, heads, tokens, dim = q.shape
-        return Call(batch, heads, k.shape[1], tokens, k.shape[2], dim, v.shape[3], q.element_size(), geometry)
+        slots, value_dim = k.shape[2], v.shape[3]
+        return Call(
+            batch, heads, k.shape[1], tokens, slots, dim, value_dim, q.element_size(), padded, geometry
+        )
 
     @property
     def group(self) -> int:
@@ -64,6 +73,26 @@ class Call:
         return self.geometry.blocks(self.slots)
 
     @property
+    def tile_heads(self) -> int:
+        """Heads of a group in a tile of the kernels that choose and attend."""
+        return self.heads_per_tile(TILE_ROWS // 2 if max(self.dim, self.value_dim) > 128 else TILE_ROWS)
+
+    @property
+    def tiles(self) -> tuple[int, int]:
+        """Grid of the kernels that attend."""
+        return self.blocks, -(-self.group // self.tile_heads) * self.rows
+
+    @property
+    def starts_dense(self) -> bool:
+        """Whether the dense start of every row is that of the sequence, as causal attention sees it."""
+        return not self.padded and self.tokens == self.slots
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether no row can have a query behind the dense start."""
+        return self.slots <= self.geometry.dense_end
+
+    @property
     def extent(self) -> tuple[int, int, int]:
         """What every kernel is told of the lengths."""
         return self.slots, self.tokens, self.blocks
@@ -79,6 +108,7 @@ class Call:
             "BLOCK": g.block,
             "QUERY_BLOCK": g.query_block,
             "DENSE_END": g.dense_end,
+            "PADDED": self.padded,
         }
 
     @property
@@ -107,18 +137,22 @@ class Call:
         """Heads of a group in a tile of about so many rows."""
         return max(1, min(power(self.group), rows // self.geometry.query_block))
 
-    def list_leaves(
+    @property
+    def list_width(self) -> int:
+        """Places of the list of a block: sinks, window, all leaf candidates, and room to read on."""
+        g = self.geometry
+        return power(g.leaf_width) + (g.sink + g.window) // g.block + MOST_KEYS // g.block
+
+    def list_blocks(
         self, start: Tensor, length: Tensor, spans: Tensor, first: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The leaves of each block by who chose them first, [B·Hkv, blocks, leaf_width], and how many of them
+        """What each query block executes by who sees it first, [B·Hkv, blocks, list_width], and how much of it
         each query sees, [B·Hkv, blocks, query_block]."""
-        g = self.geometry
-        ordered, counts = (
-            torch.empty(self.rows, self.blocks, width, dtype=torch.int32, device=first.device)
-            for width in (g.leaf_width, g.query_block)
-        )
-        select.list_leaves[(self.blocks, self.rows)](
+        shape = (self.rows, self.blocks)
+        ordered = torch.zeros(*shape, self.list_width, dtype=torch.int32, device=first.device)
+        counts = torch.empty(*shape, self.geometry.query_block, dtype=torch.int32, device=first.device)
+        list_blocks[(self.blocks, self.rows)](
             start, length, spans, first, ordered, counts, *self.extent, self.total_blocks,
-            **self.shared, **self.leaves, num_warps=1,
+            **self.shared, **self.leaves, LIST=self.list_width, num_warps=1,
         )  # fmt: skip
         return ordered, counts

@@ -1,12 +1,16 @@
-"""Attention of query blocks to sinks, window and listed leaves on a GPU, in one softmax.
+"""Attention of query blocks to sinks, window and chosen leaves on a GPU.
 
-A tile is a query block times up to ``HEADS`` heads of a group; a row of it sees
+A tile is a query block times up to HEADS heads of a group. What its rows see is cut into blocks of BLOCK keys:
 
-    keys [0, SINK) ∪ [window start, t]            exact
-    leaves ordered[0 … counts[row])               listed
+    listed   sinks, the window that all rows see whole, leaves by (first choosing row, leaf)     [0 … counts[row])
+    edges    the window's two ends, where rows differ key by key
 
-or, in a block that ends by DENSE_END, everything up to itself. As the list is ordered by who chose first, one
-comparison with the row's count says what the row sees, and tiles that all rows see need none.
+    attend_listed   shift, list  →  out, lse     tiles that end behind DENSE_END
+    attend_run      →  out, lse                  tiles that end by DENSE_END, which see all keys up to themselves
+
+``attend_listed`` shifts its scores by the highest one among sinks and window, which the selection has found, and
+needs no maximum of its own. Where that is too low for the range of numbers, ``attend_run`` does the row again with a
+running maximum.
 """
 
 from __future__ import annotations
@@ -15,6 +19,156 @@ import triton
 import triton.language as tl
 
 from retrofit.kernels.hsa.triton_select import LOG2E, row_range
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def settled(x):
+    """The sum x of products as it is, but finished.
+
+    The next product otherwise begins while this one runs; where registers do not suffice for both, each of their
+    instructions waits for the one before.
+    """
+    if INTERPRETED:
+        return x
+    else:
+        return tl.inline_asm_elementwise("", "=f,0", [x], tl.float32, True, 1)
+
+
+@triton.jit
+def near_edges(t0, WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr, QUERY_BLOCK: tl.constexpr):
+    """(start of the first row's window, of the last row's, end of the blocks that all rows of t0's block see whole).
+
+    They do not depend on which of the rows there are.
+    """
+    first = tl.maximum(tl.maximum(t0 + 1 - WINDOW, 0) // BLOCK * BLOCK, SINK)
+    last = tl.maximum(tl.maximum(t0 + QUERY_BLOCK - WINDOW, 0) // BLOCK * BLOCK, SINK)
+    return first, last, tl.maximum(last, t0 // BLOCK * BLOCK)
+
+
+@triton.jit
+def listed_keys(listed, u, KEYS: tl.constexpr, BLOCK: tl.constexpr):
+    """Positions [KEYS] of the keys in the blocks u, u + 1, … of the list."""
+    key = tl.arange(0, KEYS)
+    block = tl.load(listed + u)
+    for i in tl.static_range(1, KEYS // BLOCK):
+        block = tl.where(key // BLOCK == i, tl.load(listed + u + i), block)
+    return block * BLOCK + key % BLOCK
+
+
+@triton.jit
+def load_keys(keys, j, stride, mask, DIM: tl.constexpr, DIM_PAD: tl.constexpr):
+    """Rows j [N] of keys as [DIM_PAD, N]; ``mask`` [N] or None."""
+    dim = tl.arange(0, DIM_PAD)
+    at = keys + j[None].to(tl.int64) * stride + dim[:, None]
+    if mask is not None:
+        return tl.load(at, mask=mask[None] & (dim[:, None] < DIM), other=0.0)
+    elif DIM_PAD > DIM:
+        return tl.load(at, mask=dim[:, None] < DIM, other=0.0)
+    else:
+        return tl.load(at)
+
+
+@triton.jit
+def load_values(values, j, stride, mask, DIM: tl.constexpr, DIM_PAD: tl.constexpr):
+    """Rows j [N] of values as [N, DIM_PAD]; ``mask`` [N] or None."""
+    dim = tl.arange(0, DIM_PAD)
+    at = values + j[:, None].to(tl.int64) * stride + dim[None]
+    if mask is not None:
+        return tl.load(at, mask=mask[:, None] & (dim[None] < DIM), other=0.0)
+    elif DIM_PAD > DIM:
+        return tl.load(at, mask=dim[None] < DIM, other=0.0)
+    else:
+        return tl.load(at)
+
+
+@triton.jit
+def add_shifted(acc, total, p, values, ROWS: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr):
+    """Adds weights p [ROWS, KEYS]; their sum is kept in 8 columns, which need not be joined in every step."""
+    total += tl.sum(tl.reshape(p, [ROWS, KEYS // 8, 8]), 1)
+    return settled(tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)), total
+
+
+@triton.jit(do_not_specialize=["slots", "tokens", "blocks"])
+def attend_listed(
+    q, k, v, start, length, ordered, counts, shift, todo, out, lse,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+    slots, tokens, blocks, scale, limit,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, WINDOW: tl.constexpr,
+    SINK: tl.constexpr, BLOCK: tl.constexpr, QUERY_BLOCK: tl.constexpr, DENSE_END: tl.constexpr,
+    LIST: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """Writes ``out`` [B, Hq, T, VALUE_DIM] and ``lse`` [B, Hq, T] of sparse tiles.
+
+    Where sums exceed ``limit``, ``lse`` is a NaN and the tile is put on the list ``todo``, whose length comes first.
+    """
+    ROWS: tl.constexpr = HEADS * QUERY_BLOCK
+    PARTS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
+    LEAVES: tl.constexpr = KEYS // BLOCK
+    i = tl.program_id(0)
+    bh = (tl.program_id(1) // PARTS).to(tl.int64)
+    b, h = bh // KV_HEADS, bh % KV_HEADS
+    low, high, offset = row_range(start, length, slots, tokens, b, PADDED)
+    t0 = (low // QUERY_BLOCK + i) * QUERY_BLOCK
+    if (t0 < high) & (t0 + QUERY_BLOCK > DENSE_END):
+        row = tl.arange(0, ROWS)
+        place = row % QUERY_BLOCK
+        head = h * GROUP + tl.program_id(1) % PARTS * HEADS + row // QUERY_BLOCK
+        t = t0 + place
+        new = (t >= low) & (t < high) & (head < (h + 1) * GROUP)
+        dim = tl.arange(0, DIM_PAD)
+        value_dim = tl.arange(0, VALUE_PAD)
+        at = (t + offset).to(tl.int64)
+        at_q = b * stride_qb + head * stride_qh + at * stride_qt
+        x = tl.load(q + at_q[:, None] + dim[None], mask=new[:, None] & (dim[None] < DIM), other=0.0)
+        at_out = (b * KV_HEADS * GROUP + head) * tokens + at
+        top = tl.load(shift + at_out, mask=new, other=0.0)
+        begin = slots - tokens + offset  # index of position 0
+        keys = k + b * stride_kb + h * stride_kh + begin.to(tl.int64) * stride_kt
+        values = v + b * stride_vb + h * stride_vh + begin.to(tl.int64) * stride_vt
+        key = tl.arange(0, KEYS)
+        factor = scale * LOG2E
+        acc = tl.zeros([ROWS, VALUE_PAD], tl.float32)
+        total = tl.zeros([ROWS, 8], tl.float32)
+
+        listed = ordered + (bh * blocks + i) * LIST
+        seen_by = counts + (bh * blocks + i) * QUERY_BLOCK
+        seen = tl.load(seen_by + place)
+        most = tl.load(seen_by + QUERY_BLOCK - 1)
+        for u in range(0, most, LEAVES):
+            j = listed_keys(listed, u, KEYS, BLOCK)
+            y = load_keys(keys, j, stride_kt, None, DIM, DIM_PAD)
+            s = tl.dot(x, y, input_precision=PRECISION)
+            p = tl.exp2(s * factor - top[:, None])
+            p = tl.where((u + key // BLOCK)[None] < seen[:, None], p, 0.0)
+            z = load_values(values, j, stride_vt, None, VALUE_DIM, VALUE_PAD)
+            acc, total = add_shifted(acc, total, p, z, ROWS, KEYS, PRECISION)
+
+        first, last, whole = near_edges(t0, WINDOW, SINK, BLOCK, QUERY_BLOCK)
+        right = t0 + QUERY_BLOCK - whole
+        from_ = tl.maximum(t + 1 - WINDOW, 0) // BLOCK * BLOCK
+        for n in range(0, right + last - first, KEYS):
+            j = n + key + tl.where(n + key < right, whole, first - right)
+            inside = (n + key < right + last - first) & (j < high)
+            y = load_keys(keys, j, stride_kt, inside, DIM, DIM_PAD)
+            s = tl.dot(x, y, input_precision=PRECISION)
+            visible = inside[None] & (j[None] <= t[:, None]) & (j[None] >= from_[:, None])
+            p = tl.where(visible, tl.exp2(s * factor - top[:, None]), 0.0)
+            z = load_values(values, j, stride_vt, inside, VALUE_DIM, VALUE_PAD)
+            acc, total = add_shifted(acc, total, p, z, ROWS, KEYS, PRECISION)
+
+        sums = tl.sum(total, 1)
+        fits = sums <= limit
+        tl.store(
+            out + at_out[:, None] * VALUE_DIM + value_dim[None],
+            (acc / sums[:, None]).to(out.dtype.element_ty),
+            mask=new[:, None] & (value_dim[None] < VALUE_DIM),
+        )
+        tl.store(lse + at_out, tl.where(fits, (top + tl.log2(sums)) / LOG2E, float("nan")), mask=new)
+        if tl.max((new & (fits == 0)).to(tl.int32), 0) > 0:
+            tl.store(todo + 1 + tl.atomic_add(todo, 1), tl.program_id(1) * blocks + i)
 
 
 @triton.jit
@@ -25,106 +179,85 @@ def add_tile(acc, total, top, s, values, PRECISION: tl.constexpr):
     p = tl.exp2(s - safe[:, None])
     old = tl.exp2(top - safe)
     total = total * old + tl.sum(p, 1)
-    acc = tl.dot(p.to(values.dtype), values, acc * old[:, None], input_precision=PRECISION)
+    acc = settled(tl.dot(p.to(values.dtype), values, acc * old[:, None], input_precision=PRECISION))
     return acc, total, new_top
 
 
-@triton.jit
-def attend(
-    q, k, v, start, length, ordered, counts, out, lse,
+@triton.jit(do_not_specialize=["slots", "tokens", "blocks"])
+def attend_run(
+    q, k, v, start, length, ordered, counts, todo, out, lse,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
-    slots, tokens, blocks, scale,
+    slots, tokens, blocks, batch, dense_blocks, scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
     DIM_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, WINDOW: tl.constexpr,
     SINK: tl.constexpr, BLOCK: tl.constexpr, QUERY_BLOCK: tl.constexpr, DENSE_END: tl.constexpr,
-    LIST: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
+    LIST: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Writes ``out`` [B, Hq, T, VALUE_DIM] and ``lse`` [B, Hq, T] for the new queries."""
+    """Writes ``out`` and ``lse`` of the first ``dense_blocks`` of each row, and what is listed in ``todo``."""
     ROWS: tl.constexpr = HEADS * QUERY_BLOCK
     PARTS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
-    i = tl.program_id(0)
-    bh = (tl.program_id(1) // PARTS).to(tl.int64)
-    b, h = bh // KV_HEADS, bh % KV_HEADS
-    low, high, offset = row_range(start, length, slots, tokens, b)
-    t0 = (low // QUERY_BLOCK + i) * QUERY_BLOCK
-    if t0 < high:
-        row = tl.arange(0, ROWS)
-        place = row % QUERY_BLOCK
-        g = tl.program_id(1) % PARTS * HEADS + row // QUERY_BLOCK
+    LEAVES: tl.constexpr = KEYS // BLOCK
+    ALL_PARTS: tl.constexpr = KV_HEADS * PARTS
+    row = tl.arange(0, ROWS)
+    place = row % QUERY_BLOCK
+    key = tl.arange(0, KEYS)
+    dim = tl.arange(0, DIM_PAD)
+    value_dim = tl.arange(0, VALUE_PAD)
+    factor = scale * LOG2E
+    dense = dense_blocks * batch * ALL_PARTS
+    for w in range(tl.program_id(0), dense + tl.load(todo), tl.num_programs(0)):
+        again = tl.load(todo + 1 + tl.maximum(w - dense, 0))
+        i = tl.where(w < dense, w // (batch * ALL_PARTS), again % blocks)
+        part = tl.where(w < dense, w % (batch * ALL_PARTS), again // blocks)
+        bh = (part // PARTS).to(tl.int64)
+        b, h = bh // KV_HEADS, bh % KV_HEADS
+        low, high, offset = row_range(start, length, slots, tokens, b, PADDED)
+        t0 = (low // QUERY_BLOCK + i) * QUERY_BLOCK
+        head = h * GROUP + part % PARTS * HEADS + row // QUERY_BLOCK
         t = t0 + place
-        new = (t >= low) & (t < high) & (g < GROUP)
-        dim = tl.arange(0, DIM_PAD)
-        value_dim = tl.arange(0, VALUE_PAD)
-        at = b * stride_qb + (h * GROUP + g) * stride_qh + (t + offset) * stride_qt
-        x = tl.load(q + at[:, None] + dim[None], mask=new[:, None] & (dim[None] < DIM), other=0.0)
-        begin = tl.load(start + b)
-        keys = k + b * stride_kb + h * stride_kh + begin * stride_kt
-        values = v + b * stride_vb + h * stride_vh + begin * stride_vt
-        key = tl.arange(0, KEYS)
-        factor = scale * LOG2E
+        new = (t >= low) & (t < high) & (head < (h + 1) * GROUP)
+        at = (t + offset).to(tl.int64)
+        at_out = (b * KV_HEADS * GROUP + head) * tokens + at
+        sparse = w >= dense
+        if sparse:
+            found = tl.load(lse + at_out, mask=new, other=0.0)
+            new = new & (found != found)
+        else:
+            new = new & (t - place + QUERY_BLOCK <= DENSE_END)
+        at_q = b * stride_qb + head * stride_qh + at * stride_qt
+        x = tl.load(q + at_q[:, None] + dim[None], mask=new[:, None] & (dim[None] < DIM), other=0.0)
+        begin = slots - tokens + offset
+        keys = k + b * stride_kb + h * stride_kh + begin.to(tl.int64) * stride_kt
+        values = v + b * stride_vb + h * stride_vh + begin.to(tl.int64) * stride_vt
         acc = tl.zeros([ROWS, VALUE_PAD], tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         top = tl.full([ROWS], -float("inf"), tl.float32)
 
-        # Sinks and window as one run of places: the window follows the sinks.
-        sparse = t0 + QUERY_BLOCK > DENSE_END
-        window = tl.maximum(t0 + 1 - WINDOW, 0) // BLOCK * BLOCK
-        window = tl.where(sparse, window, 0)
-        skipped = tl.maximum(window - SINK, 0)
-        end = tl.minimum(t0 + QUERY_BLOCK, high) - skipped
-        from_ = tl.where(sparse, tl.maximum(t + 1 - WINDOW, 0) // BLOCK * BLOCK, 0)
-        for n in range(0, end, KEYS):
-            at_key = n + key
-            j = at_key + tl.where(at_key >= SINK, skipped, 0)
-            inside = at_key < end
-            y = tl.load(
-                keys + j[None].to(tl.int64) * stride_kt + dim[:, None],
-                mask=inside[None] & (dim[:, None] < DIM), other=0.0,
-            )  # fmt: skip
-            s = tl.dot(x, y, input_precision=PRECISION) * factor
-            visible = (j[None] <= t[:, None]) & ((j[None] < SINK) | (j[None] >= from_[:, None]))
-            s = tl.where(visible & inside[None], s, -float("inf"))
-            z = tl.load(
-                values + j[:, None].to(tl.int64) * stride_vt + value_dim[None],
-                mask=inside[:, None] & (value_dim[None] < VALUE_DIM), other=0.0,
-            )  # fmt: skip
-            acc, total, top = add_tile(acc, total, top, s, z, PRECISION)
-
+        first, last, whole = near_edges(t0, WINDOW, SINK, BLOCK, QUERY_BLOCK)
+        from_ = tl.maximum(t + 1 - WINDOW, 0) // BLOCK * BLOCK
         if sparse:
-            LEAVES: tl.constexpr = KEYS // BLOCK
             listed = ordered + (bh * blocks + i) * LIST
             seen_by = counts + (bh * blocks + i) * QUERY_BLOCK
             seen = tl.load(seen_by + place)
-            most = tl.load(seen_by + QUERY_BLOCK - 1)
-            all_ = tl.load(seen_by + tl.maximum(low - t0, 0)) // LEAVES * LEAVES
-            for m in range(0, all_, LEAVES):
-                leaf = tl.load(listed + m + key // BLOCK)
-                j = SINK + leaf.to(tl.int64) * BLOCK + key % BLOCK
-                y = tl.load(keys + j[None] * stride_kt + dim[:, None], mask=dim[:, None] < DIM, other=0.0)
-                s = tl.dot(x, y, input_precision=PRECISION) * factor
-                z = tl.load(
-                    values + j[:, None] * stride_vt + value_dim[None],
-                    mask=value_dim[None] < VALUE_DIM, other=0.0,
-                )  # fmt: skip
-                acc, total, top = add_tile(acc, total, top, s, z, PRECISION)
-            for u in range(all_, most, LEAVES):
-                inside = u + key // BLOCK < most
-                leaf = tl.load(listed + u + key // BLOCK, mask=inside, other=0)
-                j = SINK + leaf.to(tl.int64) * BLOCK + key % BLOCK
-                y = tl.load(
-                    keys + j[None] * stride_kt + dim[:, None],
-                    mask=inside[None] & (dim[:, None] < DIM), other=0.0,
-                )  # fmt: skip
+            for u in range(0, tl.load(seen_by + QUERY_BLOCK - 1), LEAVES):
+                j = listed_keys(listed, u, KEYS, BLOCK)
+                y = load_keys(keys, j, stride_kt, None, DIM, DIM_PAD)
                 s = tl.dot(x, y, input_precision=PRECISION) * factor
                 s = tl.where((u + key // BLOCK)[None] < seen[:, None], s, -float("inf"))
-                z = tl.load(
-                    values + j[:, None] * stride_vt + value_dim[None],
-                    mask=inside[:, None] & (value_dim[None] < VALUE_DIM), other=0.0,
-                )  # fmt: skip
+                z = load_values(values, j, stride_vt, None, VALUE_DIM, VALUE_PAD)
                 acc, total, top = add_tile(acc, total, top, s, z, PRECISION)
+        else:
+            first, last, whole, from_ = first * 0, last * 0, whole * 0, from_ * 0
+        right = t0 + QUERY_BLOCK - whole
+        for n in range(0, right + last - first, KEYS):
+            j = n + key + tl.where(n + key < right, whole, first - right)
+            inside = (n + key < right + last - first) & (j < high)
+            y = load_keys(keys, j, stride_kt, inside, DIM, DIM_PAD)
+            s = tl.dot(x, y, input_precision=PRECISION) * factor
+            visible = inside[None] & (j[None] <= t[:, None]) & (j[None] >= from_[:, None])
+            z = load_values(values, j, stride_vt, inside, VALUE_DIM, VALUE_PAD)
+            acc, total, top = add_tile(acc, total, top, tl.where(visible, s, -float("inf")), z, PRECISION)
 
-        slot = (b * KV_HEADS + h) * GROUP + g
-        at_out = slot * tokens + t + offset
         tl.store(
             out + at_out[:, None] * VALUE_DIM + value_dim[None],
             (acc / total[:, None]).to(out.dtype.element_ty),

@@ -15,6 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from retrofit.kernels.hsa.triton_execute import listed_keys, load_values, near_edges
 from retrofit.kernels.hsa.triton_inverse import near_blocks, tile_keys
 from retrofit.kernels.hsa.triton_select import LOG2E, row_range
 
@@ -39,7 +40,7 @@ def query_gradients(
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
     DIM_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, WINDOW: tl.constexpr,
     SINK: tl.constexpr, BLOCK: tl.constexpr, QUERY_BLOCK: tl.constexpr, DENSE_END: tl.constexpr,
-    LIST: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
+    LIST: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """Writes ``grad_q`` as q and ``delta`` [B, Hq, T] for the new queries; tiles are those of ``attend``."""
     ROWS: tl.constexpr = HEADS * QUERY_BLOCK
@@ -47,7 +48,7 @@ def query_gradients(
     i = tl.program_id(0)
     bh = (tl.program_id(1) // PARTS).to(tl.int64)
     b, h = bh // KV_HEADS, bh % KV_HEADS
-    low, high, offset = row_range(start, length, slots, tokens, b)
+    low, high, offset = row_range(start, length, slots, tokens, b, PADDED)
     t0 = (low // QUERY_BLOCK + i) * QUERY_BLOCK
     if t0 < high:
         row = tl.arange(0, ROWS)
@@ -55,7 +56,7 @@ def query_gradients(
         g = tl.program_id(1) % PARTS * HEADS + row // QUERY_BLOCK
         t = t0 + place
         new = (t >= low) & (t < high) & (g < GROUP)
-        head, at = h * GROUP + g, t + offset
+        head, at = h * GROUP + g, (t + offset).to(tl.int64)
         dim = tl.arange(0, DIM_PAD)
         value_dim = tl.arange(0, VALUE_PAD)
         has_dim, has_value = (dim < DIM)[None], (value_dim < VALUE_DIM)[None]
@@ -70,60 +71,38 @@ def query_gradients(
         tl.store(delta + slot, mean, mask=new)
         top = tl.load(lse + slot, mask=new, other=float("inf"))[:, None] * LOG2E
 
-        begin = tl.load(start + b)
-        keys = k + b * stride_kb + h * stride_kh + begin * stride_kt
-        values = v + b * stride_vb + h * stride_vh + begin * stride_vt
+        begin = slots - tokens + offset  # index of position 0
+        keys = k + b * stride_kb + h * stride_kh + begin.to(tl.int64) * stride_kt
+        values = v + b * stride_vb + h * stride_vh + begin.to(tl.int64) * stride_vt
         key = tl.arange(0, KEYS)
         factor = scale * LOG2E
         acc = tl.zeros([ROWS, DIM_PAD], tl.float32)
-
-        # Sinks and window as one run of places: the window follows the sinks.
-        sparse = t0 + QUERY_BLOCK > DENSE_END
-        window = tl.maximum(t0 + 1 - WINDOW, 0) // BLOCK * BLOCK
-        window = tl.where(sparse, window, 0)
-        skipped = tl.maximum(window - SINK, 0)
-        end = tl.minimum(t0 + QUERY_BLOCK, high) - skipped
-        from_ = tl.where(sparse, tl.maximum(t + 1 - WINDOW, 0) // BLOCK * BLOCK, 0)
-        for n in range(0, end, KEYS):
-            at_key = n + key
-            j = at_key + tl.where(at_key >= SINK, skipped, 0)
-            inside = (at_key < end)[:, None]
-            a = tl.load(keys + j[:, None] * stride_kt + dim[None], mask=inside & has_dim, other=0.0)
-            c = tl.load(values + j[:, None] * stride_vt + value_dim[None], mask=inside & has_value, other=0.0)
-            p, products = scores_and_products(x, dy, tl.trans(a), tl.trans(c), top, factor, PRECISION)
-            visible = (j[None] <= t[:, None]) & ((j[None] < SINK) | (j[None] >= from_[:, None]))
-            p = tl.where(visible & (at_key < end)[None], p, 0.0)
-            ds = p * (products - mean[:, None])
-            acc = tl.dot(ds.to(a.dtype), a, acc, input_precision=PRECISION)
-
-        if sparse:
-            LEAVES: tl.constexpr = KEYS // BLOCK
+        first, last, whole = near_edges(t0, WINDOW, SINK, BLOCK, QUERY_BLOCK)
+        from_ = tl.maximum(t + 1 - WINDOW, 0) // BLOCK * BLOCK
+        if t0 + QUERY_BLOCK > DENSE_END:
             listed = ordered + (bh * blocks + i) * LIST
             seen_by = counts + (bh * blocks + i) * QUERY_BLOCK
             seen = tl.load(seen_by + place)
-            most = tl.load(seen_by + QUERY_BLOCK - 1)
-            all_ = tl.load(seen_by + tl.maximum(low - t0, 0)) // LEAVES * LEAVES
-            for m in range(0, all_, LEAVES):
-                leaf = tl.load(listed + m + key // BLOCK)
-                j = SINK + leaf.to(tl.int64) * BLOCK + key % BLOCK
-                a = tl.load(keys + j[:, None] * stride_kt + dim[None], mask=has_dim, other=0.0)
-                c = tl.load(values + j[:, None] * stride_vt + value_dim[None], mask=has_value, other=0.0)
-                p, products = scores_and_products(x, dy, tl.trans(a), tl.trans(c), top, factor, PRECISION)
-                ds = p * (products - mean[:, None])
-                acc = tl.dot(ds.to(a.dtype), a, acc, input_precision=PRECISION)
-            for u in range(all_, most, LEAVES):
-                inside = u + key // BLOCK < most
-                leaf = tl.load(listed + u + key // BLOCK, mask=inside, other=0)
-                j = SINK + leaf.to(tl.int64) * BLOCK + key % BLOCK
-                known = inside[:, None]
-                a = tl.load(keys + j[:, None] * stride_kt + dim[None], mask=known & has_dim, other=0.0)
-                c = tl.load(
-                    values + j[:, None] * stride_vt + value_dim[None], mask=known & has_value, other=0.0
-                )
+            for u in range(0, tl.load(seen_by + QUERY_BLOCK - 1), KEYS // BLOCK):
+                j = listed_keys(listed, u, KEYS, BLOCK)
+                a = load_values(keys, j, stride_kt, None, DIM, DIM_PAD)
+                c = load_values(values, j, stride_vt, None, VALUE_DIM, VALUE_PAD)
                 p, products = scores_and_products(x, dy, tl.trans(a), tl.trans(c), top, factor, PRECISION)
                 p = tl.where((u + key // BLOCK)[None] < seen[:, None], p, 0.0)
                 ds = p * (products - mean[:, None])
                 acc = tl.dot(ds.to(a.dtype), a, acc, input_precision=PRECISION)
+        else:
+            first, last, whole, from_ = first * 0, last * 0, whole * 0, from_ * 0
+        right = t0 + QUERY_BLOCK - whole
+        for n in range(0, right + last - first, KEYS):
+            j = n + key + tl.where(n + key < right, whole, first - right)
+            inside = (n + key < right + last - first) & (j < high)
+            a = load_values(keys, j, stride_kt, inside, DIM, DIM_PAD)
+            c = load_values(values, j, stride_vt, inside, VALUE_DIM, VALUE_PAD)
+            p, products = scores_and_products(x, dy, tl.trans(a), tl.trans(c), top, factor, PRECISION)
+            p = tl.where(inside[None] & (j[None] <= t[:, None]) & (j[None] >= from_[:, None]), p, 0.0)
+            ds = p * (products - mean[:, None])
+            acc = tl.dot(ds.to(a.dtype), a, acc, input_precision=PRECISION)
 
         at_x = b * stride_xb + head * stride_xh + at * stride_xt
         tl.store(
@@ -143,7 +122,7 @@ def key_gradients(
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
     DIM_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, WINDOW: tl.constexpr,
     SINK: tl.constexpr, BLOCK: tl.constexpr, QUERY_BLOCK: tl.constexpr, DENSE_END: tl.constexpr,
-    KEYS: tl.constexpr, PRECISION: tl.constexpr,
+    KEYS: tl.constexpr, PRECISION: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """Writes ``grad_k`` and ``grad_v`` as k and v, or a part to ``held`` [parts, KEYS, DIM + VALUE_DIM].
 
@@ -160,9 +139,8 @@ def key_gradients(
     if tl.where(split, which < all_tiles, count == 1):
         bh, tile = which // tiles, (which % tiles).to(tl.int32)
         b, h = bh // KV_HEADS, bh % KV_HEADS
-        low, high, offset = row_range(start, length, slots, tokens, b)
-        begin = tl.load(start + b)
-        low, high = low.to(tl.int32), high.to(tl.int32)
+        low, high, offset = row_range(start, length, slots, tokens, b, PADDED)
+        begin = slots - tokens + offset
         sinks, tile_begin, tile_end = tile_keys(tile, SINK, KEYS)
         near_from, near = near_blocks(
             sinks, tile_begin, tile_end, low, high, WINDOW, QUERY_BLOCK, DENSE_END
@@ -178,7 +156,7 @@ def key_gradients(
         dim = tl.arange(0, DIM_PAD)
         value_dim = tl.arange(0, VALUE_PAD)
         has_dim, has_value = (dim < DIM)[None], (value_dim < VALUE_DIM)[None]
-        at_key = (begin + j)[:, None]
+        at_key = (begin + j)[:, None].to(tl.int64)
         keys = k + b * stride_kb + h * stride_kh
         values = v + b * stride_vb + h * stride_vh
         # Transposed here, they are put where products read them once for all steps.
@@ -219,7 +197,7 @@ def key_gradients(
                 place < tl.minimum(tl.max(to, 0), high - t0)
             )
             new &= part * HEADS + row // QUERY_BLOCK < GROUP
-            head, at = h * GROUP + part * HEADS, t0 + offset
+            head, at = h * GROUP + part * HEADS, (t0 + offset).to(tl.int64)
             x = tl.load(
                 q + (b * stride_qb + head * stride_qh + at * stride_qt) + row_q[:, None] + dim[None],
                 mask=new[:, None] & has_dim, other=0.0,

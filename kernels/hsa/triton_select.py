@@ -1,10 +1,8 @@
-"""Selection on a GPU: the coarse spans of every query block, then who chooses which leaf first.
+"""The coarse steps of the selection on a GPU: which spans of level 1 each query block keeps.
 
     top_scores   first queries of many blocks × the nodes that all of them share    →  scores of the top level
     refine       first query of a block × the nodes of its kept spans' children     →  scores of a lower level
     keep         scores  →  votes  →  the best ``beam`` spans
-    choose       all queries of a block × the nodes of its leaf candidates          →  first
-    list_leaves  first                                                              →  list, counts
 
 Scores are products in float32 of the inputs as they are; what a query computes depends neither on its company
 nor on how many tokens a call brings. Blocks are counted from the one that the row's first new query is in.
@@ -16,13 +14,19 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-(2**31))
+"""Sorts below every candidate."""
 
 
 @triton.jit
-def row_range(start, length, slots, tokens, b):
-    """(first position of a new query, tokens in the row, index among the queries of position 0)."""
-    offset = tl.load(start + b) - (slots - tokens)
-    return tl.maximum(-offset, 0), tl.load(length + b), offset
+def row_range(start, length, slots, tokens, b, PADDED: tl.constexpr):
+    """(first position of a new query, tokens in the row, index among the queries of position 0), int32."""
+    offset = tokens - slots
+    high = slots
+    if PADDED:
+        offset += tl.load(start + b).to(tl.int32)
+        high = tl.load(length + b).to(tl.int32)
+    return tl.maximum(-offset, 0), high, offset
 
 
 @triton.jit
@@ -45,22 +49,22 @@ def top_level(covered, FANOUT: tl.constexpr, LIMIT: tl.constexpr, LEVELS: tl.con
 
 @triton.jit
 def among_best(keys, COUNT: tl.constexpr, COUNT_PAD: tl.constexpr):
-    """Which keys [ROWS, WIDTH] ≥ −1 are among the largest COUNT of their row, ties to the lower index.
+    """Which keys [ROWS, WIDTH], int32, are among the largest COUNT of their row, ties to the lower index.
 
-    Keys of −1 never are. COUNT_PAD is a power of two, at least COUNT, at most WIDTH.
+    Keys of LOWEST never are. COUNT_PAD is a power of two, at least COUNT, at most WIDTH.
     """
     largest = tl.topk(keys, COUNT_PAD)
     rank = tl.arange(0, COUNT_PAD)
-    least = tl.max(tl.where(rank[None] == COUNT - 1, largest, -1), 1)[:, None]
+    least = tl.max(tl.where(rank[None] == COUNT - 1, largest, LOWEST), 1)[:, None]
     above = keys > least
-    level = (keys == least) & (keys >= 0)
+    level = (keys == least) & (keys > LOWEST)
     room = COUNT - tl.sum(above.to(tl.int32), 1)
     if tl.max(tl.sum(level.to(tl.int32), 1) - room, 0) > 0:  # rare
         level = level & (tl.cumsum(level.to(tl.int32), 1) <= room[:, None])
     return above | level
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots", "tokens", "blocks", "node_count"])
 def top_scores(
     q, nodes, start, length, scores,
     stride_qb, stride_qh, stride_qt, stride_nb, stride_nh,
@@ -69,12 +73,12 @@ def top_scores(
     GROUP_PAD: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, WINDOW: tl.constexpr,
     SINK: tl.constexpr, BLOCK: tl.constexpr, FANOUT: tl.constexpr, PER_SPAN: tl.constexpr,
     BEAM: tl.constexpr, QUERY_BLOCK: tl.constexpr, DENSE_END: tl.constexpr, WIDTH: tl.constexpr,
-    TILE: tl.constexpr, PRECISION: tl.constexpr,
+    TILE: tl.constexpr, PRECISION: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """Scores [B·Hkv, blocks, G, WIDTH] of spans 0, 1, … of LEVEL for the blocks whose top level it is."""
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // KV_HEADS, bh % KV_HEADS
-    low, high, offset = row_range(start, length, slots, tokens, b)
+    low, high, offset = row_range(start, length, slots, tokens, b, PADDED)
     PER: tl.constexpr = TILE // GROUP_PAD
     row = tl.arange(0, TILE)
     group = row % GROUP_PAD
@@ -87,7 +91,7 @@ def top_scores(
     end = tl.max(tl.where(mine, covered // SIZE, 0), 0)
     if end > 0:
         dim = tl.arange(0, DIM_PAD)
-        at = b * stride_qb + (h * GROUP + group) * stride_qh + (t + offset) * stride_qt
+        at = b * stride_qb + (h * GROUP + group) * stride_qh + (t + offset).to(tl.int64) * stride_qt
         x = tl.load(q + at[:, None] + dim[None], mask=mine[:, None] & (dim[None] < DIM), other=0.0)
         STEP: tl.constexpr = 64 // PER_SPAN if PER_SPAN < 64 else 1
         # Column c is node c // STEP of span c % STEP: the nodes of a span lie in one thread's registers.
@@ -108,7 +112,7 @@ def top_scores(
             tl.store(out[:, None] + s_id[None], best, mask=mine[:, None] & (s_id[None] < end))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots", "tokens", "blocks", "total_blocks", "node_count"])
 def refine(
     q, nodes, start, length, spans, scores,
     stride_qb, stride_qh, stride_qt, stride_nb, stride_nh,
@@ -117,13 +121,13 @@ def refine(
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, WINDOW: tl.constexpr, SINK: tl.constexpr,
     BLOCK: tl.constexpr, FANOUT: tl.constexpr, PER_SPAN: tl.constexpr, BEAM: tl.constexpr,
     QUERY_BLOCK: tl.constexpr, DENSE_END: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """Scores of the children of the spans kept at LEVEL + 1, and of the cover's own spans behind them."""
     i = tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // KV_HEADS, bh % KV_HEADS
-    low, high, offset = row_range(start, length, slots, tokens, b)
+    low, high, offset = row_range(start, length, slots, tokens, b, PADDED)
     number = low // QUERY_BLOCK + i
     t = number * QUERY_BLOCK
     covered = covered_leaves(t, WINDOW, SINK, BLOCK)
@@ -131,7 +135,7 @@ def refine(
     if sparse & (top_level(covered, FANOUT, BEAM * FANOUT, LEVELS) > LEVEL):
         group = tl.arange(0, TILE)
         dim = tl.arange(0, DIM_PAD)
-        at = b * stride_qb + (h * GROUP + group) * stride_qh + (t + offset) * stride_qt
+        at = b * stride_qb + (h * GROUP + group) * stride_qh + (t + offset).to(tl.int64) * stride_qt
         x = tl.load(q + at[:, None] + dim[None], mask=(group[:, None] < GROUP) & (dim[None] < DIM), other=0.0)
         column = tl.arange(0, FANOUT * PER_SPAN)
         node = column % FANOUT * PER_SPAN + column // FANOUT
@@ -157,19 +161,19 @@ def refine(
                 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots", "tokens", "blocks", "total_blocks"])
 def keep(
     start, length, spans, scores,
     slots, tokens, blocks, total_blocks, scale,
     LEVEL: tl.constexpr, LEVELS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr, FANOUT: tl.constexpr,
     BEAM: tl.constexpr, QUERY_BLOCK: tl.constexpr, DENSE_END: tl.constexpr, WIDTH: tl.constexpr,
-    WIDTH_PAD: tl.constexpr, BEAM_PAD: tl.constexpr,
+    WIDTH_PAD: tl.constexpr, BEAM_PAD: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """Writes the best BEAM spans of LEVEL, ascending, to ``spans`` [B·Hkv, total_blocks, BEAM]."""
     i = tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
-    low, high, _ = row_range(start, length, slots, tokens, bh // KV_HEADS)
+    low, high, _ = row_range(start, length, slots, tokens, bh // KV_HEADS, PADDED)
     number = low // QUERY_BLOCK + i
     t = number * QUERY_BLOCK
     covered = covered_leaves(t, WINDOW, SINK, BLOCK)
@@ -191,7 +195,7 @@ def keep(
             s = tl.load(base + g * WIDTH + place, mask=(ids >= 0) & (place < WIDTH), other=-float("inf"))
             e = tl.exp2((s - tl.max(s, 0)) * (scale * LOG2E))
             votes += e / tl.sum(e, 0)
-        keys = tl.where(ids >= 0, votes.to(tl.int32, bitcast=True), -1)
+        keys = tl.where(ids >= 0, votes.to(tl.int32, bitcast=True), LOWEST)
         keys2 = tl.reshape(keys, [1, WIDTH_PAD])
         chosen = among_best(keys2, BEAM, BEAM_PAD)
         slot = tl.reshape(tl.cumsum(chosen.to(tl.int32), 1), [WIDTH_PAD]) - 1
@@ -200,134 +204,3 @@ def keep(
         tl.debug_barrier()  # every thread has read the parents
         tl.store(kept + slot, ids, mask=picked)
         tl.store(kept + place, place * 0 - 1, mask=(place >= total) & (place < BEAM))
-
-
-@triton.jit
-def choose(
-    q, nodes, start, length, spans, first, scratch,
-    stride_qb, stride_qh, stride_qt, stride_nb, stride_nh,
-    slots, tokens, blocks, total_blocks, node_count, tiles, scale,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr, WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr,
-    FANOUT: tl.constexpr, PER_LEAF: tl.constexpr, BEAM: tl.constexpr, QUERY_BLOCK: tl.constexpr,
-    DENSE_END: tl.constexpr, CHOICES: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr,
-    SPANS: tl.constexpr, CHOICES_PAD: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Each new query chooses CHOICES leaves: lowers ``first`` [B·Hkv, total_blocks, WIDTH].
-
-    HEADS of the group's heads meet the nodes of SPANS spans in one product; the scores of a block wait in
-    ``scratch`` [programs, G, QUERY_BLOCK, WIDTH_PAD + FANOUT] until all are known.
-    """
-    ROWS: tl.constexpr = HEADS * QUERY_BLOCK
-    STRIDE: tl.constexpr = WIDTH_PAD + FANOUT
-    CHILDREN: tl.constexpr = BEAM * FANOUT
-    LEAVES: tl.constexpr = SPANS * FANOUT
-    EDGE_SPANS: tl.constexpr = (WIDTH - CHILDREN + FANOUT - 1) // FANOUT
-    held = scratch + tl.program_id(0).to(tl.int64) * (GROUP * QUERY_BLOCK * STRIDE)
-    row = tl.arange(0, ROWS)
-    dim = tl.arange(0, DIM_PAD)
-    # Column c is node c // LEAVES of leaf c % LEAVES: the nodes of a leaf lie in one thread's registers.
-    column = tl.arange(0, LEAVES * PER_LEAF)
-    leaf = tl.arange(0, LEAVES)
-    place = tl.arange(0, QUERY_BLOCK)
-    candidate = tl.arange(0, WIDTH_PAD)
-    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        i = tile % blocks
-        bh = (tile // blocks).to(tl.int64)
-        b, h = bh // KV_HEADS, bh % KV_HEADS
-        low, high, offset = row_range(start, length, slots, tokens, b)
-        number = low // QUERY_BLOCK + i
-        t0 = number * QUERY_BLOCK
-        if (t0 + QUERY_BLOCK > DENSE_END) & (t0 < high):
-            base = nodes + b * stride_nb + h * stride_nh
-            kept = spans + (bh * total_blocks + number) * BEAM
-            edge = (covered_leaves(t0, WINDOW, SINK, BLOCK) // FANOUT).to(tl.int32)
-            slot = tl.arange(0, WIDTH_PAD // FANOUT)
-            used = tl.sum((tl.load(kept + slot, mask=slot < BEAM, other=-1) >= 0).to(tl.int32), 0)
-            for h0 in range(0, GROUP, HEADS):
-                g = h0 + row // QUERY_BLOCK
-                t = t0 + row % QUERY_BLOCK
-                at = b * stride_qb + (h * GROUP + g) * stride_qh + (t + offset) * stride_qt
-                new = (t >= low) & (t < high) & (g < GROUP)
-                x = tl.load(q + at[:, None] + dim[None], mask=new[:, None] & (dim[None] < DIM), other=0.0)
-                out = held + (g * QUERY_BLOCK + row % QUERY_BLOCK) * STRIDE
-                covered = covered_leaves(t, WINDOW, SINK, BLOCK).to(tl.int32)
-                top = tl.full([ROWS], -1e30, tl.float32)
-                total = tl.zeros([ROWS], tl.float32)
-                for j in range(0, used + EDGE_SPANS, SPANS):
-                    index = j + column % LEAVES // FANOUT
-                    parent = tl.load(kept + index, mask=index < used, other=0)
-                    parent = tl.where(index < used, parent, edge + index - used).to(tl.int64)
-                    n = (parent * FANOUT + column % FANOUT) * PER_LEAF + column // LEAVES
-                    y = tl.load(
-                        base + n[None] * DIM + dim[:, None],
-                        mask=(n[None] < node_count) & (dim[:, None] < DIM), other=0.0,
-                    )  # fmt: skip
-                    s = tl.dot(x, y, input_precision=PRECISION)
-                    best = tl.max(tl.reshape(s, [ROWS, PER_LEAF, LEAVES]), 1) * (scale * LOG2E)
-                    at_span = j + leaf // FANOUT
-                    late = at_span >= used
-                    behind = (edge + at_span - used) * FANOUT + leaf % FANOUT
-                    best = tl.where(late[None] & (behind[None] >= covered[:, None]), -float("inf"), best)
-                    new_top = tl.maximum(top, tl.max(best, 1))
-                    total = total * tl.exp2(top - new_top) + tl.sum(tl.exp2(best - new_top[:, None]), 1)
-                    top = new_top
-                    at_leaf = tl.where(late, BEAM - used, 0) * FANOUT + j * FANOUT + leaf
-                    stored = (g < GROUP)[:, None] & (at_leaf < WIDTH_PAD)[None]
-                    tl.store(out[:, None] + at_leaf[None], best, mask=stored)
-                tl.store(out + WIDTH_PAD, top + tl.log2(tl.maximum(total, 1e-30)), mask=g < GROUP)
-            tl.debug_barrier()
-
-            t = t0 + place
-            new = (t >= low) & (t < high)
-            behind = edge * FANOUT + candidate - CHILDREN
-            open_ = behind[None] < covered_leaves(t, WINDOW, SINK, BLOCK)[:, None]
-            open_ = open_ & ((candidate >= CHILDREN) & (candidate < WIDTH))[None]
-            open_ = open_ | (candidate < used * FANOUT)[None]
-            votes = tl.zeros([QUERY_BLOCK, WIDTH_PAD], tl.float32)
-            for g in range(GROUP):
-                at_row = held + (g * QUERY_BLOCK + place) * STRIDE
-                lse = tl.load(at_row + WIDTH_PAD)[:, None]
-                s = tl.load(at_row[:, None] + candidate[None], mask=open_, other=-float("inf"))
-                votes += tl.exp2(s - lse)
-            keys = tl.where(open_, votes.to(tl.int32, bitcast=True), -1)
-            chosen = among_best(keys, CHOICES, CHOICES_PAD) & new[:, None]
-            when = tl.min(tl.where(chosen, place[:, None], QUERY_BLOCK), 0)
-            held_first = first + (bh * total_blocks + number) * WIDTH + candidate
-            before = tl.load(held_first, mask=candidate < WIDTH, other=0).to(tl.int32)
-            tl.store(held_first, tl.minimum(before, when).to(tl.uint8), mask=candidate < WIDTH)
-            tl.debug_barrier()
-
-
-@triton.jit
-def list_leaves(
-    start, length, spans, first, ordered, counts,
-    slots, tokens, blocks, total_blocks,
-    KV_HEADS: tl.constexpr, WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr,
-    FANOUT: tl.constexpr, BEAM: tl.constexpr, QUERY_BLOCK: tl.constexpr, DENSE_END: tl.constexpr,
-    WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr,
-):  # fmt: skip
-    """The chosen leaves of each block by (first row, leaf), and how many of them each row sees.
-
-    Writes ``ordered`` [B·Hkv, blocks, WIDTH] and ``counts`` [B·Hkv, blocks, QUERY_BLOCK].
-    """
-    i = tl.program_id(0)
-    bh = tl.program_id(1).to(tl.int64)
-    low, high, _ = row_range(start, length, slots, tokens, bh // KV_HEADS)
-    number = low // QUERY_BLOCK + i
-    t0 = number * QUERY_BLOCK
-    if (t0 + QUERY_BLOCK > DENSE_END) & (t0 < high):
-        candidate = tl.arange(0, WIDTH_PAD)
-        place = tl.arange(0, QUERY_BLOCK)
-        at = bh * total_blocks + number
-        when = tl.load(first + at * WIDTH + candidate, mask=candidate < WIDTH, other=QUERY_BLOCK).to(tl.int32)
-        seen = tl.sum((when[None] <= place[:, None]).to(tl.int32), 1)
-        tl.store(counts + (bh * blocks + i) * QUERY_BLOCK + place, seen)
-        order = tl.sort(when * WIDTH_PAD + candidate)
-        which = order % WIDTH_PAD
-        child = which < BEAM * FANOUT
-        parent = tl.load(spans + at * BEAM + which // FANOUT, mask=child, other=0).to(tl.int32)
-        edge = (covered_leaves(t0, WINDOW, SINK, BLOCK) // FANOUT).to(tl.int32)
-        leaf = tl.where(child, parent * FANOUT + which % FANOUT, edge * FANOUT + which - BEAM * FANOUT)
-        known = (order // WIDTH_PAD < QUERY_BLOCK) & (candidate < WIDTH)
-        tl.store(ordered + (bh * blocks + i) * WIDTH + candidate, leaf, mask=known)

@@ -87,6 +87,45 @@ def extend_pyramid(
     return result
 
 
+def extend_spreads(
+    x: Tensor, cells: Tensor, spreads: Tensor | None, start: Tensor, *, new: int, ratio: int, offset: int
+) -> Tensor:
+    """Returns how far the members of each cell of level 0 lie from it: mean over members and dims of (x − cell)².
+
+    It computes only what the last ``new`` tokens complete.
+
+    Args:
+        x: All tokens in index space, [B, H, N, D].
+        cells: Their level 0, [B, H, M, D], as ``extend_pyramid`` returns it.
+        spreads: The spreads of the first N − new tokens, [B, H, M']; None computes all.
+        start: Index of each row's first real token, int64 [B].
+        new: Number of tokens added since ``spreads``; not read if that is None.
+        ratio: Members of a cell.
+        offset: Position at which the grid starts.
+
+    Returns:
+        [B, H, M] in float32 at least; what a row does not complete has anything finite.
+    """
+    capacity = cells.shape[2]
+    if spreads is None and _lies_at_0(0, start):
+        line = x[:, :, offset : offset + capacity * ratio]
+        return spread([line[:, :, i::ratio] for i in range(ratio)], cells)
+    # Spare cells at the end, as in ``extend_pyramid``.
+    count = (capacity if spreads is None else (new + ratio - 1) // ratio) + 2
+    first = torch.zeros_like(start)
+    if spreads is not None:
+        first = (x.shape[2] - offset - new - start).clamp(min=0) // ratio
+    at = first[:, None] + torch.arange(count, device=x.device)
+    origin = at * ratio + (start + offset)[:, None]
+    members = [_take(x, (origin + i).clamp(max=x.shape[2] - 1)) for i in range(ratio)]
+    spare = cells.new_zeros(*cells.shape[:2], 2, cells.shape[3])
+    found = spread(members, _take(torch.cat([cells, spare], 2), at.clamp(max=capacity + 1)))
+    if spreads is not None:
+        place = at[:, None].expand_as(found)
+        found = torch.cat([spreads, torch.zeros_like(found)], 2).scatter(2, place, found)
+    return found[:, :, :capacity]
+
+
 def crop_pyramid(
     levels: Sequence[Tensor], tokens: int, *, ratios: Sequence[int], offset: int
 ) -> list[Tensor]:
@@ -132,6 +171,14 @@ def pool(members: Sequence[Tensor], pooling: str, weight: Tensor | None) -> Tens
         taps = weight.to(wide).unbind(2)
         pooled = _sum([tap[:, None, :] * part for tap, part in zip(taps, parts, strict=True)])
     return pooled.to(dtype)
+
+
+def spread(members: Sequence[Tensor], cells: Tensor) -> Tensor:
+    """Mean over members and dims of (member − cell)²; each member and the cells [B, H, C, D] → [B, H, C]."""
+    wide = torch.promote_types(cells.dtype, torch.float32)
+    cells = cells.to(wide)
+    total = _halve(_sum([(member.to(wide) - cells).square() for member in members]))
+    return total.squeeze(-1) / (len(members) * cells.shape[-1])
 
 
 def _sum(parts: Sequence[Tensor]) -> Tensor:

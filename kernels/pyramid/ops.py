@@ -1,7 +1,7 @@
-"""``retrofit::extend_pyramid``: the pyramid as one node of an exported program.
+"""``retrofit::extend_pyramid`` and ``retrofit::extend_spreads``: the pyramid as nodes of an exported program.
 
-While a model is exported each pyramid is one call of the operator, however many levels it has; on a GPU it is a
-kernel where that can do it; otherwise it is plain differentiable PyTorch.
+While a model is exported each pyramid is one call of an operator, however many levels it has; on a GPU it is a
+kernel where that can do it; otherwise it is plain differentiable PyTorch. So are the spreads of its cells.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def extend_pyramid(
 ) -> list[Tensor]:
     """As :func:`retrofit.kernels.pyramid.blocked.extend_pyramid`."""
     if not torch.compiler.is_exporting():
-        if x.is_cuda and not torch.compiler.is_compiling() and _has_triton():
+        if _on_gpu(x):
             from retrofit.kernels.pyramid import triton as kernels
 
             if kernels.unsupported(x, pooling, weights) is None:
@@ -58,6 +58,26 @@ def extend_pyramid(
         pooling=pooling,
     )
     return result
+
+
+def extend_spreads(
+    x: Tensor, cells: Tensor, spreads: Tensor | None, start: Tensor, *, new: int, ratio: int, offset: int
+) -> Tensor:
+    """As :func:`retrofit.kernels.pyramid.blocked.extend_spreads`."""
+    options = {"ratio": ratio, "offset": offset}
+    if torch.compiler.is_exporting():
+        found: Tensor = _extend_spreads(x, x[:, :, x.shape[2] - new :], cells, spreads, start, **options)
+        return found
+    if _on_gpu(x):
+        from retrofit.kernels.pyramid import triton as kernels
+
+        if kernels.unsupported(x, "mean", [cells]) is None:
+            return kernels.extend_spreads(x, cells, spreads, start, new=new, **options)
+    return blocked.extend_spreads(x, cells, spreads, start, new=new, **options)
+
+
+def _on_gpu(x: Tensor) -> bool:
+    return x.is_cuda and not torch.compiler.is_compiling() and _has_triton()
 
 
 @cache
@@ -107,3 +127,32 @@ def _(
         x.new_empty(x.shape[0], x.shape[1], room // prod(ratios[: level + 1]), x.shape[3])
         for level in range(len(ratios))
     ]
+
+
+@torch.library.custom_op("retrofit::extend_spreads", mutates_args=())
+def _extend_spreads(
+    x: Tensor,
+    recent: Tensor,
+    cells: Tensor,
+    spreads: Tensor | None,
+    start: Tensor,
+    *,
+    ratio: int,
+    offset: int,
+) -> Tensor:
+    """The spreads of ``cells``, of which ``recent`` [B, H, new, D] are the last tokens."""
+    return blocked.extend_spreads(x, cells, spreads, start, new=recent.shape[2], ratio=ratio, offset=offset)
+
+
+@_extend_spreads.register_fake
+def _(
+    x: Tensor,
+    recent: Tensor,
+    cells: Tensor,
+    spreads: Tensor | None,
+    start: Tensor,
+    *,
+    ratio: int,
+    offset: int,
+) -> Tensor:
+    return cells.new_empty(cells.shape[:3], dtype=torch.promote_types(cells.dtype, torch.float32))

@@ -51,6 +51,28 @@ def build_pyramid(
     return levels
 
 
+def spreads(x: Tensor, cells: Tensor, start: Tensor, *, ratio: int, offset: int) -> Tensor:
+    """Returns how far the members of each cell of level 0 lie from it: mean over members and dims of (x − cell)².
+
+    Args:
+        x: Tokens in index space, [B, H, N, D].
+        cells: Level 0, [B, H, M, D], as ``build_pyramid`` returns it.
+        start: Index of each row's first real token, int64 [B].
+        ratio: Members of a cell.
+        offset: Position at which the grid starts.
+
+    Returns:
+        [B, H, M] in float32 at least; cells that are not complete in a row have 0.
+    """
+    found = torch.zeros(cells.shape[:3], dtype=torch.promote_types(x.dtype, torch.float32))
+    for row, first in enumerate(start.tolist()):
+        for cell in range(min(cells.shape[2], max(x.shape[2] - first - offset, 0) // ratio)):
+            begin = first + offset + cell * ratio
+            members = x[row, :, begin : begin + ratio].to(found.dtype)
+            found[row, :, cell] = (members - cells[row, :, cell, None].to(found.dtype)).square().mean((1, 2))
+    return found
+
+
 def _pool(members: Tensor, pooling: str, weight: Tensor | None) -> Tensor:
     # members [H, ratio, D]
     if pooling == "mean":

@@ -1,4 +1,4 @@
-"""The pyramid by Triton kernels, to the bit as ``blocked`` computes it.
+"""The pyramid by Triton kernels, to the bit as ``blocked`` computes it, and the spreads of its cells.
 
 x [B,H,N,D], levels of the first N−T tokens  →  levels of all N tokens
 
@@ -91,6 +91,27 @@ def extend_pyramid(
     return result
 
 
+def extend_spreads(
+    x: Tensor, cells: Tensor, spreads: Tensor | None, start: Tensor, *, new: int, ratio: int, offset: int
+) -> Tensor:
+    """As :func:`retrofit.kernels.pyramid.blocked.extend_spreads`, up to rounding."""
+    batch, heads, tokens, dim = x.shape
+    x, cells = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, cells))
+    capacity, known = cells.shape[2], 0 if spreads is None else spreads.shape[2]
+    found = x.new_zeros(batch, heads, capacity, dtype=torch.float32)
+    if spreads is not None:
+        found[:, :, :known] = spreads
+    count = capacity if spreads is None else (new + ratio - 1) // ratio + 1
+    if capacity:
+        measure_spreads[(triton.cdiv(count, CELLS), batch * heads)](
+            x, cells, found, start, *x.stride()[:3], *cells.stride()[:3], tokens, capacity, count, heads,
+            tokens - offset - (tokens if spreads is None else new),
+            OFFSET=offset, RATIO=ratio, DIM=dim, DIM_PAD=_padded(dim), CELLS=CELLS, num_warps=4,
+            enable_fp_fusion=False,
+        )  # fmt: skip
+    return found
+
+
 def _padded(dim: int) -> int:
     return max(16, int(triton.next_power_of_2(dim)))
 
@@ -169,3 +190,32 @@ def pool_cells(
         pooled = tl.div_rn(pooled, pooled * 0 + RATIO)
     out = cells + (bh * capacity + cell[:, None]) * DIM + dim[None]
     tl.store(out, pooled.to(cells.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def measure_spreads(
+    x, cells, spreads, start, stride_xb, stride_xh, stride_xn, stride_cb, stride_ch, stride_cn,
+    tokens, capacity, count, heads, past,
+    OFFSET: tl.constexpr, RATIO: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, CELLS: tl.constexpr,
+):  # fmt: skip
+    """Writes ``spreads`` [B, H, capacity] of the ``count`` cells of each row that ``past`` tokens do not complete."""
+    bh = tl.program_id(1).to(tl.int64)
+    b, h = bh // heads, bh % heads
+    begin = tl.load(start + b)
+    number = tl.program_id(0) * CELLS + tl.arange(0, CELLS)
+    cell = tl.maximum(past - begin, 0) // RATIO + number
+    mine = (cell < capacity) & (number < count)
+    dim = tl.arange(0, DIM_PAD)
+    mask = mine[:, None] & (dim[None] < DIM)
+    middle = tl.load(
+        cells + b * stride_cb + h * stride_ch + cell[:, None] * stride_cn + dim[None], mask=mask, other=0.0
+    ).to(tl.float32)
+    total = tl.zeros([CELLS, DIM_PAD], tl.float32)
+    for i in tl.static_range(RATIO):
+        at = tl.minimum(begin + OFFSET + cell * RATIO + i, tokens - 1)
+        member = tl.load(
+            x + b * stride_xb + h * stride_xh + at[:, None] * stride_xn + dim[None], mask=mask, other=0.0
+        ).to(tl.float32)
+        total += (member - middle) * (member - middle)
+    spread = tl.sum(total, 1) / (RATIO * DIM)
+    tl.store(spreads + bh * capacity + cell, spread, mask=mine)

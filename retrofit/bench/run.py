@@ -222,7 +222,7 @@ def _with(target: TargetAttention, **changes: Any) -> TargetAttention:
 
 def _call(q: Tensor) -> AttentionCall:
     zero = torch.zeros(1, dtype=torch.int64, device=q.device)
-    return AttentionCall(start=zero, length=zero + q.shape[2])
+    return AttentionCall(start=zero, length=zero + q.shape[2], padded=False)
 
 
 def _time(

@@ -15,7 +15,7 @@ from retrofit.onnx.bodies.dense import dense_attention
 from retrofit.onnx.bodies.hsa import hsa_attention
 from retrofit.onnx.bodies.listed import TRANSLATIONS
 from retrofit.onnx.bodies.maha import maha_attention
-from retrofit.onnx.bodies.pyramid import extend_pyramid
+from retrofit.onnx.bodies.pyramid import extend_pyramid, extend_spreads
 from retrofit.onnx.nodes import CustomNode
 
 
@@ -28,11 +28,13 @@ def custom_nodes() -> list[CustomNode]:
             ops.hsa_attention.default,
             "HSAAttention",
             hsa_attention,
+            hidden=("implementation", "padded"),
             outputs=lambda _: 3,  # the fourth is for the backward pass
             inner=TRANSLATIONS,
         ),
         CustomNode(ops.maha_attention.default, "MAHAAttention", maha_attention),
         CustomNode(ops.extend_pyramid.default, "ExtendPyramid", extend_pyramid, outputs=_levels),
+        CustomNode(ops.extend_spreads.default, "ExtendSpreads", extend_spreads),
     ]
 
 

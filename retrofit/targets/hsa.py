@@ -18,7 +18,7 @@ from retrofit.kernels.hsa.geometry import MAX_POSITIONS, Geometry
 from retrofit.kernels.hsa.ops import hsa_attention
 from retrofit.kernels.hsa.selector import sample_positions, selector_loss
 from retrofit.kernels.hsa.state import HSAState
-from retrofit.kernels.pyramid.ops import extend_pyramid
+from retrofit.kernels.pyramid.ops import extend_pyramid, extend_spreads
 from retrofit.targets.base import TargetAttention
 from retrofit.targets.dense import attend_densely
 
@@ -46,6 +46,8 @@ def geometry_of(config: HSAConfig) -> Geometry:
         beam=config.beam,
         query_block=config.query_block,
         dense_until=dense_until,
+        threshold=config.threshold,
+        spread=config.spread,
     )
 
 
@@ -102,6 +104,7 @@ class HSAAttention(TargetAttention):
         # Nothing flows back through a selection; summaries are made of the nodes themselves.
         scored = k.detach() if self.gate is None and k.requires_grad else k
         nodes = self._pool_keys(scored, call.start, new, state)
+        spreads = self._spreads(k.detach(), nodes[0].detach(), call.start, new, state)
         value_nodes = self._pool_values(v, call.start, new, state)
         out, spans, first = hsa_attention(
             q,
@@ -110,6 +113,7 @@ class HSAAttention(TargetAttention):
             start=call.start,
             length=call.length,
             nodes=nodes,
+            spreads=spreads,
             value_nodes=value_nodes,
             gate=self.gate,
             past_spans=None if state is None else state.spans,
@@ -117,12 +121,13 @@ class HSAAttention(TargetAttention):
             scale=self.scale,
             causal=self.causal,
             sliding_window=self.sliding_window,
+            padded=call.padded,
             geometry=g,
             rules=self.rules(call),
             implementation=self.implementation,
         )
         if layer is not None:
-            layer.state = HSAState(tuple(nodes), tuple(value_nodes), spans, first, g)
+            layer.state = HSAState(tuple(nodes), spreads, tuple(value_nodes), spans, first, g)
         if self.observer is not None:
             self.observer(self._counts(spans, first, new, k.shape[2], call))
         return out
@@ -150,10 +155,12 @@ class HSAAttention(TargetAttention):
             causal=self.causal,
             geometry=self.geometry,
         )
+        nodes = self._pool_keys(k, call.start, k.shape[2], None)
         return selector_loss(
             q,
             k,
-            self._pool_keys(k, call.start, k.shape[2], None),
+            nodes,
+            self._spreads(k, nodes[0], call.start, k.shape[2], None),
             call.start,
             call.length,
             at,
@@ -177,6 +184,14 @@ class HSAAttention(TargetAttention):
     def _pool_keys(self, k: Tensor, start: Tensor, new: int, state: HSAState | None) -> list[Tensor]:
         past = None if state is None else state.nodes
         return self._pool(k, past, start, new, self.config.pooling, self.key_pooling)
+
+    def _spreads(
+        self, k: Tensor, nodes: Tensor, start: Tensor, new: int, state: HSAState | None
+    ) -> Tensor | None:
+        g, past = self.geometry, None if state is None else state.spreads
+        if not g.spread:
+            return None
+        return extend_spreads(k, nodes, past, start, new=new, ratio=g.node, offset=g.sink)
 
     def _pool_values(self, v: Tensor, start: Tensor, new: int, state: HSAState | None) -> list[Tensor]:
         if self.gate is None:

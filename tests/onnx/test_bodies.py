@@ -13,10 +13,11 @@ from retrofit.kernels.dense.reference import dense_attention as dense_reference
 from retrofit.kernels.hsa.geometry import Geometry
 from retrofit.kernels.hsa.reference import hsa_attention as hsa_reference
 from retrofit.kernels.maha.ops import maha_attention as maha_operator
-from retrofit.kernels.pyramid.blocked import extend_pyramid
+from retrofit.kernels.pyramid.blocked import extend_pyramid, extend_spreads
 from retrofit.onnx.bodies.dense import dense_attention
 from retrofit.onnx.bodies.hsa import hsa_attention
 from retrofit.onnx.bodies.maha import maha_attention
+from retrofit.onnx.bodies.pyramid import extend_spreads as exported_spreads
 
 SHAPES = [(1, 1, 1), (2, 17, 17), (2, 300, 300), (3, 40, 300), (2, 1, 333)]
 """Batch, queries, index slots."""
@@ -83,15 +84,18 @@ def test_hsa(
     if not causal and tokens != slots:
         pytest.skip("an encoder has no past")
     names = ("window", "sink", "budget", "block", "node", "fanout", "nodes_per_span", "beam", "query_block")
-    sizes = {name: getattr(tiny_hsa, name) for name in names} | {"dense_until": dense_until}
+    sizes = {name: getattr(tiny_hsa, name) for name in (*names, "threshold", "spread")}
+    sizes["dense_until"] = dense_until
     geometry = Geometry(**sizes)
     options: dict[str, Any] = {"scale": 0.25, "causal": causal, "sliding_window": window}
     q, k, v, start, length = call(batch, tokens, slots)
     gate = torch.rand(4) if summaries else None
 
-    def pooled(n: int) -> tuple[list[Tensor], list[Tensor]]:
+    def pooled(n: int) -> tuple[list[Tensor], Tensor, list[Tensor]]:
         nodes, values = (levels(x[:, :, :n], start, geometry.ratios, geometry.sink) for x in (k, v))
-        return nodes, values if summaries else []
+        grid = {"ratio": geometry.node, "offset": geometry.sink}
+        spreads = extend_spreads(k[:, :, :n], nodes[0], None, start, new=n, **grid)
+        return nodes, spreads, values if summaries else []
 
     past = slots - tokens
     spans = first = None
@@ -110,7 +114,25 @@ def test_hsa(
         )
         _, spans, first = hsa_reference(*arguments, **options, geometry=geometry)
     arguments = (q, k, v, start, length, *pooled(slots), gate, spans, first)
-    found = hsa_attention(*arguments, **options, **sizes, implementation="auto")
+    found = hsa_attention(*arguments, **options, **sizes, padded=True, implementation="auto")
     expected = hsa_reference(*arguments, **options, geometry=geometry)
     torch.testing.assert_close(found[0], expected[0], atol=1e-5, rtol=1e-5)
     assert torch.equal(found[1], expected[1]) and torch.equal(found[2], expected[2])
+
+
+@pytest.mark.parametrize("new", [1, 2, 37])
+def test_spreads(new: int) -> None:
+    x, start, grid = torch.randn(2, 2, 90, 16), torch.tensor([0, 13]), {"ratio": 4, "offset": 8}
+    (cells,) = levels(x, start, (4,), 8)
+    whole = extend_spreads(x, cells, None, start, new=90, **grid)
+    past = extend_spreads(
+        x[:, :, :-new], *levels(x[:, :, :-new], start, (4,), 8), None, start, new=90, **grid
+    )
+    for spreads in (None, past):
+        found = exported_spreads(
+            x, x[:, :, -new:] if spreads is not None else x, cells, spreads, start, **grid
+        )
+        assert found.shape == whole.shape
+        for row, begin in enumerate(start.tolist()):
+            complete = (90 - begin - 8) // 4
+            assert torch.equal(found[row, :, :complete], whole[row, :, :complete])

@@ -26,7 +26,8 @@ def exported(
     retrofit.convert(model, HSAConfig())
     folder = tmp_path_factory.mktemp("smollm2") / "out"
     report = export_onnx(model, folder, check=False)
-    assert report.custom_nodes == {"ExtendPyramid": 30, "HSAAttention": 30} and report.functions == 2
+    nodes = {"ExtendPyramid": 30, "ExtendSpreads": 30, "HSAAttention": 30}
+    assert report.custom_nodes == nodes and report.functions == 3
     assert report.tied_embeddings
     return model, tokenizer, OnnxModel(folder, threads=1)
 

@@ -130,7 +130,7 @@ def test_training_the_pooling_lowers_the_layer_loss(tiny_hsa: HSAConfig, pooling
     k.data[:, :, ::2] *= 0.1  # the mean hides half of the other keys
     optimizer = torch.optim.Adam(target.key_pooling.parameters(), lr=0.05)
     losses = []
-    for _ in range(12):
+    for _ in range(20):
         torch.manual_seed(0)
         loss = target.layer_loss(q, k, v, call(300, [0, 20]))
         optimizer.zero_grad()

@@ -7,6 +7,7 @@ that it may hold: ``query_block`` of them at prefill, one for a decoded token.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ def hsa_attention(
     start: Tensor,
     length: Tensor,
     nodes: list[Tensor],
+    spreads: Tensor | None,
     value_nodes: list[Tensor],
     gate: Tensor | None,
     past_spans: Tensor | None,
@@ -34,39 +36,21 @@ def hsa_attention(
     softcap: float = 0.0,
     causal: bool,
     sliding_window: int,
-    window: int,
-    sink: int,
-    budget: int,
-    block: int,
-    node: int,
-    fanout: int,
-    nodes_per_span: int,
-    beam: int,
-    query_block: int,
-    dense_until: int,
+    padded: bool,
     implementation: str,
+    **sizes: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As ``torch.ops.retrofit.hsa_attention``, exportable. ``export_onnx`` refuses sinks and a softcap."""
-    g = Geometry(
-        window=window,
-        sink=sink,
-        budget=budget,
-        block=block,
-        node=node,
-        fanout=fanout,
-        nodes_per_span=nodes_per_span,
-        beam=beam,
-        query_block=query_block,
-        dense_until=dense_until,
-    )
+    g = Geometry(**sizes)
     rules = Rules(causal, sliding_window, g, gate is not None)
     (batch, _, tokens, _), (kv_heads, slots) = q.shape, k.shape[1:3]
     offset = start - (slots - tokens)  # index among the new queries of each row's position 0
     low = (-offset).clamp(min=0)
-    begin = low // query_block
+    begin = low // g.query_block
+    query_block, beam = g.query_block, g.beam
     blocks = (tokens + 2 * query_block - 2) // query_block
     place = torch.arange(torch.sym_min(tokens, query_block), device=q.device)
-    reach = window + block if causal else 2 * (window + block)
+    reach = g.window + g.block if causal else 2 * (g.window + g.block)
     by_head = torch.arange(batch * kv_heads, device=q.device).unflatten(0, (batch, kv_heads))
     by_row = torch.arange(batch, device=q.device)
     no_spans = torch.full((1, kv_heads, 1, beam), -1, dtype=torch.int32).expand(batch, -1, -1, -1)
@@ -96,6 +80,8 @@ def hsa_attention(
         held[f"nodes{i}"] = pad(level, (0, 0, 0, 1)).flatten(0, 2)
         if gate is not None:
             held[f"value_nodes{i}"] = pad(value_nodes[i], (0, 0, 0, 1)).flatten(0, 2)
+    if spreads is not None:
+        held["spreads"] = pad(spreads, (0, 1)).flatten()
     if gate is not None:
         held["gate"] = gate
 

@@ -84,7 +84,10 @@ def sparse(held: Held, rules: Rules) -> tuple[Tensor, Tensor]:
         held["spans"], held["block"][:, None], None if rules.causal else length[:, None]
     )
     row = (t - held["block"][:, None] * g.query_block)[:, None]  # [B, 1, P]
-    first = _choose(held, rules, leaves, row)
+    base, last = held["key_base"], held["keys"].shape[0] - 1
+    exact, exact_seen = _exact(held, rules)
+    exact = (base[..., None] + exact[:, None]).clamp(max=last)
+    first = _choose(held, rules, leaves, row, exact, exact_seen)
 
     width = leaves.shape[-1]
     when = torch.where(leaves >= 0, first, g.query_block)
@@ -98,15 +101,12 @@ def sparse(held: Held, rules: Rules) -> tuple[Tensor, Tensor]:
         begin = (g.sink + leaf * g.block)[:, :, None]
         outside = (begin < g.window_start(tt)) | (begin >= g.window_end(tt))
         seen = (when < g.query_block)[:, :, None] & outside
-    base = held["key_base"]
-    exact, exact_seen = _exact(held, rules)
-    last = held["keys"].shape[0] - 1
     beyond = (base[..., None] + (t - rules.sliding_window)[:, None]).flatten(0, 1)
     out = attend_listed(
         queries.flatten(0, 1),
         held["keys"],
         held["values"],
-        (base[..., None] + exact[:, None]).clamp(max=last).flatten(0, 1),
+        exact.flatten(0, 1),
         exact_seen[:, None].expand(-1, base.shape[1], -1, -1).flatten(0, 1),
         (base[..., None] + g.sink + leaf * g.block).flatten(0, 1),
         seen.flatten(0, 1),
@@ -134,8 +134,10 @@ def near(held: Held, rules: Rules) -> Tensor:
     return scores.softmax(-1).flatten(2, 3) @ values
 
 
-def _choose(held: Held, rules: Rules, leaves: Tensor, row: Tensor) -> Tensor:
-    """``first`` with what the new queries choose."""
+def _choose(
+    held: Held, rules: Rules, leaves: Tensor, row: Tensor, exact: Tensor, exact_seen: Tensor
+) -> Tensor:
+    """``first`` with what the new queries choose; ``exact`` [B, Hkv, E] are rows of keys, who sees them [B, P, E]."""
     g, t = rules.geometry, held["t"]
     allowed = select.leaf_candidates(
         leaves[:, :, None],
@@ -144,10 +146,15 @@ def _choose(held: Held, rules: Rules, leaves: Tensor, row: Tensor) -> Tensor:
         sliding_window=rules.sliding_window,
         geometry=g,
     )[:, :, 0]
-    scores = _best_nodes(held["queries"].flatten(0, 1), held, 0, leaves, g)
+    queries = held["queries"]
+    scores = _best_nodes(queries.flatten(0, 1), held, 0, leaves, g)
     by_head = scores.unflatten(1, (-1, t.shape[1])).unflatten(0, leaves.shape[:2])
-    votes = by_head.masked_fill(~allowed[:, :, None], -torch.inf).softmax(-1).sum(2)
-    chosen = select.best(votes, allowed, g.leaves_per_query) & held["new"][:, None, :, None]
+    near = queries @ _rows(held["keys"], exact).to(queries.dtype).transpose(-1, -2)
+    bias = torch.where(exact_seen, 0.0, HIDDEN).to(queries.dtype)[:, None, None]
+    total = (near.unflatten(2, (-1, t.shape[1])) + bias).logsumexp(-1, keepdim=True)
+    votes = select.in_steps((by_head - total).amax(2))
+    chosen = select.best(votes, allowed & (votes >= g.least_vote), g.leaves_per_query)
+    chosen = chosen & held["new"][:, None, :, None]
     when = torch.where(chosen, row[..., None], g.query_block).amin(2)
     return torch.minimum(held["first"], when)
 
@@ -157,6 +164,11 @@ def _best_nodes(queries: Tensor, held: Held, level: int, ids: Tensor, geometry: 
     each = geometry.nodes_in_span(level)
     members = _rows(held[f"nodes{level}"], _members(held, level, ids, each)).flatten(0, 1)
     scores = queries @ members.to(queries.dtype).transpose(1, 2)
+    if level == 0 and "spreads" in held:
+        at = _members(held, level, ids, each)
+        spreads = held["spreads"].index_select(0, at.flatten()).unflatten(0, at.shape).flatten(0, 1)
+        norms = (geometry.spread / 2) * queries.square().sum(-1, keepdim=True)
+        scores = scores + norms * spreads[:, None].to(queries.dtype)
     return scores.unflatten(2, (-1, each)).amax(-1)
 
 

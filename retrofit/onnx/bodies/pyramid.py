@@ -1,4 +1,4 @@
-"""The pyramid, each level's members fetched at once: few nodes, the same additions in the same order."""
+"""The pyramid and the spreads, members fetched at once: few nodes, the same additions in the same order."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from math import prod
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from retrofit.kernels.pyramid.blocked import pool
+from retrofit.kernels.pyramid.blocked import pool, spread
 
 
 def extend_pyramid(
@@ -45,6 +46,31 @@ def extend_pyramid(
             children = torch.cat([levels[level], room_for_new], 2).scatter(2, place, children)
         result.append(children[:, :, :capacity])
     return result
+
+
+def extend_spreads(
+    x: Tensor,
+    recent: Tensor,
+    cells: Tensor,
+    spreads: Tensor | None,
+    start: Tensor,
+    *,
+    ratio: int,
+    offset: int,
+) -> Tensor:
+    """As ``torch.ops.retrofit.extend_spreads``, exportable."""
+    new, capacity = recent.shape[2], cells.shape[2]
+    count = (capacity if spreads is None else (new + ratio - 1) // ratio) + 2
+    past = x.shape[2] - offset - new
+    first = torch.zeros_like(start) if spreads is None else (past - start).clamp(min=0) // ratio
+    at = (first * ratio + start + offset)[:, None] + torch.arange(count * ratio, device=x.device)
+    members = _rows(x, at.clamp(max=x.shape[2] - 1)).unflatten(2, (-1, ratio)).unbind(3)
+    place = first[:, None] + torch.arange(count, device=x.device)
+    found = spread(members, _rows(pad(cells, (0, 0, 0, 2)), place.clamp(max=capacity + 1)))
+    if spreads is not None:
+        place = place[:, None].expand_as(found)
+        found = torch.cat([spreads, torch.zeros_like(found)], 2).scatter(2, place, found)
+    return found[:, :, :capacity]
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:

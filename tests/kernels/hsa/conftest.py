@@ -14,7 +14,7 @@ from torch import Tensor
 from retrofit.kernels.dense.scores import PLAIN, ScoreRules
 from retrofit.kernels.hsa import ops
 from retrofit.kernels.hsa.geometry import Geometry
-from retrofit.kernels.pyramid.blocked import extend_pyramid
+from retrofit.kernels.pyramid.blocked import extend_pyramid, extend_spreads
 
 TINY = Geometry(
     window=32,
@@ -27,6 +27,8 @@ TINY = Geometry(
     beam=4,
     query_block=8,
     dense_until=72,
+    threshold=0.01,
+    spread=1.2,
 )
 
 
@@ -51,6 +53,7 @@ class Case:
     causal: bool = True
     sliding_window: int = 0
     rules: ScoreRules = PLAIN
+    padded: bool = True
     implementation: str = "reference"
 
     @property
@@ -74,10 +77,17 @@ class Case:
             weights=[None] * g.levels,
         )
 
+    def spreads(self, x: Tensor, nodes: Tensor) -> Tensor | None:
+        g = self.geometry
+        if not g.spread:
+            return None
+        return extend_spreads(x, nodes, None, self.start, new=x.shape[2], ratio=g.node, offset=g.sink)
+
     def run(self, begin: int = 0, end: int | None = None, past: Result | None = None) -> Result:
         """The op on the queries at index begin … end, with the keys up to end."""
         end = self.tokens if end is None else end
         k, v = self.k[:, :, :end], self.v[:, :, :end]
+        nodes = self.pool(k)
         return Result(
             *ops.hsa_attention(
                 self.q[:, :, begin:end],
@@ -85,7 +95,8 @@ class Case:
                 v,
                 start=self.start,
                 length=torch.minimum(self.length, end - self.start).clamp(min=0),
-                nodes=self.pool(k),
+                nodes=nodes,
+                spreads=self.spreads(k, nodes[0]),
                 value_nodes=self.pool(v) if self.gate is not None else [],
                 gate=self.gate,
                 past_spans=past.spans if past else None,
@@ -93,6 +104,7 @@ class Case:
                 scale=self.scale,
                 causal=self.causal,
                 sliding_window=self.sliding_window,
+                padded=self.padded,
                 geometry=self.geometry,
                 rules=self.rules,
                 implementation=self.implementation,
@@ -176,6 +188,7 @@ def build(implementation: str) -> Callable[..., Case]:
             rules=ScoreRules(
                 softcap, None if sinks is None else sinks + torch.arange(heads, dtype=dtype) / heads
             ),
+            padded=start is not None or length is not None,
             implementation=implementation,
         )
 

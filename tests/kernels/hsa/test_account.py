@@ -114,6 +114,9 @@ def nodes_by_hand(case: Any, result: Any, row: int, head: int, t: int, n: int) -
         kept = torch.nn.functional.pad(ids[: g.beam], (0, max(0, g.beam - len(ids))), value=-1)
     leaves = g.block_leaf_ids(result.spans[row, head, block], block, None if case.causal else torch.tensor(n))
     window = range(g.window_start(t), t + 1 if case.causal else g.window_end(t))
+    tail = [] if case.causal else range(g.sink + covered * g.block, n)
+    exact = {*range(g.sink), *window, *tail} & set(range(max(0, low), min(n, t + 1) if case.causal else n))
+    total += len(exact)
     executed = set()
     when = t - t0 if case.causal else g.query_block - 1
     for leaf, first in zip(leaves.tolist(), result.first[row, head, block].tolist(), strict=True):

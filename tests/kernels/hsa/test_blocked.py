@@ -15,7 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from retrofit.kernels.hsa import blocked, reference
 from retrofit.kernels.hsa.geometry import Geometry
-from retrofit.kernels.pyramid.blocked import extend_pyramid
+from retrofit.kernels.pyramid.blocked import extend_pyramid, extend_spreads
 
 TINY = Geometry(
     window=32,
@@ -28,6 +28,8 @@ TINY = Geometry(
     beam=4,
     query_block=8,
     dense_until=0,
+    threshold=0.01,
+    spread=1.2,
 )
 
 
@@ -42,6 +44,12 @@ def pyramid(x: Tensor, start: Tensor, g: Geometry) -> list[Tensor]:
         pooling="mean",
         weights=[None] * g.levels,
     )
+
+
+def spreads_of(x: Tensor, nodes: Tensor, start: Tensor, g: Geometry) -> Tensor | None:
+    if not g.spread:
+        return None
+    return extend_spreads(x, nodes, None, start, new=x.shape[2], ratio=g.node, offset=g.sink)
 
 
 class Case:
@@ -90,6 +98,7 @@ class Case:
             self.start,
             length,
             nodes,
+            spreads_of(k, nodes[0], self.start, self.geometry),
             values,
             self.gate,
             spans,
@@ -112,6 +121,8 @@ CASES = {
     "one group": lambda: Case(200, heads=2, kv_heads=2),
     "three": lambda: Case(200, heads=3, kv_heads=1),
     "four": lambda: Case(150, heads=8, kv_heads=2),
+    "by the nodes alone": lambda: Case(200, geometry=replace(TINY, threshold=0.0, spread=0.0)),
+    "few share": lambda: Case(200, geometry=replace(TINY, threshold=0.3)),
     "padded": lambda: Case(200, starts=(0, 37, 70), lengths=(200, 163, 100)),
     "empty row": lambda: Case(130, starts=(0, 130), lengths=(130, 0)),
     "sliding": lambda: Case(220, starts=(0, 11), sliding_window=90),
@@ -173,7 +184,10 @@ def test_gradients_equal_those_of_the_reference(name: str) -> None:
     gate = None if case.gate is None else case.gate.double().requires_grad_()
     at = (case.start, case.length)
     options: dict[str, Any] = {**case.options, "geometry": g}
-    out, spans, first = reference.hsa_attention(q, k, v, *at, nodes, values, gate, None, None, **options)
+    spreads = spreads_of(k, nodes[0], case.start, g)
+    out, spans, first = reference.hsa_attention(
+        q, k, v, *at, nodes, spreads, values, gate, None, None, **options
+    )
     grad = torch.randn_like(out)
     wanted = [q, k, v, *nodes, *values] + ([] if gate is None else [gate])
     expected = torch.autograd.grad(out, wanted, grad, allow_unused=True)
@@ -231,6 +245,7 @@ def test_what_padding_holds_does_not_matter() -> None:
     case = Case(260, starts=(0, 37), lengths=(200, 180))
     expected = case.run(blocked)
     nodes = pyramid(case.k, case.start, TINY)
+    spreads = spreads_of(case.k, nodes[0], case.start, TINY)
     for b, (start, length) in enumerate(zip(case.start.tolist(), case.length.tolist(), strict=True)):
         for x in (case.q, case.k, case.v):
             x[b, :, :start] = torch.nan
@@ -242,6 +257,7 @@ def test_what_padding_holds_does_not_matter() -> None:
         case.start,
         case.length,
         nodes,
+        spreads,
         [],
         None,
         None,

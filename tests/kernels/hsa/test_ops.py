@@ -15,7 +15,7 @@ from retrofit.kernels.dense.scores import ScoreRules
 from retrofit.kernels.hsa import account
 from retrofit.kernels.hsa.geometry import Geometry
 from retrofit.kernels.hsa.ops import hsa_attention
-from retrofit.kernels.pyramid.blocked import extend_pyramid
+from retrofit.kernels.pyramid.blocked import extend_pyramid, extend_spreads
 
 TINY = Geometry(
     window=16,
@@ -28,6 +28,8 @@ TINY = Geometry(
     beam=4,
     query_block=8,
     dense_until=0,
+    threshold=0.01,
+    spread=1.2,
 )
 START = torch.tensor([0, 3])
 
@@ -42,6 +44,12 @@ def pyramid(x: Tensor, start: Tensor) -> list[Tensor]:
         offset=TINY.sink,
         pooling="mean",
         weights=[None] * TINY.levels,
+    )
+
+
+def spreads_of(x: Tensor, nodes: Tensor, start: Tensor) -> Tensor:
+    return extend_spreads(
+        x.detach(), nodes.detach(), None, start, new=x.shape[2], ratio=TINY.node, offset=TINY.sink
     )
 
 
@@ -62,10 +70,10 @@ def test_opcheck(implementation: str, summaries: bool) -> None:
     gate = torch.rand(4, requires_grad=True) if summaries else None
     sinks = torch.rand(4, requires_grad=True) if summaries else None
     length = torch.tensor([60, 50])
-    options = {"scale": 0.3, "softcap": 2.0 * summaries, "causal": True, "sliding_window": 0}
+    options = {"scale": 0.3, "softcap": 2.0 * summaries, "causal": True, "sliding_window": 0, "padded": True}
     torch.library.opcheck(
         torch.ops.retrofit.hsa_attention.default,
-        (q, k, v, START, length, nodes, values, gate, None, None, sinks),
+        (q, k, v, START, length, nodes, spreads_of(k, nodes[0], START), values, gate, None, None, sinks),
         {**options, "implementation": implementation, **asdict(TINY)},
     )
 
@@ -73,11 +81,13 @@ def test_opcheck(implementation: str, summaries: bool) -> None:
 @pytest.mark.parametrize("softcap", [0.0, 1.5])
 def test_gradients_reach_the_pooled_tensors_the_gate_and_the_sinks(softcap: float) -> None:
     def run(implementation: str, summaries: bool) -> tuple[Tensor, ...]:
+        nodes = pyramid(k, START * 0)
         out, *_ = hsa_attention(
             q,
             k,
             v,
-            nodes=pyramid(k, START * 0),
+            nodes=nodes,
+            spreads=spreads_of(k, nodes[0], START * 0),
             value_nodes=pyramid(v, START * 0) if summaries else [],
             gate=gate if summaries else None,
             scale=0.3,
@@ -97,8 +107,10 @@ def test_gradients_reach_the_pooled_tensors_the_gate_and_the_sinks(softcap: floa
 
 
 class Attend(torch.nn.Module):
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, nodes: list[Tensor]) -> Tensor:
-        out, _, first = hsa_attention(q, k, v, start=START, nodes=nodes, scale=0.3, geometry=TINY)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, nodes: list[Tensor], spreads: Tensor) -> Tensor:
+        out, _, first = hsa_attention(
+            q, k, v, start=START, nodes=nodes, spreads=spreads, scale=0.3, geometry=TINY
+        )
         return out * first.shape[2]
 
 
@@ -107,7 +119,8 @@ def test_compiles_whole_with_dynamic_lengths() -> None:
     for slots in (70, 85):
         q, k, v = inputs(slots, requires_grad=True)
         nodes = [x.detach() for x in pyramid(k, START)]
-        expected, actual = Attend()(q, k, v, nodes), compiled(q, k, v, nodes)
+        spreads = spreads_of(k, nodes[0], START)
+        expected, actual = Attend()(q, k, v, nodes, spreads), compiled(q, k, v, nodes, spreads)
         assert torch.equal(actual, expected)
         (grad,) = torch.autograd.grad(actual.sum(), k)
         assert torch.equal(grad, torch.autograd.grad(expected.sum(), k)[0])
@@ -117,11 +130,13 @@ def test_exports_with_dynamic_lengths() -> None:
     dynamic = {2: torch.export.Dim.DYNAMIC}
     q, k, v = inputs(70)
     nodes = pyramid(k, START)
-    shapes = (dynamic, dynamic, dynamic, [dynamic] + [None] * (TINY.levels - 1))
-    program = torch.export.export(Attend(), (q, k, v, nodes), dynamic_shapes=shapes)
+    shapes = (dynamic, dynamic, dynamic, [dynamic] + [None] * (TINY.levels - 1), dynamic)
+    spreads = spreads_of(k, nodes[0], START)
+    program = torch.export.export(Attend(), (q, k, v, nodes, spreads), dynamic_shapes=shapes)
     q, k, v = inputs(85)
     nodes = [pyramid(k, START)[0], *nodes[1:]]
-    assert torch.equal(program.module()(q, k, v, nodes), Attend()(q, k, v, nodes))
+    arguments = (q, k, v, nodes, spreads_of(k, nodes[0], START))
+    assert torch.equal(program.module()(*arguments), Attend()(*arguments))
 
 
 @pytest.mark.parametrize("summaries", [False, True])
@@ -133,7 +148,15 @@ def test_flops_are_those_of_the_account(summaries: bool) -> None:
     gate = torch.ones(4) if summaries else None
     with FlopCounterMode(display=False) as counter:
         out, spans, first = hsa_attention(
-            q, k, v, nodes=nodes, value_nodes=values, gate=gate, scale=0.3, geometry=TINY
+            q,
+            k,
+            v,
+            nodes=nodes,
+            spreads=spreads_of(k, nodes[0], start),
+            value_nodes=values,
+            gate=gate,
+            scale=0.3,
+            geometry=TINY,
         )
         out.sum().backward()
     keys, scored = account.count(
@@ -158,9 +181,11 @@ def test_flops_are_those_of_the_account(summaries: bool) -> None:
 def test_wrong_arguments_are_named() -> None:
     q, k, v = inputs()
     nodes = pyramid(k, START)
+    spreads = spreads_of(k, nodes[0], START)
 
     def call(**changes: Any) -> None:
-        arguments = {"q": q, "k": k, "v": v, "nodes": nodes, "scale": 0.3, "geometry": TINY, **changes}
+        arguments = {"q": q, "k": k, "v": v, "nodes": nodes, "spreads": spreads, "scale": 0.3, **changes}
+        arguments["geometry"] = TINY
         hsa_attention(arguments.pop("q"), arguments.pop("k"), arguments.pop("v"), **arguments)
 
     with pytest.raises(
@@ -175,6 +200,8 @@ def test_wrong_arguments_are_named() -> None:
         call(k=k[:, :1].expand(-1, 3, -1, -1))
     with pytest.raises(ConfigError, match="levels of the geometry"):
         call(nodes=nodes[:1])
+    with pytest.raises(ConfigError, match=r"spreads must have the shape .* got None; make them with"):
+        call(spreads=None)
     with pytest.raises(ConfigError, match="value_nodes must have"):
         call(gate=torch.ones(4))
     with pytest.raises(ConfigError, match="both or neither"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from math import log, log2
 
 import pytest
 import torch
@@ -34,6 +35,30 @@ def votes(q: Tensor, k: Tensor, spans: list[tuple[int, int]], g: Geometry) -> di
     return {key: float((value - total).exp().sum()) for key, value in scores.items()}
 
 
+def weights(
+    q: Tensor, k: Tensor, near: set[int], leaves: list[int], g: Geometry
+) -> dict[tuple[int, int], float]:
+    """What a token of each leaf weighs for one query q [G, D] against the keys ``near``, in steps of log 2 / 256."""
+    scale, scores = k.shape[1] ** -0.5, {}
+    for leaf in leaves:
+        keys = k[g.sink + leaf * g.block : g.sink + (leaf + 1) * g.block].reshape(-1, g.node, k.shape[1])
+        node = keys.mean(1)
+        spread = (keys - node[:, None]).square().mean((1, 2))
+        second = g.spread / 2 * (scale * q).square().sum(1)[:, None] * spread
+        scores[0, leaf] = (q @ node.T * scale + second).amax(-1)
+    total = (q @ k[sorted(near)].T * scale).logsumexp(1)
+    return {key: round(256 * float((value - total).amax()) / log(2)) for key, value in scores.items()}
+
+
+def choose(q: Tensor, k: Tensor, near: set[int], leaves: list[int], g: Geometry) -> set[int]:
+    scored = weights(q, k, near, leaves, g)
+    return {key[1] for key in best(scored, g.budget // g.block) if scored[key] >= 256 * log2(g.threshold)}
+
+
+def sinks_and_window(t: int, g: Geometry) -> set[int]:
+    return {*range(g.sink), *range(max(g.sink, g.window_start(t)), t + 1)}
+
+
 def best(scored: dict[tuple[int, int], float], count: int) -> list[tuple[int, int]]:
     return sorted(scored, key=lambda key: (-scored[key], key[1]))[:count]
 
@@ -52,7 +77,7 @@ def search(q: Tensor, k: Tensor, t: int, g: Geometry) -> set[int]:
         candidates = [(level - 1, s * g.fanout + i) for _, s in kept for i in range(g.fanout)]
         candidates += [span for span in cover if span[0] == level - 1]
     candidates += [(0, leaf) for leaf in range(leaves, max(0, (g.window_start(t) - g.sink) // g.block))]
-    return {leaf for _, leaf in best(votes(q[t], k, candidates, g), g.budget // g.block)}
+    return choose(q[t], k, sinks_and_window(t, g), [leaf for _, leaf in candidates], g)
 
 
 def summarised(executed: set[int], t: int, g: Geometry) -> list[tuple[int, int]]:
@@ -72,7 +97,7 @@ def summarised(executed: set[int], t: int, g: Geometry) -> list[tuple[int, int]]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, t: int, executed: set[int], gate: float, g: Geometry) -> Tensor:
-    keys = set(range(min(g.sink, t + 1))) | set(range(max(g.sink, g.window_start(t)), t + 1))
+    keys = sinks_and_window(t, g) & set(range(t + 1))
     for leaf in executed:
         keys |= set(range(g.sink + leaf * g.block, g.sink + (leaf + 1) * g.block))
     if t < g.dense_end:
@@ -124,9 +149,8 @@ def test_an_unlimited_beam_chooses_the_best_of_all_leaves(build: Callable[..., o
             ids = g.block_leaf_ids(result.spans[0, head, block], torch.tensor(block)).tolist()
             for row in range(g.query_block):
                 t = block * g.query_block + row
-                leaves = [(0, leaf) for leaf in range((g.window_start(t) - g.sink) // g.block)]
-                scored = votes(q[head, t], case.k[0, head], leaves, g)
-                executed |= {leaf for _, leaf in best(scored, g.budget // g.block)}
+                leaves = list(range((g.window_start(t) - g.sink) // g.block))
+                executed |= choose(q[head, t], case.k[0, head], sinks_and_window(t, g), leaves, g)
                 first = result.first[0, head, block].tolist()
                 assert {i for i, when in zip(ids, first, strict=True) if when <= row} == executed
 
@@ -146,14 +170,15 @@ def test_not_causal_rows_see_window_sinks_and_the_union_of_their_block(build: Ca
                 low = max(0, t + 1 - g.window) // g.block * g.block
                 high = -(-(t + g.window) // g.block) * g.block
                 windows[t] = set(range(low, min(high, n)))
+                windows[t] |= {*range(g.sink), *range(g.sink + whole * g.block, n)}
                 leaves = [
-                    (0, leaf)
+                    leaf
                     for leaf in range(whole)
                     if g.sink + leaf * g.block < low or g.sink + leaf * g.block >= high
                 ]
-                union |= {leaf for _, leaf in best(votes(q[head, t], k, leaves, g), g.budget // g.block)}
+                union |= choose(q[head, t], k, windows[t], leaves, g)
             for t in rows:
-                keys = windows[t] | set(range(g.sink)) | set(range(g.sink + whole * g.block, n))
+                keys = set(windows[t])
                 for leaf in union:
                     keys |= set(range(g.sink + leaf * g.block, g.sink + (leaf + 1) * g.block))
                 index = torch.tensor(sorted(keys))
@@ -205,6 +230,7 @@ def test_summaries_that_outweigh_every_key_stay_finite(build: Callable[..., obje
         case.k,
         case.v,
         nodes=nodes,
+        spreads=case.spreads(case.k, nodes[0]),
         value_nodes=value_nodes,
         gate=case.gate,
         scale=case.scale,

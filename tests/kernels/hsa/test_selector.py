@@ -23,9 +23,14 @@ def divergence(case: Any, q: Tensor, k: Tensor, level: int, spans: list[int]) ->
     true, votes = [], []
     for span in spans:
         keys = k[g.sink + span * g.span_size(level) : g.sink + (span + 1) * g.span_size(level)]
-        pooled = keys.reshape(-1, g.node_size(level), k.shape[1]).mean(1)
+        members = keys.reshape(-1, g.node_size(level), k.shape[1])
+        pooled = members.mean(1)
+        scores = q @ pooled.T * case.scale
+        if level == 0:
+            spread = (members - pooled[:, None]).square().mean((1, 2))
+            scores = scores + g.spread / 2 * (case.scale * q).square().sum(-1, keepdim=True) * spread
         true.append((q @ keys.T * case.scale).logsumexp(-1))
-        votes.append((q @ pooled.T * case.scale).amax(-1))
+        votes.append(scores.amax(-1))
     p, r = (torch.stack(x, -1).softmax(-1).mean(0) for x in (true, votes))
     return (p * (p.log() - r.log())).sum(), r
 
@@ -69,10 +74,12 @@ def loss_by_hand(case: Any, at: Tensor) -> Tensor:
 
 
 def loss(case: Any, at: Tensor, real: Tensor, nodes: list[Tensor] | None = None) -> Tensor:
+    nodes = case.pool(case.k) if nodes is None else nodes
     return selector_loss(
         case.q,
         case.k,
-        case.pool(case.k) if nodes is None else nodes,
+        nodes,
+        case.spreads(case.k, nodes[0]),
         case.start,
         case.length,
         at,

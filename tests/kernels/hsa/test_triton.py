@@ -29,6 +29,8 @@ DEFAULT = Geometry(
     beam=31,
     query_block=32,
     dense_until=0,
+    threshold=0.002,
+    spread=1.4,
 )
 
 # Compiles every kernel that a call launches, as on a GPU of the given compute capability; runs none.
@@ -50,17 +52,19 @@ run, compiled = JITFunction.run, {}
 def warm(self, *args, grid, warmup, **options):
     compiled[self.__name__] = run(self, *args, grid=grid, warmup=True, **options).asm["cubin"]
 JITFunction.run = warm
-g = Geometry(256, 32, 480, 32, 4, 8, 16, 31, 32, 0)
+g = Geometry(256, 32, 480, 32, 4, 8, 16, 31, 32, 0, 0.002, 1.4)
 q, k = (torch.empty(1, heads, 2**18, 64, dtype=torch.bfloat16, device="meta") for heads in (8, 2))
 nodes = [torch.empty(1, 2, 2**18 // g.node_size(i), 64, dtype=torch.bfloat16, device="meta") for i in range(g.levels)]
 at = torch.zeros(1, dtype=torch.int64, device="meta")
+spreads = torch.empty(1, 2, nodes[0].shape[2], device="meta")
 kernels.hsa_attention(
-    q, k, k, at, at, nodes, [], None, None, None, scale=0.1, causal=True, sliding_window=0, geometry=g
+    q, k, k, at, at, nodes, spreads, [], None, None, None, scale=0.1, causal=True, sliding_window=0,
+    padded=False, geometry=g,
 )
 spans, first = g.selection(k, None, None)
 lse = torch.empty(1, 8, 2**18, device="meta")
 kernels.hsa_attention_backward(
-    q, q, k, k, at, at, nodes, [], spans, first, q, lse, scale=0.1, geometry=g
+    q, q, k, k, at, at, nodes, [], spans, first, q, lse, scale=0.1, padded=False, geometry=g
 )
 print(*sorted(name for name, code in compiled.items() if len(code) > 1000))
 """
@@ -89,8 +93,9 @@ def both(case: Any) -> tuple[Any, Any]:
         {"tokens": 118, "batch": 2, "start": [0, 9], "length": [110, 101]},
         {"tokens": 130, "beam": 2, "fanout": 2, "nodes_per_span": 8},
         {"tokens": 111, "heads": 3, "kv_heads": 1, "block": 16, "sink": 16, "dense_until": 0},
+        {"tokens": 120, "heads": 6, "query_block": 32, "dense_until": 0},
     ],
-    ids=["plain", "padded", "levels", "wide blocks"],
+    ids=["plain", "padded", "levels", "wide blocks", "wide group"],
 )
 def test_interpreted_kernels_equal_blocked(build: Callable[..., Any], inputs: dict[str, Any]) -> None:
     case = build(**{"heads": 2, "kv_heads": 1, **inputs})
@@ -109,6 +114,21 @@ def test_interpreted_chunks_equal_the_whole(build: Callable[..., Any]) -> None:
     assert torch.equal(chunks.first, whole.first)
 
 
+def outweighed(case: Any) -> Any:
+    """The case with a key, behind the sinks, of more weight than a float holds beside the others."""
+    q, k = case.q.clone(), case.k.clone()
+    q[..., 0], k[:, :, 12, 0] = 10, 60
+    return replace(case, q=q, k=k)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
+def test_interpreted_rows_beyond_the_range_are_done_again(build: Callable[..., Any]) -> None:
+    case = outweighed(build(110, heads=2, kv_heads=1))
+    actual, expected = both(case)
+    torch.testing.assert_close(actual.out, expected.out, rtol=1e-5, atol=1e-5)
+    assert (actual.out[:, :, 80:] - case.v[:, :, 12:13]).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_every_kernel_compiles(capability: int) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
@@ -120,7 +140,7 @@ def test_every_kernel_compiles(capability: int) -> None:
         check=False,
     )
     assert result.returncode == 0, result.stderr[-2000:]
-    forward = {"top_scores", "refine", "keep", "choose", "list_leaves", "attend"}
+    forward = {"top_scores", "refine", "keep", "choose", "list_blocks", "attend_listed", "attend_run"}
     backward = {"count_entries", "write_entries", "count_steps"}
     backward |= {"query_gradients", "key_gradients", "join_gradients"}
     assert set(result.stdout.split()) == forward | backward
@@ -175,6 +195,15 @@ def test_on_a_gpu_equals_blocked(
     assert torch.equal(chunks.first, actual.first)
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
     torch.testing.assert_close(chunks.out, actual.out, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_on_a_gpu_rows_beyond_the_range_are_done_again(build: Callable[..., Any], dtype: torch.dtype) -> None:
+    case = on(outweighed(replace(build(1500, dim=64), geometry=DEFAULT)), "cuda", dtype)
+    out = case.run().out[:, :, 900:]
+    value = case.v.repeat_interleave(2, 1)[:, :, 12:13]
+    assert (out - value).abs().max() < 1e-2
 
 
 @pytest.mark.gpu

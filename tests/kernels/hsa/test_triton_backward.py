@@ -88,7 +88,9 @@ class Problem:
         given = (self.grad, self.queries, self.case.k, self.case.v, self.case.start, self.case.length)
         selection = (self.spans, self.first, out.to(self.grad), lse.float())
         scale, geometry = self.case.scale, self.case.geometry
-        found = triton.hsa_attention_backward(*given, [], [], *selection, scale=scale, geometry=geometry)
+        found = triton.hsa_attention_backward(
+            *given, [], [], *selection, scale=scale, padded=True, geometry=geometry
+        )
         return list(found[:3])
 
     def by_blocks(self) -> list[Tensor]:

@@ -4,8 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retrofit.errors import ConfigError
-from retrofit.kernels.pyramid.blocked import POOLINGS, crop_pyramid, extend_pyramid
-from retrofit.kernels.pyramid.reference import build_pyramid
+from retrofit.kernels.pyramid.blocked import POOLINGS, crop_pyramid, extend_pyramid, extend_spreads
+from retrofit.kernels.pyramid.reference import build_pyramid, spreads
 
 RATIOS = (2, 4, 3)
 
@@ -181,3 +181,33 @@ def test_unknown_pooling_is_refused():
             pooling="median",
             weights=[None],
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@settings(max_examples=15, deadline=None)
+@given(
+    chunks=st.lists(st.integers(1, 40), min_size=1, max_size=8),
+    starts=st.lists(st.integers(0, 60), min_size=1, max_size=3),
+    offset=st.sampled_from([0, 8]),
+    ratio=st.sampled_from([1, 2, 4]),
+    dim=st.sampled_from([3, 16]),
+)
+def test_spreads_in_chunks_equal_those_at_once_and_the_definition(dtype, chunks, starts, offset, ratio, dim):
+    tokens, start = sum(chunks), torch.tensor(starts)
+    x = torch.randn(len(starts), 2, tokens, dim).to(dtype)
+    pooled = dict(ratios=(ratio,), offset=offset, pooling="mean", weights=[None])
+    options = dict(ratio=ratio, offset=offset)
+    (cells,) = extend_pyramid(x, None, start, new=tokens, **pooled)
+    whole = extend_spreads(x, cells, None, start, new=tokens, **options)
+    assert whole.dtype == torch.float32 and whole.isfinite().all()
+    parts, seen = None, 0
+    for chunk in chunks:
+        seen += chunk
+        (known,) = extend_pyramid(x[:, :, :seen], None, start, new=seen, **pooled)
+        parts = extend_spreads(x[:, :, :seen], known, parts, start, new=chunk, **options)
+    expected = spreads(x, cells, start, **options)
+    for a, b, c in zip(
+        *(complete(y, ratio, tokens, start, offset) for y in (parts, whole, expected)), strict=True
+    ):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a, c)

@@ -1,0 +1,242 @@
+"""The leaf step of the selection on a GPU: which leaf is chosen by whom, and the list of what a block executes.
+
+    choose         queries of a block × keys of sinks and window, nodes of the leaf candidates   →  first, shift
+    list_blocks    first                                                                         →  list, counts
+
+Scores are in powers of two. A tile is a query block times up to HEADS heads of a group, the heads of a query one
+after another, so that the best head of a query is found among neighbours.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from retrofit.kernels.hsa.geometry import MOST_VOTES, VOTE_STEPS
+from retrofit.kernels.hsa.triton_execute import load_keys, near_edges
+from retrofit.kernels.hsa.triton_select import LOG2E, LOWEST, among_best, covered_leaves, row_range
+
+FEW = tl.constexpr(8)
+"""Queries whose leaves are chosen at a time."""
+STEPS, MOST = tl.constexpr(VOTE_STEPS), tl.constexpr(MOST_VOTES)
+
+
+@triton.jit
+def rounded(x):
+    """The integers next to floats x of at most 2²²: added to 3·2²², they stand in its low bits."""
+    return (x + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
+
+
+@triton.jit
+def weigh(top, total, s):
+    """One step of a log-sum-exp: scores s [M, N]."""
+    new_top = tl.maximum(top, tl.max(s, 1))
+    safe = tl.where(new_top == -float("inf"), 0.0, new_top)
+    return new_top, total * tl.exp2(top - safe) + tl.sum(tl.exp2(s - safe[:, None]), 1)
+
+
+@triton.jit
+def weigh_near(
+    x, keys, stride_kt, t, t0, high, factor,
+    DIM: tl.constexpr, DIM_PAD: tl.constexpr, ROWS: tl.constexpr, WINDOW: tl.constexpr, SINK: tl.constexpr,
+    BLOCK: tl.constexpr, QUERY_BLOCK: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Highest score and log-sum-exp [ROWS] of the queries x [ROWS, DIM_PAD] at t for sinks and window.
+
+    In the order sinks, window, and the part of the window that only the first rows see.
+    """
+    key = tl.arange(0, KEYS)
+    top = tl.full([ROWS], -float("inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    first, last, whole = near_edges(t0, WINDOW, SINK, BLOCK, QUERY_BLOCK)
+    from_ = tl.maximum(t + 1 - WINDOW, 0) // BLOCK * BLOCK
+    alike = (SINK + whole - last) // KEYS * KEYS
+    for n in range(0, alike, KEYS):
+        j = n + key + tl.where(n + key < SINK, 0, last - SINK)
+        y = load_keys(keys, j, stride_kt, None, DIM, DIM_PAD)
+        top, total = weigh(top, total, tl.dot(x, y, input_precision=PRECISION) * factor)
+    end = SINK + t0 + QUERY_BLOCK - last
+    for n in range(alike, end + last - first, KEYS):
+        j = n + key + tl.where(n + key < SINK, 0, tl.where(n + key < end, last - SINK, first - end))
+        inside = (n + key < end + last - first) & (j < high)
+        y = load_keys(keys, j, stride_kt, inside, DIM, DIM_PAD)
+        s = tl.dot(x, y, input_precision=PRECISION) * factor
+        visible = (j[None] <= t[:, None]) & ((j[None] < SINK) | (j[None] >= from_[:, None]))
+        top, total = weigh(top, total, tl.where(visible & inside[None], s, -float("inf")))
+    return top, top + tl.log2(total)
+
+
+@triton.jit
+def span_at(kept, index, used, edge):
+    """Number of the span in place ``index``: kept ones, then those of the cover's edge."""
+    return tl.where(index < used, tl.load(kept + index, mask=index < used, other=0), edge + index - used)
+
+
+@triton.jit(do_not_specialize=["slots", "tokens", "blocks", "total_blocks", "leaves", "tiles"])
+def choose(
+    q, k, nodes, spreads, start, length, spans, first, shift, scratch,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_nb, stride_nh,
+    slots, tokens, blocks, total_blocks, leaves, tiles, scale, spread, least,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr, WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr,
+    FANOUT: tl.constexpr, PER_LEAF: tl.constexpr, BEAM: tl.constexpr, QUERY_BLOCK: tl.constexpr,
+    DENSE_END: tl.constexpr, CHOICES: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr,
+    CHOICES_PAD: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
+    PADDED: tl.constexpr,
+):  # fmt: skip
+    """Each new query chooses the leaves that weigh enough, CHOICES at most: lowers ``first``.
+
+    ``spreads`` is [B·Hkv, leaves, PER_LEAF] and ``first`` [B·Hkv, total_blocks, WIDTH]; ``shift`` [B, Hq, T] gets the highest scores among sinks and window.
+    HEADS of the group's heads meet the nodes of two spans in one product. The votes of a block wait in ``scratch``
+    [programs, QUERY_BLOCK, WIDTH_PAD + FANOUT], int16, until all are known. ``least`` is the least vote that counts.
+    """
+    ROWS: tl.constexpr = HEADS * QUERY_BLOCK
+    STRIDE: tl.constexpr = WIDTH_PAD + FANOUT
+    CHILDREN: tl.constexpr = BEAM * FANOUT
+    LEAVES: tl.constexpr = 2 * FANOUT
+    EDGE_SPANS: tl.constexpr = (WIDTH - CHILDREN + FANOUT - 1) // FANOUT
+    held = scratch + tl.program_id(0).to(tl.int64) * (QUERY_BLOCK * STRIDE)
+    row = tl.arange(0, ROWS)
+    dim = tl.arange(0, DIM_PAD)
+    # Columns are (four leaves, nodes by PAIR, leaf of the four, node of the pair): where an accumulator has columns
+    # 0 1 … 8 9 … in one thread's registers, these are the nodes of a leaf, one after another.
+    PAIR: tl.constexpr = 2 if PER_LEAF > 1 else 1
+    column = tl.arange(0, LEAVES * PER_LEAF)
+    column_leaf = column // (4 * PER_LEAF) * 4 + column // PAIR % 4
+    column_node = column // (4 * PAIR) % (PER_LEAF // PAIR) * PAIR + column % PAIR
+    leaf = tl.arange(0, LEAVES)
+    node = tl.arange(0, PER_LEAF)
+    place = tl.arange(0, QUERY_BLOCK)
+    candidate = tl.arange(0, WIDTH_PAD)
+    is_edge = (candidate >= CHILDREN) & (candidate < WIDTH)
+    factor = scale * LOG2E
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        i = tile % blocks
+        bh = (tile // blocks).to(tl.int64)
+        b, h = bh // KV_HEADS, bh % KV_HEADS
+        low, high, offset = row_range(start, length, slots, tokens, b, PADDED)
+        number = low // QUERY_BLOCK + i
+        t0 = number * QUERY_BLOCK
+        if (t0 + QUERY_BLOCK > DENSE_END) & (t0 < high):
+            base = nodes + b * stride_nb + h * stride_nh
+            begin = slots - tokens + offset  # index of position 0
+            keys = k + b * stride_kb + h * stride_kh + begin.to(tl.int64) * stride_kt
+            kept = spans + (bh * total_blocks + number) * BEAM
+            at_first = first + (bh * total_blocks + number) * WIDTH
+            edge = covered_leaves(t0, WINDOW, SINK, BLOCK) // FANOUT
+            slot = tl.arange(0, WIDTH_PAD // FANOUT)
+            used = tl.sum((tl.load(kept + slot, mask=slot < BEAM, other=-1) >= 0).to(tl.int32), 0)
+            for h0 in range(0, GROUP, HEADS):
+                head = h * GROUP + h0 + row % HEADS
+                t = t0 + row // HEADS
+                at = (t + offset).to(tl.int64)
+                new = (t >= low) & (t < high) & (head < (h + 1) * GROUP)
+                at_q = b * stride_qb + head * stride_qh + at * stride_qt
+                x = tl.load(q + at_q[:, None] + dim[None], mask=new[:, None] & (dim[None] < DIM), other=0.0)
+                wide = x.to(tl.float32)
+                second = tl.sum(wide * wide, 1) * (0.5 * spread * scale)
+                top, near = weigh_near(
+                    x, keys, stride_kt, t, t0, high, factor,
+                    DIM, DIM_PAD, ROWS, WINDOW, SINK, BLOCK, QUERY_BLOCK, KEYS, PRECISION,
+                )  # fmt: skip
+                tl.store(shift + (b * KV_HEADS * GROUP + head) * tokens + at, top, mask=new)
+                near = tl.where(new, near, float("inf"))
+                left, right = span_at(kept, 0, used, edge), span_at(kept, 1, used, edge)
+                for j in range(0, used + EDGE_SPANS, 2):
+                    of_leaf = tl.where(leaf < FANOUT, left, right)
+                    of_column = tl.where(column_leaf < FANOUT, left, right)
+                    left, right = span_at(kept, j + 2, used, edge), span_at(kept, j + 3, used, edge)
+                    # Leaves that are not complete are nobody's candidates; the last one stands for them.
+                    n = (
+                        tl.minimum(of_column * FANOUT + column_leaf % FANOUT, leaves - 1) * PER_LEAF
+                        + column_node
+                    )
+                    y = load_keys(base, n, DIM, None, DIM, DIM_PAD)
+                    if spreads is not None:
+                        m = bh * leaves + tl.minimum(of_leaf * FANOUT + leaf % FANOUT, leaves - 1)
+                        apart = tl.load(spreads + m[:, None] * PER_LEAF + node[None])
+                    s = tl.dot(x, y, input_precision=PRECISION)
+                    if spreads is not None:
+                        apart = tl.reshape(apart, [LEAVES // 4, 4, PER_LEAF // PAIR, PAIR])
+                        apart = tl.reshape(tl.permute(apart, (0, 2, 1, 3)), [LEAVES * PER_LEAF])
+                        s = tl.fma(
+                            tl.broadcast_to(second[:, None], s.shape),
+                            tl.broadcast_to(apart[None], s.shape),
+                            s,
+                        )
+                    best = tl.max(tl.reshape(s, [ROWS, LEAVES // 4, PER_LEAF // PAIR, 4, PAIR]), 4)
+                    best = tl.reshape(tl.max(best, 2), [ROWS, LEAVES])
+                    weight = best * factor - near[:, None]
+                    weight = tl.max(tl.reshape(weight, [QUERY_BLOCK, HEADS, LEAVES]), 1)
+                    vote = rounded(tl.minimum(tl.maximum(weight * STEPS, -MOST), MOST)).to(tl.int16)
+                    at_leaf = (
+                        tl.where(j + leaf // FANOUT >= used, BEAM - used, 0) * FANOUT + j * FANOUT + leaf
+                    )
+                    to = held + place[:, None] * STRIDE + at_leaf[None]
+                    if GROUP > HEADS:
+                        earlier = tl.load(to, mask=(at_leaf < WIDTH_PAD)[None], other=0)
+                        vote = tl.where(h0 > 0, tl.maximum(vote, earlier), vote)
+                    tl.store(to, vote, mask=(at_leaf < WIDTH_PAD)[None])
+                tl.debug_barrier()  # every thread has written its votes
+
+            when = tl.full([FEW, WIDTH_PAD], QUERY_BLOCK, tl.int32)
+            for r in range(0, QUERY_BLOCK, FEW):
+                some = r + tl.arange(0, FEW)
+                limit = covered_leaves(t0 + some, WINDOW, SINK, BLOCK)
+                open_ = is_edge[None] & ((edge * FANOUT + candidate - CHILDREN)[None] < limit[:, None])
+                open_ = open_ | (candidate < used * FANOUT)[None]
+                new = (t0 + some >= low) & (t0 + some < high)
+                vote = tl.load(held + some[:, None] * STRIDE + candidate[None], mask=open_, other=0).to(
+                    tl.int32
+                )
+                chosen = open_ & new[:, None] & (vote >= least)
+                if tl.max(tl.sum(chosen.to(tl.int32), 1), 0) > CHOICES:
+                    chosen = among_best(tl.where(chosen, vote, LOWEST), CHOICES, CHOICES_PAD)
+                when = tl.minimum(when, tl.where(chosen, some[:, None], QUERY_BLOCK))
+            before = tl.load(at_first + candidate, mask=candidate < WIDTH, other=0).to(tl.int32)
+            before = tl.minimum(before, tl.min(when, 0))
+            tl.store(at_first + candidate, before.to(tl.uint8), mask=candidate < WIDTH)
+            tl.debug_barrier()  # the next tile's votes take their place
+
+
+@triton.jit(do_not_specialize=["slots", "tokens", "blocks", "total_blocks"])
+def list_blocks(
+    start, length, spans, first, ordered, counts,
+    slots, tokens, blocks, total_blocks,
+    KV_HEADS: tl.constexpr, WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr,
+    FANOUT: tl.constexpr, BEAM: tl.constexpr, QUERY_BLOCK: tl.constexpr, DENSE_END: tl.constexpr,
+    WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, LIST: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """What ``triton_execute`` calls the list of each query block, by position / BLOCK, and how many each row sees.
+
+    Writes ``ordered`` [B·Hkv, blocks, LIST] and ``counts`` [B·Hkv, blocks, QUERY_BLOCK]; the places behind the last
+    are 0.
+    """
+    NEAR: tl.constexpr = LIST - WIDTH_PAD
+    i = tl.program_id(0)
+    bh = tl.program_id(1).to(tl.int64)
+    low, high, _ = row_range(start, length, slots, tokens, bh // KV_HEADS, PADDED)
+    number = low // QUERY_BLOCK + i
+    t0 = number * QUERY_BLOCK
+    if (t0 + QUERY_BLOCK > DENSE_END) & (t0 < high):
+        candidate = tl.arange(0, WIDTH_PAD)
+        place = tl.arange(0, QUERY_BLOCK)
+        at = bh * total_blocks + number
+        listed = ordered + (bh * blocks + i) * LIST
+        _, last, whole = near_edges(t0, WINDOW, SINK, BLOCK, QUERY_BLOCK)
+        near = (SINK + whole - last) // BLOCK
+        for n in range(0, NEAR, WIDTH_PAD):
+            block = n + candidate
+            block += tl.where(block < SINK // BLOCK, 0, (last - SINK) // BLOCK)
+            tl.store(listed + n + candidate, block, mask=n + candidate < near)
+        when = tl.load(first + at * WIDTH + candidate, mask=candidate < WIDTH, other=QUERY_BLOCK).to(tl.int32)
+        seen = tl.sum((when[None] <= place[:, None]).to(tl.int32), 1)
+        tl.store(counts + (bh * blocks + i) * QUERY_BLOCK + place, near + seen)
+        order = tl.sort(when * WIDTH_PAD + candidate)
+        which = order % WIDTH_PAD
+        child = which < BEAM * FANOUT
+        parent = tl.load(spans + at * BEAM + which // FANOUT, mask=child, other=0)
+        edge = covered_leaves(t0, WINDOW, SINK, BLOCK) // FANOUT
+        leaf = tl.where(child, parent * FANOUT + which % FANOUT, edge * FANOUT + which - BEAM * FANOUT)
+        known = order // WIDTH_PAD < QUERY_BLOCK
+        tl.store(listed + near + candidate, tl.where(known, SINK // BLOCK + leaf, 0))
