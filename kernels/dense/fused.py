@@ -6,10 +6,13 @@ q, k, v without padding, as many queries as keys  →  cuDNN, or else FlashAtten
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, can_use_flash_attention
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def can_attend(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -36,6 +39,33 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tenso
     return out, lse
 
 
+def attend_with_gradients(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:
+    """Returns the output [B, Hq, T, Dv]; differentiable by PyTorch itself. Causal only with as many queries as keys."""
+    options: dict[str, Any] = {
+        "is_causal": causal,
+        "scale": scale,
+        "enable_gqa": q.shape[1] != k.shape[1],
+    }
+    if torch.compiler.is_compiling():
+        return F.scaled_dot_product_attention(q, k, v, **options)
+    with sdpa_kernel(_by_speed(q.device), set_priority=True):
+        return F.scaled_dot_product_attention(q, k, v, **options)
+
+
+@cache
+def _by_speed(device: torch.device) -> list[SDPBackend]:
+    """PyTorch's kernels in the order of their speed on a GPU."""
+    fused = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION]
+    if _prefers_cudnn(device):
+        fused.reverse()
+    return [*fused, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+@cache
+def _prefers_cudnn(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 @cache
 def _kernel(
     device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, dim: int, value_dim: int
@@ -48,6 +78,6 @@ def _kernel(
         for count, width in ((heads, dim), (kv_heads, dim), (kv_heads, value_dim))
     )
     params = SDPAParams(q, k, v, None, 0.0, True, heads != kv_heads)
-    if torch.cuda.get_device_capability(device) >= (9, 0) and can_use_cudnn_attention(params):
+    if _prefers_cudnn(device) and can_use_cudnn_attention(params):
         return "cudnn"
     return "flash" if can_use_flash_attention(params) else None

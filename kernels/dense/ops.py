@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from retrofit.errors import ConfigError
-from retrofit.kernels.dense import blocked, reference
+from retrofit.kernels.dense import blocked, fused, reference
 from retrofit.kernels.dense.scores import PLAIN, ScoreRules
 
 _IMPLEMENTATIONS = ("auto", "reference", "blocked")
@@ -189,6 +189,7 @@ def dense_attention(
     scale: float,
     causal: bool,
     sliding_window: int = 0,
+    padded: bool = True,
     rules: ScoreRules = PLAIN,
     implementation: str = "auto",
 ) -> Tensor:
@@ -203,6 +204,7 @@ def dense_attention(
         scale: Factor on the scores.
         causal: Whether keys after the query are hidden.
         sliding_window: If w > 0, key j is visible to query t only if t − w < j; causal only.
+        padded: Whether ``start`` and ``length`` may say anything but that every row has all index slots.
         rules: What else happens to the scores.
         implementation: ``auto``, ``reference`` or ``blocked``.
 
@@ -221,6 +223,9 @@ def dense_attention(
         raise ConfigError(f"query heads must be a multiple of the {k.shape[1]} kv heads, got {q.shape[1]}")
     if sliding_window and not causal:
         raise ConfigError(f"sliding_window={sliding_window} needs causal=True; pass sliding_window=0")
+    simple = rules.plain and not padded and not sliding_window and (not causal or q.shape[2] == k.shape[2])
+    if simple and q.is_cuda and implementation == "auto" and not torch.compiler.is_exporting():
+        return fused.attend_with_gradients(q, k, v, scale, causal)
     out: Tensor = _dense_attention(
         q,
         k,

@@ -40,6 +40,7 @@ def attend_densely(target: TargetAttention, q: Tensor, k: Tensor, v: Tensor, cal
         scale=target.scale,
         causal=target.causal,
         sliding_window=target.sliding_window,
+        padded=call.padded,
         rules=target.rules(call),
     )
 

@@ -84,7 +84,7 @@ class HSAAttention(TargetAttention):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
         """See :meth:`TargetAttention.forward`."""
-        if self.always_dense:
+        if self.always_dense or self._needs_no_search(k, call):
             return attend_densely(self, q, k, v, call)
         new, layer, g = q.shape[2], call.layer, self.geometry
         state: HSAState | None = None
@@ -131,6 +131,12 @@ class HSAAttention(TargetAttention):
         if self.observer is not None:
             self.observer(self._counts(spans, first, new, k.shape[2], call))
         return out
+
+    def _needs_no_search(self, k: Tensor, call: AttentionCall) -> bool:
+        """Whether every query of the call attends densely and nothing has to be kept for a later one."""
+        if call.layer is not None or self.gate is not None or torch.compiler.is_exporting():
+            return False
+        return k.shape[2] <= self.geometry.dense_end
 
     def layer_loss(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
         """Divergence of what the search would find from where the dense model's attention lies.
