@@ -36,8 +36,9 @@ MAX_POSITIONS = 2**21
 """The longest row: it fixes the number of levels, so that they do not depend on the length at hand."""
 
 VOTE_STEPS = 256
-"""Steps of a leaf's vote to a power of two of its weight: small enough to lose nothing by, and votes fit into 16 bits."""
-MOST_VOTES = 2**15 - 1
+"""Steps of a leaf's vote to a power of two of its weight."""
+MOST_VOTES = 2**12 - 1
+"""Votes are at most this: weights beyond 2^16, up or down, are all alike."""
 
 Count = TypeVar("Count", int, Tensor)
 

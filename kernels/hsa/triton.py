@@ -190,7 +190,7 @@ def _choose_leaves(
         q, k, nodes, spreads, start, length, spans, first, shift, scratch, *_strides(q, k), nodes.stride(0),
         nodes.stride(1), *call.extent, call.total_blocks, leaves, tiles, scale, g.spread, g.least_vote,
         PER_LEAF=g.nodes_in_span(0), CHOICES=g.leaves_per_query,
-        CHOICES_PAD=min(power(g.leaves_per_query), width), GROUP=call.group, HEADS=call.tile_heads,
+        GROUP=call.group, HEADS=call.tile_heads,
         KEYS=max(16, KEYS if call.dim * call.bytes <= 256 else KEYS // 2),
         **call.product, **call.shared, **call.leaves, **(CHOOSE if _is_large(call) else SMALL),
     )  # fmt: skip

@@ -3,8 +3,7 @@
     choose         queries of a block × keys of sinks and window, nodes of the leaf candidates   →  first, shift
     list_blocks    first                                                                         →  list, counts
 
-Scores are in powers of two. A tile is a query block times up to HEADS heads of a group, the heads of a query one
-after another, so that the best head of a query is found among neighbours.
+Scores are in powers of two. A tile is a query block times up to HEADS heads of a group.
 """
 
 from __future__ import annotations
@@ -14,11 +13,58 @@ import triton.language as tl
 
 from retrofit.kernels.hsa.geometry import MOST_VOTES, VOTE_STEPS
 from retrofit.kernels.hsa.triton_execute import load_keys, near_edges
-from retrofit.kernels.hsa.triton_select import LOG2E, LOWEST, among_best, covered_leaves, row_range
+from retrofit.kernels.hsa.triton_select import LOG2E, covered_leaves, row_range
 
 FEW = tl.constexpr(8)
 """Queries whose leaves are chosen at a time."""
 STEPS, MOST = tl.constexpr(VOTE_STEPS), tl.constexpr(MOST_VOTES)
+BITS, RANGE = tl.constexpr((2 * MOST_VOTES).bit_length()), tl.constexpr(2 * MOST_VOTES + 2)
+"""Of the difference of two votes."""
+
+
+@triton.jit
+def place_and_head(row, HEADS: tl.constexpr):
+    """(place in the query block, head in the tile) of the rows of a tile.
+
+    Of 16 rows, those 8 apart stand in one thread's registers, and neighbours in neighbouring threads: these are the
+    heads of one query, [places / LOW, 2, 8 / LOW, LOW] → place, head.
+    """
+    LOW: tl.constexpr = HEADS // 2 if HEADS > 1 else 1
+    HIGH: tl.constexpr = 2 if HEADS > 1 else 1
+    place = row // (8 * HIGH) * (8 // LOW) + row // LOW % (8 // LOW)
+    return place, row // 8 % HIGH * LOW + row % LOW
+
+
+@triton.jit
+def best_head(x, QUERY_BLOCK: tl.constexpr, HEADS: tl.constexpr, LEAVES: tl.constexpr):
+    """The highest of the heads of each query: x [ROWS, LEAVES] → [QUERY_BLOCK, LEAVES]."""
+    LOW: tl.constexpr = HEADS // 2 if HEADS > 1 else 1
+    HIGH: tl.constexpr = 2 if HEADS > 1 else 1
+    x = tl.max(tl.reshape(x, [QUERY_BLOCK * LOW // 8, HIGH, 8, LEAVES]), 1)
+    x = tl.max(tl.reshape(x, [QUERY_BLOCK, LOW, LEAVES]), 1)
+    return x
+
+
+@triton.jit
+def highest(votes, least, CHOICES: tl.constexpr):
+    """Which of the votes [N, M] ≥ least are among the highest CHOICES of their row, ties to the lower index.
+
+    Finds the last of them bit by bit.
+    """
+    above = votes - least
+    last = tl.zeros([votes.shape[0]], tl.int32)
+    step = tl.full([], RANGE, tl.int32)
+    for _ in tl.static_range(BITS):
+        step = step // 2
+        higher = last + step
+        many = tl.sum((above >= higher[:, None]).to(tl.int32), 1) >= CHOICES
+        last = tl.where(many, higher, last)
+    chosen = above >= last[:, None]
+    if tl.max(tl.sum(chosen.to(tl.int32), 1), 0) > CHOICES:  # some of the last ones are equal
+        level = above == last[:, None]
+        room = CHOICES - tl.sum((chosen & (level == 0)).to(tl.int32), 1)
+        chosen = chosen & ((level == 0) | (tl.cumsum(level.to(tl.int32), 1) <= room[:, None]))
+    return chosen
 
 
 @triton.jit
@@ -81,7 +127,7 @@ def choose(
     DIM_PAD: tl.constexpr, WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr,
     FANOUT: tl.constexpr, PER_LEAF: tl.constexpr, BEAM: tl.constexpr, QUERY_BLOCK: tl.constexpr,
     DENSE_END: tl.constexpr, CHOICES: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr,
-    CHOICES_PAD: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
+    KEYS: tl.constexpr, PRECISION: tl.constexpr,
     PADDED: tl.constexpr,
 ):  # fmt: skip
     """Each new query chooses the leaves that weigh enough, CHOICES at most: lowers ``first``.
@@ -127,8 +173,9 @@ def choose(
             slot = tl.arange(0, WIDTH_PAD // FANOUT)
             used = tl.sum((tl.load(kept + slot, mask=slot < BEAM, other=-1) >= 0).to(tl.int32), 0)
             for h0 in range(0, GROUP, HEADS):
-                head = h * GROUP + h0 + row % HEADS
-                t = t0 + row // HEADS
+                row_place, row_head = place_and_head(row, HEADS)
+                head = h * GROUP + h0 + row_head
+                t = t0 + row_place
                 at = (t + offset).to(tl.int64)
                 new = (t >= low) & (t < high) & (head < (h + 1) * GROUP)
                 at_q = b * stride_qb + head * stride_qh + at * stride_qt
@@ -140,7 +187,7 @@ def choose(
                     DIM, DIM_PAD, ROWS, WINDOW, SINK, BLOCK, QUERY_BLOCK, KEYS, PRECISION,
                 )  # fmt: skip
                 tl.store(shift + (b * KV_HEADS * GROUP + head) * tokens + at, top, mask=new)
-                near = tl.where(new, near, float("inf"))
+                near = tl.where(new, near * STEPS, float("inf"))
                 left, right = span_at(kept, 0, used, edge), span_at(kept, 1, used, edge)
                 for j in range(0, used + EDGE_SPANS, 2):
                     of_leaf = tl.where(leaf < FANOUT, left, right)
@@ -166,9 +213,8 @@ def choose(
                         )
                     best = tl.max(tl.reshape(s, [ROWS, LEAVES // 4, PER_LEAF // PAIR, 4, PAIR]), 4)
                     best = tl.reshape(tl.max(best, 2), [ROWS, LEAVES])
-                    weight = best * factor - near[:, None]
-                    weight = tl.max(tl.reshape(weight, [QUERY_BLOCK, HEADS, LEAVES]), 1)
-                    vote = rounded(tl.minimum(tl.maximum(weight * STEPS, -MOST), MOST)).to(tl.int16)
+                    weight = best_head(best * (factor * STEPS) - near[:, None], QUERY_BLOCK, HEADS, LEAVES)
+                    vote = rounded(tl.minimum(tl.maximum(weight, -MOST), MOST)).to(tl.int16)
                     at_leaf = (
                         tl.where(j + leaf // FANOUT >= used, BEAM - used, 0) * FANOUT + j * FANOUT + leaf
                     )
@@ -191,7 +237,7 @@ def choose(
                 )
                 chosen = open_ & new[:, None] & (vote >= least)
                 if tl.max(tl.sum(chosen.to(tl.int32), 1), 0) > CHOICES:
-                    chosen = among_best(tl.where(chosen, vote, LOWEST), CHOICES, CHOICES_PAD)
+                    chosen = chosen & highest(tl.where(chosen, vote, -MOST - 1), least, CHOICES)
                 when = tl.minimum(when, tl.where(chosen, some[:, None], QUERY_BLOCK))
             before = tl.load(at_first + candidate, mask=candidate < WIDTH, other=0).to(tl.int32)
             before = tl.minimum(before, tl.min(when, 0))

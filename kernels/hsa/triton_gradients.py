@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from retrofit.kernels.hsa.triton_execute import listed_keys, load_values, near_edges
+from retrofit.kernels.hsa.triton_execute import listed_keys, load_values, near_edges, settled
 from retrofit.kernels.hsa.triton_inverse import near_blocks, tile_keys
 from retrofit.kernels.hsa.triton_select import LOG2E, row_range
 
@@ -90,7 +90,7 @@ def query_gradients(
                 p, products = scores_and_products(x, dy, tl.trans(a), tl.trans(c), top, factor, PRECISION)
                 p = tl.where((u + key // BLOCK)[None] < seen[:, None], p, 0.0)
                 ds = p * (products - mean[:, None])
-                acc = tl.dot(ds.to(a.dtype), a, acc, input_precision=PRECISION)
+                acc = settled(tl.dot(ds.to(a.dtype), a, acc, input_precision=PRECISION))
         else:
             first, last, whole, from_ = first * 0, last * 0, whole * 0, from_ * 0
         right = t0 + QUERY_BLOCK - whole
@@ -102,7 +102,7 @@ def query_gradients(
             p, products = scores_and_products(x, dy, tl.trans(a), tl.trans(c), top, factor, PRECISION)
             p = tl.where(inside[None] & (j[None] <= t[:, None]) & (j[None] >= from_[:, None]), p, 0.0)
             ds = p * (products - mean[:, None])
-            acc = tl.dot(ds.to(a.dtype), a, acc, input_precision=PRECISION)
+            acc = settled(tl.dot(ds.to(a.dtype), a, acc, input_precision=PRECISION))
 
         at_x = b * stride_xb + head * stride_xh + at * stride_xt
         tl.store(
