@@ -33,21 +33,17 @@ _LIBRARY.define(
 def _hsa_decode(*tensors: Any, scale: float, pooling: str, ending: bool, **sizes: Any) -> Tensor:
     from retrofit.kernels.hsa import triton_decode  # not at import time: it is optional and slow to import
 
-    *arguments, weights = tensors
-    out: Tensor = triton_decode.hsa_decode(
-        *arguments,
-        list(weights) or [None] * len(arguments[5]),
-        scale=scale,
-        pooling=pooling,
-        ending=ending,
-        geometry=Geometry(**sizes),
-    )
-    return out
+    nodes, weights = tensors[5], tensors[-1]
+    arguments = (*tensors[:-1], list(weights) or [None] * len(nodes))
+    options: dict[str, Any] = {"scale": scale, "pooling": pooling, "ending": ending}
+    return triton_decode.hsa_decode(*arguments, **options, geometry=Geometry(**sizes))
 
 
-@torch.library.register_fake("retrofit::hsa_decode", lib=_LIBRARY)
-def _(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
+def _fake(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
     return q.new_empty(*q.shape[:3], v.shape[3])
+
+
+torch.library.register_fake("retrofit::hsa_decode", _fake, lib=_LIBRARY)
 
 
 def can_decode(

@@ -86,10 +86,12 @@ def _implementation(
     """The implementation of that name; ``auto`` is ``triton`` for what it can do on a GPU, and else ``blocked``."""
     if name in ("reference", "blocked"):
         return name
-    if name == "auto" and not (q.device.type == "cuda" and hastriton_kernels()):
+    if name == "auto" and not (q.device.type == "cuda" and has_triton()):
         return "blocked"
     options = {"causal": causal, "sliding_window": sliding_window, "gate": gate, "geometry": geometry}
-    missing = triton_kernels().unsupported(q, v, **options) if rules.plain else "a softcap or sinks in the softmax"
+    missing = (
+        triton_kernels().unsupported(q, v, **options) if rules.plain else "a softcap or sinks in the softmax"
+    )
     if missing is None:
         return "triton"
     if name == "auto":
@@ -100,13 +102,14 @@ def _implementation(
 
 
 @cache
-def hastriton_kernels() -> bool:
+def has_triton() -> bool:
+    """Whether Triton is installed."""
     return importlib.util.find_spec("triton") is not None
 
 
 def triton_kernels() -> ModuleType:
     """The Triton kernels; ConfigError without Triton."""
-    if not hastriton_kernels():
+    if not has_triton():
         raise ConfigError(
             "implementation='triton' needs the package triton; install it with pip install triton"
         )

@@ -83,7 +83,7 @@ def _choose(
 ) -> tuple[Tensor, Tensor]:
     """The leaf step: lowers ``first``, and returns the list as ``Call.list_blocks`` does."""
     g, width = call.geometry, power(call.geometry.leaf_width)
-    pairs = -(-(-(-g.leaf_width // g.fanout)) // 2)
+    pairs = -(-g.leaf_width // (2 * g.fanout))
     each = -(-pairs // _parts(q.device, call.blocks * call.rows, pairs))
     shape = (call.rows, call.blocks)
     votes = torch.empty(*shape, g.query_block, width + g.fanout, dtype=torch.int16, device=q.device)

@@ -186,7 +186,9 @@ def join_parts(
         at = origin + part * GROUP
         weight = tl.exp2(tl.load(tops + at, mask=mine, other=0.0) - top)
         total += weight * tl.load(totals + at, mask=mine, other=1.0)
-        acc += weight[:, None] * tl.load(sums + at[:, None] * VALUE_DIM + value_dim[None], mask=wide, other=0.0)
+        acc += weight[:, None] * tl.load(
+            sums + at[:, None] * VALUE_DIM + value_dim[None], mask=wide, other=0.0
+        )
     at_out = ((b * KV_HEADS * GROUP + h * GROUP + row) * tokens + i).to(tl.int64) * VALUE_DIM
     tl.store(
         out + at_out[:, None] + value_dim[None],

@@ -82,7 +82,7 @@ def top_scores(
     """Scores [B·Hkv, blocks, G, WIDTH] of spans 0, 1, … of LEVEL for the blocks whose top level it is."""
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // KV_HEADS, bh % KV_HEADS
-    low, high, offset, begin = row_range(start, length, slots, tokens, b, LAYOUT)
+    low, high, offset, _ = row_range(start, length, slots, tokens, b, LAYOUT)
     PER: tl.constexpr = TILE // GROUP_PAD
     row = tl.arange(0, TILE)
     group = row % GROUP_PAD
@@ -131,7 +131,7 @@ def refine(
     i = tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // KV_HEADS, bh % KV_HEADS
-    low, high, offset, begin = row_range(start, length, slots, tokens, b, LAYOUT)
+    low, high, offset, _ = row_range(start, length, slots, tokens, b, LAYOUT)
     number = low // QUERY_BLOCK + i
     t = number * QUERY_BLOCK
     covered = covered_leaves(t, WINDOW, SINK, BLOCK)

@@ -284,7 +284,19 @@ def measure_spreads(
     at = cells + b * stride_cb + h * stride_ch + cell[:, None] * stride_cn + dim[None]
     middle = tl.load(at, mask=mask, other=0.0).to(tl.float32)
     line = x + b * stride_xb + h * stride_xh + dim[None]
-    spread = spread_tile(line, stride_xn, begin + OFFSET + cell * RATIO, tokens, mask, middle, RATIO, DIM, DIM_PAD, HALVINGS, CELLS)
+    spread = spread_tile(
+        line,
+        stride_xn,
+        begin + OFFSET + cell * RATIO,
+        tokens,
+        mask,
+        middle,
+        RATIO,
+        DIM,
+        DIM_PAD,
+        HALVINGS,
+        CELLS,
+    )
     tl.store(spreads + bh * capacity + cell, spread, mask=mine)
 
 
@@ -314,7 +326,9 @@ def grow_levels(
             cell = at + tl.arange(0, CELLS)
             mine = cell < after
             mask = mine[:, None] & (dim[None] < DIM)
-            pooled = pool_tile(line, stride, cell * RATIOS[level], rows, mask, tap, dim, RATIOS[level], DIM, POOLING)
+            pooled = pool_tile(
+                line, stride, cell * RATIOS[level], rows, mask, tap, dim, RATIOS[level], DIM, POOLING
+            )
             pooled = pooled.to(cells[level].dtype.element_ty)
             tl.store(own + cell[:, None] * DIM, pooled, mask=mask)
             if level == 0 and spreads is not None:

@@ -67,7 +67,9 @@ def same_state(case: Any, actual: HSAState, expected: HSAState) -> None:
             found, wanted = (x.nodes[level][row, :, :count] for x in (actual, expected))
             assert torch.equal(found, wanted), (row, level)
         found, wanted = (x.spreads[row, :, : counts[0]] for x in (actual, expected))
-        torch.testing.assert_close(found, wanted, rtol=0 if found.is_cuda else 1e-6, atol=0 if found.is_cuda else 1e-7)
+        torch.testing.assert_close(
+            found, wanted, rtol=0 if found.is_cuda else 1e-6, atol=0 if found.is_cuda else 1e-7
+        )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
