@@ -53,9 +53,13 @@ def _maha_attention(
     options: dict[str, Any] = {"scale": scale, "aggregation": aggregation, "regularizer": regularizer}
     if implementation == "reference":
         sizes: dict[str, Any] = {"widths": widths, "last_width": last_width, "sink": sink, "ratio": ratio}
-        return reference.maha_attention(*tensors, **options, **sizes).contiguous()
-    run = _implementation(implementation, tensors[0], tensors[2], aggregation, regularizer)
-    out: Tensor = run.maha_attention(*tensors, **options, bands=Bands(tuple(widths), last_width, sink, ratio))
+        run: Any = reference.maha_attention
+        found: Tensor = run(*tensors, **options, **sizes).contiguous()
+        return found
+    kernels = _implementation(implementation, tensors[0], tensors[2], aggregation, regularizer)
+    out: Tensor = kernels.maha_attention(
+        *tensors, **options, bands=Bands(tuple(widths), last_width, sink, ratio)
+    )
     return out
 
 

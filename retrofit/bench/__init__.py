@@ -4,6 +4,7 @@
     rivals    dense attention by every backend there is, FlexAttention on the same blocks, NSA by fla
     measure   median times, peak memory, and where they were taken
     run       correctness check  →  times by length  →  a report
+    decoding  times of one token in a CUDA graph
     tuning    times by length    →  dense_until of each site
 
 The cost of a selection depends on the data: queries that stand together choose much the same leaves, independent

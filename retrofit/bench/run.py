@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from retrofit.bench.decoding import Decoding, decoding
 from retrofit.bench.inputs import Inputs, record
 from retrofit.bench.measure import environment, medians, peak_memory
 from retrofit.bench.rivals import Run, dense_runs, flex_run, nsa_run
@@ -77,13 +78,17 @@ class BenchmarkReport:
     dtype: str
     error: float
     timings: list[Timing]
+    decoding: list[Decoding]
     left_out: dict[str, str]
     environment: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
-        timings = [{**asdict(timing), "speedup": timing.speedup} for timing in self.timings]
-        return {**asdict(self), "timings": timings}
+        timed = {
+            name: [{**asdict(row), "speedup": row.speedup} for row in rows]
+            for name, rows in (("timings", self.timings), ("decoding", self.decoding))
+        }
+        return {**asdict(self), **timed}
 
 
 def benchmark(
@@ -99,6 +104,7 @@ def benchmark(
     backward: bool = False,
     rivals: Sequence[str] = (),
     random: bool = False,
+    decode: int = 0,
 ) -> BenchmarkReport:
     """Times one site of a converted model, the whole op with selection, against dense attention.
 
@@ -119,6 +125,7 @@ def benchmark(
         rivals: What else to time: ``flex`` (FlexAttention on the blocks that HSA selected, without the selection)
             and ``nsa`` (fla's native sparse attention).
         random: Whether to time independent random inputs as well, which share no selection.
+        decode: Rows of the batches in which to time one decoded token as well, for HSA on CUDA; 0 for none.
 
     Returns:
         The times, with hardware, versions and date.
@@ -161,6 +168,11 @@ def benchmark(
     for length in track(lengths, "time"):
         for kind, tensors in kinds.items():
             timings.append(_time(target, tensors.first(length), kind, repeats, backward, rivals, left_out))
+    decoded = []
+    if decode:
+        if not isinstance(target, HSAAttention):
+            raise BenchmarkError(f"decoding is timed for HSA, {path} is {target.config.target!r}")
+        decoded = [decoding(target, inputs.first(length), decode) for length in track(lengths, "decode")]
     q, k = inputs.q, inputs.k
     return BenchmarkReport(
         site=path,
@@ -169,6 +181,7 @@ def benchmark(
         dtype=str(q.dtype).removeprefix("torch."),
         error=error,
         timings=timings,
+        decoding=decoded,
         left_out=left_out,
         environment=environment(q.device),
     )
