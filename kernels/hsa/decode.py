@@ -23,19 +23,21 @@ MOST_TOKENS = 16
 _LIBRARY = torch.library.Library("retrofit", "FRAGMENT")
 _LIBRARY.define(
     "hsa_decode(Tensor q, Tensor k, Tensor v, Tensor start, Tensor length, Tensor(a!)[] nodes, "
-    "Tensor(b!)? spreads, Tensor(c!) spans, Tensor(d!) first, Tensor[] weights, *, float scale, str pooling, bool ending, "
+    "Tensor(b!)? spreads, Tensor(c!) spans, Tensor(d!) first, Tensor[] weights, *, float scale, str pooling, bool padded, bool ending, "
     + ", ".join(f"{field.type} {field.name}" for field in fields(Geometry))
     + ") -> Tensor"
 )
 
 
 @torch.library.impl(_LIBRARY, "hsa_decode", "CompositeExplicitAutograd")
-def _hsa_decode(*tensors: Any, scale: float, pooling: str, ending: bool, **sizes: Any) -> Tensor:
+def _hsa_decode(
+    *tensors: Any, scale: float, pooling: str, padded: bool, ending: bool, **sizes: Any
+) -> Tensor:
     from retrofit.kernels.hsa import triton_decode  # not at import time: it is optional and slow to import
 
     nodes, weights = tensors[5], tensors[-1]
     arguments = (*tensors[:-1], list(weights) or [None] * len(nodes))
-    options: dict[str, Any] = {"scale": scale, "pooling": pooling, "ending": ending}
+    options: dict[str, Any] = {"scale": scale, "pooling": pooling, "padded": padded, "ending": ending}
     return triton_decode.hsa_decode(*arguments, **options, geometry=Geometry(**sizes))
 
 
@@ -67,6 +69,7 @@ def hsa_decode(
     weights: Sequence[Tensor] = (),
     scale: float,
     pooling: str = "mean",
+    padded: bool = True,
     ending: bool = False,
 ) -> Tensor:
     """Attention of the last T tokens, without gradients; brings ``state`` up to date in place.
@@ -84,6 +87,7 @@ def hsa_decode(
         weights: What pools the keys per level, for ``learned``.
         scale: Factor on the scores.
         pooling: ``mean``, ``max`` or ``learned``.
+        padded: Whether ``start`` and ``length`` may say anything but that every row has all slots of ``k``.
         ending: Whether the queries are the last tokens of their rows, behind which slots are free; else they are
             those of the last T slots.
 
@@ -111,6 +115,7 @@ def hsa_decode(
         list(weights),
         scale=scale,
         pooling=pooling,
+        padded=padded,
         ending=ending,
         **vars(state.geometry),
     )

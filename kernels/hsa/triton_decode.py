@@ -28,6 +28,7 @@ from retrofit.kernels.hsa.triton import (
     strides,
 )
 from retrofit.kernels.hsa.triton_call import Call, power
+from retrofit.kernels.hsa.triton_select import WHOLE
 from retrofit.kernels.pyramid import triton as pyramid
 
 MOST_PARTS = 16
@@ -48,6 +49,7 @@ def hsa_decode(
     *,
     scale: float,
     pooling: str,
+    padded: bool,
     ending: bool,
     geometry: Geometry,
 ) -> Tensor:
@@ -57,14 +59,16 @@ def hsa_decode(
     """
     g = geometry
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    call = Call.of(q, k, v, g, ending=ending, total_blocks=spans.shape[2])
-    pyramid.extend_in_place(
-        k, nodes, spreads, start, length,
-        new=call.tokens, ratios=g.ratios, offset=g.sink, pooling=pooling, weights=weights,
-    )  # fmt: skip
+    call = Call.of(q, k, v, g, padded=padded, ending=ending, total_blocks=spans.shape[2])
+    if _may_complete(call, g.node, g.sink):
+        pyramid.extend_in_place(
+            k, nodes, spreads, start, length,
+            new=call.tokens, ratios=g.ratios, offset=g.sink, pooling=pooling, weights=weights,
+        )  # fmt: skip
     ordered = counts = length  # not read where nothing is sparse
     if not call.is_dense:
-        keep_spans(call, q, nodes, start, length, spans, scale)
+        if _may_complete(call, g.query_block, 1):  # the token behind a block begins the next one
+            keep_spans(call, q, nodes, start, length, spans, scale)
         ordered, counts = _choose(call, q, k, nodes[0], spreads, start, length, spans, first, scale)
     return _attend(call, q, k, v, start, length, ordered, counts, scale)
 
@@ -133,6 +137,16 @@ def _attend(
         ROWS=rows, PARTS=split, LAYOUT=call.layout, **call.values, num_warps=4,
     )  # fmt: skip
     return out
+
+
+def _may_complete(call: Call, size: int, offset: int) -> bool:
+    """Whether the new tokens may complete a group of ``size`` tokens, counted from position ``offset``.
+
+    The host knows that where rows have all slots.
+    """
+    if call.layout != WHOLE.value:
+        return True
+    return (call.slots - offset) // size > (call.slots - call.tokens - offset) // size
 
 
 def _parts(device: torch.device, tiles: int, most: int) -> int:

@@ -181,6 +181,7 @@ class HSAAttention(TargetAttention):
             weights=list(self.key_pooling),
             scale=self.scale,
             pooling=self.config.pooling,
+            padded=call.padded,
         )
         if self.observer is not None:
             known = state.narrowed(k.shape[2])

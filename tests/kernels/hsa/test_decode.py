@@ -49,6 +49,7 @@ def decoded(case: Any, begin: int, steps: list[int]) -> tuple[Tensor, HSAState]:
                 start=case.start,
                 length=torch.minimum(case.length, end - case.start).clamp(min=0),
                 scale=case.scale,
+                padded=case.padded,
             )
         )
         begin = end
