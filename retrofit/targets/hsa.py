@@ -141,7 +141,7 @@ class HSAAttention(TargetAttention):
 
     def _needs_no_search(self, k: Tensor, call: AttentionCall) -> bool:
         """Whether every query so far attends densely; then nothing has to be kept but keys and values."""
-        if self.gate is not None or torch.compiler.is_exporting():
+        if self.gate is not None or self.keeps_state or torch.compiler.is_exporting():
             return False
         past = 0
         if call.layer is not None:
