@@ -223,9 +223,12 @@ def dense_attention(
         raise ConfigError(f"query heads must be a multiple of the {k.shape[1]} kv heads, got {q.shape[1]}")
     if sliding_window and not causal:
         raise ConfigError(f"sliding_window={sliding_window} needs causal=True; pass sliding_window=0")
-    simple = rules.plain and not padded and not sliding_window and (not causal or q.shape[2] == k.shape[2])
+    causal_here = causal and q.shape[2] > 1  # the last query sees all keys
+    simple = (
+        rules.plain and not padded and not sliding_window and (not causal_here or q.shape[2] == k.shape[2])
+    )
     if simple and q.is_cuda and implementation == "auto" and not torch.compiler.is_exporting():
-        return fused.attend_with_gradients(q, k, v, scale, causal)
+        return fused.attend_with_gradients(q, k, v, scale, causal_here)
     out: Tensor = _dense_attention(
         q,
         k,
