@@ -207,7 +207,7 @@ def _one_attention(captured: Captured, refusals: list[Refusal]) -> Normalized:
         reason = "; ".join(dict.fromkeys(str(refusal) for refusal in refusals))
         return Normalized(captured, None, reason, kind, nearest)
     if len(found) != 1:
-        names = f" ({', '.join(node.name for node in found)})" if found else ""
+        names = f" (at {'; at '.join(map(_where, found))})" if found else ""
         return Normalized(captured, None, f"{len(found)} attentions in one module{names}")
     return Normalized(captured, found[0], "")
 

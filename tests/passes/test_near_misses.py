@@ -131,6 +131,25 @@ def _used_elsewhere(q, k, v):
     return flat((weights @ v) * weights.amax(-1, keepdim=True))
 
 
+def _convolved(site, s):
+    return F.conv2d(s * SCALE, site.mix[..., None, None])
+
+
+class Differential(nn.Module):
+    """The difference of two attentions, in one module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.site = Site(lambda site, q, k, v: self._once(q, k, v) - 0.5 * self._once(k, q, v))
+
+    @staticmethod
+    def _once(q, k, v):
+        return flat(F.scaled_dot_product_attention(*heads(q, k, v)))
+
+    def forward(self, x):
+        return self.site(x)
+
+
 NEAR_MISSES: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "softmax over experts": (Router, "not into a product with values"),
     "softmax over queries": (
@@ -145,6 +164,16 @@ NEAR_MISSES: dict[str, tuple[Callable[[], nn.Module], str]] = {
         "not from a product",
     ),
     "talking heads": (lambda: Site(weights_of(_talking)), "not"),
+    "talking heads before the softmax": (
+        lambda: Site(softmax_of(_convolved)),
+        r"a convolution over the scores \(talking heads\) stands between",
+    ),
+    "two attentions in one module": (Differential, "2 attentions in one module"),
+    "a selection of the largest scores": (
+        lambda: Site(softmax_of(lambda site, s: s.masked_fill(s < s.topk(2).values[..., -1:], -torch.inf))),
+        "depends on the scores",
+    ),
+    "a clamp": (lambda: Site(softmax_of(lambda site, s: s.clamp(-5, 5))), "the scores are clamped"),
     "a mask before a tanh": (lambda: Site(softmax_of(_mask_before_tanh)), "wrong side of a tanh"),
     "a factor after a tanh": (
         lambda: Site(softmax_of(lambda site, s: torch.tanh(s) * site.temperature)),
@@ -203,3 +232,30 @@ def test_a_near_miss_is_refused_and_left_untouched(name):
     (site,) = retrofit.inspect(model, (example,)).sites
     assert not site.convertible
     assert re.search(r"(spelled|test_near_misses)\.py:\d", site.reason) or "around it" in site.reason
+
+
+def _kernelised(site, q, k, v):
+    q, k, v = heads(F.elu(q) + 1, F.elu(k) + 1, v)
+    return flat(q @ (k.transpose(2, 3) @ v) / (q @ k.sum(2)[..., None]))
+
+
+NO_SOFTMAX: dict[str, Callable[[], nn.Module]] = {
+    "sigmoid attention": lambda: Site(weights_of(lambda site, s: torch.sigmoid(s - 2.0))),
+    "relu attention": lambda: Site(weights_of(lambda site, s: F.relu(s) / s.shape[-1])),
+    "linear attention with a kernel": lambda: Site(_kernelised),
+}
+
+
+@pytest.mark.parametrize("name", NO_SOFTMAX)
+def test_what_has_no_softmax_is_left_untouched(name):
+    torch.manual_seed(0)
+    model = Model(NO_SOFTMAX[name]()).eval()
+    modules = list(model.modules())
+    (example,) = inputs((2, 11))
+    with torch.no_grad():
+        before = model(example)
+        with pytest.raises(NoAttentionFound, match="Model has no attention: no softmax"):
+            retrofit.convert(model, retrofit.DenseConfig(), (example,))
+        assert torch.equal(model(example), before)
+    assert list(model.modules()) == modules
+    assert retrofit.inspect(model, (example,)).sites == ()
