@@ -22,6 +22,7 @@ from retrofit.capture.call import CACHE_NAMES, is_cache, lookup, spelled
 from retrofit.capture.export import expanded
 from retrofit.capture.plan import SitePlan, compiled
 from retrofit.capture.standin import is_tensor_slot
+from retrofit.dropout import check_trainable, dropout_of
 from retrofit.errors import CaptureError
 from retrofit.masks import check_continued, to_start_length
 from retrofit.passes.attention.masks import visible_keys
@@ -59,6 +60,7 @@ class AttentionCall:
         layer: The cache layer of this site; None without a cache.
         padded: Whether some row may have padding; False where every row is known to have all index slots.
         sinks: One more logit of each query head [Hq], which takes part in the softmax and has no value.
+        dropout: Probability with which each attention weight is dropped.
     """
 
     start: Tensor
@@ -66,6 +68,7 @@ class AttentionCall:
     layer: RetrofitLayer | None = None
     padded: bool = True
     sinks: Tensor | None = None
+    dropout: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,7 @@ class RetrofittedAttention(nn.Module):
         self.fingerprint: tuple[tuple[str, float], ...] = ()
         self.tap: Callable[[Tensor, Tensor, Tensor, AttentionCall, Tensor], None] | None = None
         vars(self)["_constants"] = dict(plan.constants)
-        vars(self)["_run"] = compiled(plan.source)
+        self._compile()
         self.training = original.training
         if isinstance(original, nn.MultiheadAttention):
             # nn.TransformerEncoderLayer then calls this module instead of a fused kernel with its weights.
@@ -151,11 +154,17 @@ class RetrofittedAttention(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         state = dict(vars(self))
         state.pop("_run", None)
+        state.pop("_run_training", None)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        vars(self)["_run"] = compiled(self.plan.source)
+        self._compile()
+
+    def _compile(self) -> None:
+        plan = self.plan
+        vars(self)["_run"] = compiled(plan.source)
+        vars(self)["_run_training"] = None if plan.training is None else compiled(plan.training)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RetrofittedAttention:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -170,8 +179,7 @@ class RetrofittedAttention(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Takes what the original took and returns what it returned; attention weights become None."""
         plan = self.plan
-        if self.training:
-            self._check_dropout()
+        run = self._graph()
         values = plan.signature.bind(args, kwargs)
         for path, first in plan.same:
             if not _same(lookup(values, path), lookup(values, first)):
@@ -195,24 +203,16 @@ class RetrofittedAttention(nn.Module):
             )
         self._check_rest(values)
         mask = lookup(values, plan.mask_argument) if plan.mask_argument is not None else None
-        results = iter(self._run(self, *tensors, _Context(mask, self._layer(values))))
+        results = iter(run(self, *tensors, _Context(mask, self._layer(values))))
         return pytree.tree_map(lambda leaf: next(results) if is_tensor_slot(leaf) else leaf, plan.output)
 
-    def _check_dropout(self) -> None:
-        """Refuses to train with dropout that the graph, captured without it, would leave out."""
-        for name, value in vars(self.original).items():
-            if "drop" in name and isinstance(value, float) and value > 0:
-                self._refuse_dropout(f"{self.path}.original.{name}", value)
-        for name, child in self._modules.items():
-            # Dropout of anything but the weights of attention is still called by the graph.
-            if isinstance(child, nn.Dropout) and child.p > 0 and f"self.{name}(" not in self.plan.source:
-                self._refuse_dropout(f"{self.path}.{name}.p", child.p)
-
-    def _refuse_dropout(self, where: str, value: float) -> None:
-        raise CaptureError(
-            f"converted attention cannot be trained with dropout, {where} must be 0, got {value}; "
-            "set it to 0, or call eval() on the site"
-        )
+    def _graph(self) -> Callable[..., Any]:
+        """The function that runs: in training one that drops out what the original does."""
+        if self.training:
+            check_trainable(self)
+        dropping = self.training and self.plan.training is not None
+        function: Callable[..., Any] = vars(self)["_run_training" if dropping else "_run"]
+        return function
 
     def _check_rest(self, values: Mapping[str, Any]) -> None:
         plan = self.plan
@@ -286,7 +286,7 @@ class RetrofittedAttention(nn.Module):
         sinks: Tensor | None,
     ) -> Tensor:
         call = self._call(q, k, context.layer, context.mask if mask is None else mask)
-        call = replace(call, sinks=sinks)
+        call = replace(call, sinks=sinks, dropout=dropout_of(self))
         out: Tensor = (
             attend_densely(self.retrofit, q, k, v, call) if self.dense_mode else self.retrofit(q, k, v, call)
         )

@@ -6,7 +6,8 @@ module + call  →  torch.export of flat tensors, dynamic batch and length, chil
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,8 +77,8 @@ class _FlatCall(nn.Module):
         return [leaf for leaf in found if isinstance(leaf, Tensor)]
 
 
-def capture(module: nn.Module, call: OwnerCall) -> Captured:
-    """Exports ``module`` as it was called.
+def capture(module: nn.Module, call: OwnerCall, *, training: bool = False) -> Captured:
+    """Exports ``module`` as it was called, in evaluation mode or as it is in training.
 
     Raises:
         CaptureError: If it cannot be exported, with the cause.
@@ -95,10 +96,13 @@ def capture(module: nn.Module, call: OwnerCall) -> Captured:
         expanded(tensors[path].detach(), tensors[paths[0]]) if path in rows else tensors[path].detach()
         for path in paths
     )
-    training = [item for item in module.modules() if item.training]
     try:
-        module.eval()
-        with torch.no_grad(), slow_path(), stand_ins(module, call.children) as traced:
+        with (
+            set_training(module, training),
+            torch.no_grad(),
+            slow_path(),
+            stand_ins(module, call.children) as traced,
+        ):
             program = torch.export.export(flat, example, dynamic_shapes=(_dynamic(example),), strict=False)
             if any(_changes(node) for node in program.graph.nodes):
                 program = program.run_decompositions({})
@@ -107,11 +111,21 @@ def capture(module: nn.Module, call: OwnerCall) -> Captured:
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CaptureError(f"torch.export of {type(module).__name__} failed: {first}") from error
-    finally:
-        for item in training:
-            item.training = True
     returned = flat.__dict__["_returned"]
     return _as_graph(program, module, paths, traced, returned, same, rows)
+
+
+@contextmanager
+def set_training(module: nn.Module, training: bool) -> Iterator[None]:
+    """Has ``module`` and its children in training or evaluation mode for a while."""
+    before = [(item, item.training) for item in module.modules()]
+    for item, _ in before:
+        item.training = training
+    try:
+        yield
+    finally:
+        for item, mode in before:
+            item.training = mode
 
 
 def _is_one_row(tensor: Tensor, first: Tensor) -> bool:

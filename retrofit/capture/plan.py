@@ -6,18 +6,17 @@ calls of a module on the probes  →  one graph per spelling of the call  →  c
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.fx import Graph, Node
-from torch.fx.graph_module import _format_import_block
-from torch.package.importer import sys_importer
+from torch.fx import Node
 
-from retrofit.capture.call import CACHE_NAMES, LeafPath, Signature, is_cache, leaves, same_tensors
+from retrofit.capture.assemble import assembled
+from retrofit.capture.call import CACHE_NAMES, LeafPath, Signature, is_cache, leaves
 from retrofit.capture.export import Captured, capture
+from retrofit.capture.identity import identity
 from retrofit.capture.observe import (
     Normalized,
     ProbedCall,
@@ -29,11 +28,12 @@ from retrofit.capture.observe import (
 )
 from retrofit.capture.record import OwnerCall
 from retrofit.capture.slots import Slot, slot_of
+from retrofit.capture.training import Training, training_of
 from retrofit.errors import CaptureError
 from retrofit.passes.attention.arguments import shape
 from retrofit.passes.attention.masks import MaskClass, MaskSample, classify, real_tokens
-from retrofit.passes.attention.rewrite import attentions, normalize, target_call
-from retrofit.passes.attention.rule import STAGES, Refusal, source_line
+from retrofit.passes.attention.rewrite import attentions, normalize
+from retrofit.passes.attention.rule import STAGES, source_line
 
 MASK_NAME = "attention_mask"
 
@@ -54,6 +54,9 @@ class SitePlan:
         mask_argument: Where the mask is found in a call; None if there is none.
         keep_mask: Whether the graph computes the mask and hands it to the target call.
         spelling: Which rule recognised the attention.
+        training: Source of the forward in training, if it drops something out; takes and gives the same.
+        untrainable: Why it cannot be trained as it is; None if it can.
+        dropout: Where the probability of dropping an attention weight is read from, or the number.
         slot: Its place in the key-value cache.
     """
 
@@ -78,7 +81,9 @@ class SitePlan:
     scale: float
     softcap: float
     sinks: bool
-    dropout: float
+    training: str | None
+    untrainable: str | None
+    dropout: str | float
     slot: Slot
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SitePlan:
@@ -119,6 +124,7 @@ class Planner:
         self.managed = managed
         self.captures = 0
         self._graphs: dict[Any, Normalized] = {}
+        self._training: dict[int, Training] = {}
 
     def plan(
         self, module: nn.Module, calls: Sequence[ProbedCall], every: Sequence[OwnerCall]
@@ -187,19 +193,28 @@ class Planner:
         slot = slot_of(module, signature, every)
         if isinstance(slot, str):
             return _refused(primary.attention, slot, "the place in the cache")
-        return _plan(primary, found, signature, calls[0].call, mask_paths, slot, managed=self.managed)
+        training = self._in_training(module, calls[0].call, primary)
+        return _plan(
+            primary, found, signature, calls[0].call, mask_paths, slot, training, managed=self.managed
+        )
+
+    def _in_training(self, module: nn.Module, call: OwnerCall, evaluated: Normalized) -> Training:
+        key = id(evaluated)
+        if key not in self._training:
+            self._training[key] = training_of(module, call, evaluated, _normalized)
+        return self._training[key]
 
     def _normalized(self, module: nn.Module, call: OwnerCall, signature: Signature) -> Normalized:
-        key = _identity(module, call, signature)
+        key = identity(module, call, signature)
         if key not in self._graphs:
             self.captures += 1
-            captured = capture(module, call)
-            report = normalize(captured.graph)
-            self._graphs[key] = _one_attention(captured, report.refusals)
+            self._graphs[key] = _normalized(capture(module, call))
         return self._graphs[key]
 
 
-def _one_attention(captured: Captured, refusals: list[Refusal]) -> Normalized:
+def _normalized(captured: Captured) -> Normalized:
+    """Finds the one attention of a captured module."""
+    refusals = normalize(captured.graph).refusals
     found = attentions(captured.graph)
     if refusals and not (found and not any(refusal.attention for refusal in refusals)):
         kind = "unknown" if found or any(refusal.attention for refusal in refusals) else "other"
@@ -242,28 +257,23 @@ def _plan(
     call: OwnerCall,
     mask_paths: set[LeafPath],
     slot: Slot,
+    training: Training,
     *,
     managed: bool,
 ) -> SitePlan:
-    captured = normalized.captured
-    graph = Graph()
-    copied: dict[Node, Node] = {}
-    returned = graph.graph_copy(captured.graph, copied)
-    assert isinstance(returned, tuple)
-    graph.output(returned)
-    assert normalized.attention is not None
-    attention = copied[normalized.attention]
-    attention.meta = dict(normalized.attention.meta)
-    q, k, v = (shape(node) for node in normalized.attention.args[:3])
+    captured, attention = normalized.captured, normalized.attention
+    assert attention is not None
+    q, k, v = (shape(node) for node in attention.args[:3])
     assert q is not None
     assert k is not None
     assert v is not None
     keep_mask = not managed and bool(mask_paths_of(normalized))
-    if keep_mask:
-        _as_visible(graph, attention, normalized.attention)
-    target_call(graph, attention, keep_mask=keep_mask)
-    code = graph.python_code("self")
-    used = [node.name for node in graph.nodes if node.op == "placeholder"][:-1]
+    source, used, returned = assembled(normalized, keep_mask=keep_mask)
+    trained = None
+    if training.normalized is not None:
+        trained, also_used, _ = assembled(training.normalized, keep_mask=keep_mask)
+        if also_used != used:
+            training = Training(reason="in training it takes other inputs")
     argument = next(iter(mask_paths), None) if managed else None
     if managed and argument is None and MASK_NAME in signature.names:
         argument = (MASK_NAME,)  # never a tensor on the probes; a converted model may hand padding over
@@ -274,7 +284,9 @@ def _plan(
         if not isinstance(value, Tensor) and path[0] not in CACHE_NAMES and not is_cache(value)
     )
     return SitePlan(
-        source=_format_import_block(code.globals, sys_importer) + "\n" + code.src,
+        source=source,
+        training=None if training.reason else trained,
+        untrainable=training.reason,
         inputs=tuple(captured.inputs[name] for name in used),
         same=tuple(captured.same.items()),
         rows=captured.rows,
@@ -286,69 +298,18 @@ def _plan(
         mask_argument=argument,
         keep_mask=keep_mask,
         mask=mask,
-        spelling=str(normalized.attention.meta.get("spelling")),
+        spelling=str(attention.meta.get("spelling")),
         kind="self",
         heads=q[1],
         kv_heads=k[1],
         head_dim=q[3],
         value_dim=v[3],
-        scale=float(normalized.attention.args[5]),  # type: ignore[arg-type]
-        dropout=float(normalized.attention.args[6]),  # type: ignore[arg-type]
-        softcap=float(normalized.attention.args[7]),  # type: ignore[arg-type]
-        sinks=normalized.attention.args[8] is not None,
+        scale=float(attention.args[5]),  # type: ignore[arg-type]
+        dropout=training.dropout,
+        softcap=float(attention.args[7]),  # type: ignore[arg-type]
+        sinks=attention.args[8] is not None,
         slot=slot,
     )
-
-
-def _as_visible(graph: Graph, attention: Node, of_capture: Node) -> None:
-    """Turns an additive mask, known to do nothing but hide, into a boolean one: whatever hides, hides all."""
-    mask, value = attention.args[3], of_capture.args[3]
-    if isinstance(value, Node) and isinstance(mask, Node) and value.meta["val"].is_floating_point():
-        with graph.inserting_before(attention):
-            visible = graph.call_function(torch.ops.aten.eq.Scalar, (mask, 0))
-        attention.args = (*attention.args[:3], visible, *attention.args[4:])
-
-
-def _identity(module: nn.Module, call: OwnerCall, signature: Signature) -> Any:
-    """What two modules and their calls must share to share a graph."""
-    parts = []
-    for name, part in module.named_modules():
-        shapes = [
-            (key, tuple(value.shape), value.dtype)
-            for key, value in part._parameters.items()
-            if value is not None
-        ]
-        shapes += [
-            (key, tuple(value.shape), value.dtype)
-            for key, value in part._buffers.items()
-            if value is not None
-        ]
-        parts.append((name, type(part), tuple(shapes), _plain_attributes(part)))
-    arguments = tuple(
-        (path, (tuple(leaf.shape), leaf.dtype)) if isinstance(leaf, Tensor) else (path, _plain(leaf))
-        for path, leaf in leaves(signature.bind(call.args, call.kwargs)).items()
-        if path[0] not in CACHE_NAMES and not is_cache(leaf)
-    )
-    same = tuple(same_tensors(signature.bind(call.args, call.kwargs)).items())
-    return tuple(parts), arguments, same
-
-
-def _plain_attributes(module: nn.Module) -> tuple[tuple[str, Any], ...]:
-    return tuple(
-        (name, _plain(value))
-        for name, value in sorted(vars(module).items())
-        if not name.startswith("_") and name not in ("layer_idx", "layer_id", "training")
-    )
-
-
-def _plain(value: Any) -> Any:
-    if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device)):
-        return value
-    if isinstance(value, (tuple, list)):
-        return tuple(_plain(item) for item in value)
-    if isinstance(value, Mapping):
-        return tuple((str(key), _plain(item)) for key, item in value.items())
-    return (type(value).__qualname__, id(value))
 
 
 def compiled(source: str) -> Any:
