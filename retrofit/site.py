@@ -26,6 +26,7 @@ from retrofit.dropout import check_trainable, dropout_of
 from retrofit.errors import CaptureError
 from retrofit.masks import check_continued, to_start_length
 from retrofit.passes.attention.masks import visible_keys
+from retrofit.positions import COLUMNS, slope_columns, with_positions
 from retrofit.targets.base import TargetAttention
 from retrofit.targets.dense import attend_densely
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from retrofit.cache import RetrofitLayer
 
 TARGET = "retrofit"
+_SLOPES = "slopes"
 _SHARED_HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -117,6 +119,9 @@ class RetrofittedAttention(nn.Module):
         self.fingerprint: tuple[tuple[str, float], ...] = ()
         self.tap: Callable[[Tensor, Tensor, Tensor, AttentionCall, Tensor], None] | None = None
         vars(self)["_constants"] = dict(plan.constants)
+        if plan.mask.slopes:
+            columns = slope_columns(plan.mask.slopes, plan.heads, plan.scale)
+            vars(self)["_constants"][_SLOPES] = columns.to(next(original.parameters(), columns).device)
         self._compile()
         self.training = original.training
         if isinstance(original, nn.MultiheadAttention):
@@ -225,6 +230,8 @@ class RetrofittedAttention(nn.Module):
                         "convert with an example that has it"
                     )
         for name in _MEANINGFUL:
+            if name == "position_bias" and plan.mask.slopes:
+                continue  # it was seen to be the slopes'
             if name in values and (name,) not in plan.inputs:
                 recorded = next((value for path, value in plan.known if path == (name,)), None)
                 if values[name] is not recorded and values[name] != recorded:
@@ -286,6 +293,10 @@ class RetrofittedAttention(nn.Module):
         sinks: Tensor | None,
     ) -> Tensor:
         call = self._call(q, k, context.layer, context.mask if mask is None else mask)
+        if self.plan.mask.slopes:
+            past = context.layer.get_seq_length() if context.layer is not None else 0
+            columns = vars(self)["_constants"][_SLOPES]
+            q, k = with_positions(q, k, columns, call.start, past, self.path)
         call = replace(call, sinks=sinks, dropout=dropout_of(self))
         out: Tensor = (
             attend_densely(self.retrofit, q, k, v, call) if self.dense_mode else self.retrofit(q, k, v, call)
@@ -358,7 +369,7 @@ def build_target(
         config,
         heads=plan.heads,
         kv_heads=plan.kv_heads,
-        head_dim=plan.head_dim,
+        head_dim=plan.head_dim + (COLUMNS if plan.mask.slopes else 0),
         value_dim=plan.value_dim,
         scale=plan.scale,
         softcap=plan.softcap,

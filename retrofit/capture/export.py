@@ -164,7 +164,12 @@ def _dynamic(example: tuple[Tensor, ...]) -> tuple[dict[int, Any], ...]:
         {
             dim: auto
             for dim, size in enumerate(tensor.shape)
-            if size > 1 and ((size == batch and (dim == 0 or size > 2)) or size == length)
+            if size > 1
+            and (
+                (size == batch and (dim == 0 or size > 2))
+                or size == length
+                or (dim == 0 and tensor.dim() > 2 and size % batch == 0)  # (batch heads) …
+            )
         }
         for tensor in example
     )

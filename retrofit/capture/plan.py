@@ -21,6 +21,7 @@ from retrofit.capture.observe import (
     Normalized,
     ProbedCall,
     kind_of,
+    learned_mask,
     longer_samples,
     mask_paths_of,
     sample_of,
@@ -30,7 +31,7 @@ from retrofit.capture.record import OwnerCall
 from retrofit.capture.slots import Slot, slot_of
 from retrofit.capture.training import Training, training_of
 from retrofit.errors import CaptureError
-from retrofit.passes.attention.arguments import shape
+from retrofit.passes.attention.arguments import arguments, shape
 from retrofit.passes.attention.masks import MaskClass, MaskSample, classify, real_tokens
 from retrofit.passes.attention.rewrite import attentions, normalize
 from retrofit.passes.attention.rule import STAGES, source_line
@@ -185,8 +186,16 @@ class Planner:
         assert primary is not None
         assert primary.attention is not None
         found = classify([*samples, *longer_samples(module, primary, calls[0].call, signature)])
+        if isinstance(found, str) or found.slopes:
+            learned = learned_mask(module, primary.attention)
+            if learned is not None:
+                found = f"the mask adds a learned position bias to the scores ({learned})"
         if isinstance(found, str):
             return _refused(primary.attention, found, "the mask")
+        if found.slopes and (beside := _beside_a_bias(primary.attention)):
+            return _refused(primary.attention, f"a bias by distance is added to {beside}", "the mask")
+        if found.slopes and self.managed:
+            mask_paths = {path for path in mask_paths if path[0] == MASK_NAME}
         if self.managed and len(mask_paths) > 1:
             names = ", ".join(sorted(str(path[0]) for path in mask_paths))
             return _refused(primary.attention, f"the mask is made from several inputs: {names}", "the mask")
@@ -245,6 +254,14 @@ def _refused(attention: Node, reason: str, stage: str, kind: str = "self") -> Re
     )
 
 
+def _beside_a_bias(attention: Node) -> str | None:
+    """What an attention has with which a constant in a row of scores is not the same as none."""
+    given = arguments(attention)
+    if given["softcap"]:
+        return "capped scores"
+    return "scores beside attention sinks" if given["sinks"] is not None else None
+
+
 def _where(attention: Node) -> str:
     line = source_line(attention)
     return f"node {attention.name}, {line}" if line else f"node {attention.name}"
@@ -268,10 +285,10 @@ def _plan(
     assert k is not None
     assert v is not None
     keep_mask = not managed and bool(mask_paths_of(normalized))
-    source, used, returned = assembled(normalized, keep_mask=keep_mask)
+    source, used, returned = assembled(normalized, keep_mask=keep_mask, biased=bool(mask.slopes))
     trained = None
     if training.normalized is not None:
-        trained, also_used, _ = assembled(training.normalized, keep_mask=keep_mask)
+        trained, also_used, _ = assembled(training.normalized, keep_mask=keep_mask, biased=bool(mask.slopes))
         if also_used != used:
             training = Training(reason="in training it takes other inputs")
     argument = next(iter(mask_paths), None) if managed else None

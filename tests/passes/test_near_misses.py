@@ -83,10 +83,13 @@ def _without_last(site, s):
     return F.softmax(s, dim=-1)[..., :-1]
 
 
-def _alibi(site, s):
-    t = s.shape[-1]
-    distance = (torch.arange(t) - torch.arange(t)[:, None]).float()
-    return s * SCALE + distance * site.temperature
+def _distance(t):
+    return (torch.arange(t) - torch.arange(t)[:, None]).float()
+
+
+def _bucketed(site, s):
+    table = site.mix.flatten()[:, None]
+    return s + F.embedding((_distance(s.shape[-1]).abs().long()).clamp(max=15), table)[..., 0]
 
 
 def _score_dependent(site, s):
@@ -193,7 +196,42 @@ NEAR_MISSES: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: Site(lambda site, q, k, v: weights_of(_without_last)(site, q, k, v[:, :-1])),
         "0 logits are added to the scores and 1 taken",
     ),
-    "ALiBi": (lambda: Site(softmax_of(_alibi)), "bias"),
+    "a learned slope": (
+        lambda: Site(softmax_of(lambda site, s: s + _distance(s.shape[-1]) * site.temperature)),
+        r"a learned position bias to the scores \(temperature\)",
+    ),
+    "a learned bias by distance": (
+        lambda: Site(softmax_of(_bucketed)),
+        r"a learned position bias to the scores \(mix\)",
+    ),
+    "a bias that is not in proportion to the distance": (
+        lambda: Site(softmax_of(lambda site, s: s - _distance(s.shape[-1]).abs().sqrt())),
+        "by distance, but not in proportion to it",
+    ),
+    "a bias to both sides": (
+        lambda: Site(softmax_of(lambda site, s: s - _distance(s.shape[-1]).abs())),
+        "by distance, but not in proportion to it",
+    ),
+    "a bias and sinks": (
+        lambda: Site(
+            weights_of(
+                lambda site, s: _sink(
+                    site, s.masked_fill(~causal(s.shape[-1]), -torch.inf) + _distance(s.shape[-1])
+                )
+            )
+        ),
+        "a bias by distance is added to scores beside attention sinks",
+    ),
+    "a bias and a softcap": (
+        lambda: Site(
+            softmax_of(
+                lambda site, s: (
+                    torch.tanh(s).masked_fill(~causal(s.shape[-1]), -torch.inf) + _distance(s.shape[-1])
+                )
+            )
+        ),
+        "a bias by distance is added to capped scores",
+    ),
     "a mask that depends on the scores": (
         lambda: Site(softmax_of(_score_dependent)),
         "depends on the scores",

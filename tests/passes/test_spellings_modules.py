@@ -250,6 +250,9 @@ PADDING = {
     "with a causal mask": lambda s, mask: s.masked_fill(~causal(s.shape[-1]), -1e9).masked_fill(
         ~mask.bool()[:, None, None], -1e9
     ),
+    "ALiBi with a causal mask": lambda s, mask: (
+        s + torch.arange(s.shape[-1]) * torch.tensor([0.5, 0.25, 0.1, 0.0]).view(HEADS, 1, 1)
+    ).masked_fill(~causal(s.shape[-1]) | ~mask.bool()[:, None, None], -torch.inf),
 }
 
 
@@ -268,7 +271,9 @@ def test_padding_is_carried_through(name):
     with torch.no_grad():
         before = [model(*inputs) for inputs in others]
         (site,) = retrofit.convert(model, retrofit.DenseConfig(), others[0]).converted
-        assert site.mask == ("causal+padding" if "causal" in name else "key padding")
+        assert site.mask == ("causal+padding" if "causal" in name else "key padding") + "+ALiBi" * (
+            "ALiBi" in name
+        )
         for (x, mask), expected in zip(others, before, strict=True):
             real = mask[..., None]
             torch.testing.assert_close(model(x, mask) * real, expected * real, rtol=1e-5, atol=1e-5)
