@@ -22,12 +22,14 @@ from retrofit.capture.call import CACHE_NAMES, is_cache, lookup, spelled
 from retrofit.capture.export import expanded
 from retrofit.capture.plan import SitePlan, compiled
 from retrofit.capture.standin import is_tensor_slot
+from retrofit.cross import as_scores, keys_and_values
 from retrofit.dropout import check_trainable, dropout_of
 from retrofit.errors import CaptureError
 from retrofit.masks import check_continued, to_start_length
 from retrofit.passes.attention.masks import visible_keys
 from retrofit.positions import COLUMNS, slope_columns, with_positions
 from retrofit.targets.base import TargetAttention
+from retrofit.targets.cross import CrossAttention
 from retrofit.targets.dense import attend_densely
 
 if TYPE_CHECKING:
@@ -63,6 +65,7 @@ class AttentionCall:
         padded: Whether some row may have padding; False where every row is known to have all index slots.
         sinks: One more logit of each query head [Hq], which takes part in the softmax and has no value.
         dropout: Probability with which each attention weight is dropped.
+        mask: Of cross-attention, bool or added to the scores [B or 1, Hq or 1, T or 1, N].
     """
 
     start: Tensor
@@ -71,14 +74,16 @@ class AttentionCall:
     padded: bool = True
     sinks: Tensor | None = None
     dropout: float = 0.0
+    mask: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class _Context:
-    """What goes around the graph: the mask as it came, and the cache layer."""
+    """What goes around the graph: the mask as it came, the cache layer, and the arguments of the call."""
 
     mask: Tensor | None
     layer: RetrofitLayer | None
+    values: Mapping[str, Any]
 
 
 class RetrofittedAttention(nn.Module):
@@ -158,8 +163,8 @@ class RetrofittedAttention(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(vars(self))
-        state.pop("_run", None)
-        state.pop("_run_training", None)
+        for name in ("_run", "_run_keys", "_run_training"):
+            state.pop(name, None)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -169,6 +174,7 @@ class RetrofittedAttention(nn.Module):
     def _compile(self) -> None:
         plan = self.plan
         vars(self)["_run"] = compiled(plan.source)
+        vars(self)["_run_keys"] = None if plan.keys is None else compiled(plan.keys)
         vars(self)["_run_training"] = None if plan.training is None else compiled(plan.training)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RetrofittedAttention:
@@ -208,7 +214,7 @@ class RetrofittedAttention(nn.Module):
             )
         self._check_rest(values)
         mask = lookup(values, plan.mask_argument) if plan.mask_argument is not None else None
-        results = iter(run(self, *tensors, _Context(mask, self._layer(values))))
+        results = iter(run(self, *tensors, _Context(mask, self._layer(values), values)))
         return pytree.tree_map(lambda leaf: next(results) if is_tensor_slot(leaf) else leaf, plan.output)
 
     def _graph(self) -> Callable[..., Any]:
@@ -241,6 +247,8 @@ class RetrofittedAttention(nn.Module):
                     )
 
     def _layer(self, values: Mapping[str, Any]) -> RetrofitLayer | None:
+        if self.plan.kind == "cross":
+            return None
         # Whatever the argument is called: a cache that is left out would be noticed by nobody.
         others = [
             name for name, value in values.items() if hasattr(value, "get_seq_length") and is_cache(value)
@@ -259,8 +267,8 @@ class RetrofittedAttention(nn.Module):
     def attend(
         self,
         q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
         context: _Context,
         mask: Tensor | None = None,
         sinks: Tensor | None = None,
@@ -269,12 +277,14 @@ class RetrofittedAttention(nn.Module):
 
         Args:
             q: Queries [B, Hq, T, D].
-            k: New keys [B, Hkv, T, D].
-            v: New values [B, Hkv, T, Dv].
+            k: New keys [B, Hkv, T, D]; None for cross-attention, which has or makes them.
+            v: New values [B, Hkv, T, Dv]; None for cross-attention.
             context: What came around the graph.
             mask: The mask the graph computed, where it does.
             sinks: One more logit of each query head [Hq], where there are any.
         """
+        if k is None or v is None:
+            k, v = keys_and_values(self, context.values)
         device = q.device.type
         if torch.is_autocast_enabled(device):
             # As autocast does to SDPA; inside, the targets choose the width of each step themselves.
@@ -292,7 +302,10 @@ class RetrofittedAttention(nn.Module):
         mask: Tensor | None,
         sinks: Tensor | None,
     ) -> Tensor:
-        call = self._call(q, k, context.layer, context.mask if mask is None else mask)
+        mask = context.mask if mask is None else mask
+        if self.plan.kind == "cross":
+            return self._attend_across(q, k, v, as_scores(mask))
+        call = self._call(q, k, context.layer, mask)
         if self.plan.mask.slopes:
             past = context.layer.get_seq_length() if context.layer is not None else 0
             columns = vars(self)["_constants"][_SLOPES]
@@ -303,6 +316,12 @@ class RetrofittedAttention(nn.Module):
         )
         if self.tap is not None:
             self.tap(q, k, v, call, out)
+        return out
+
+    def _attend_across(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        start = torch.zeros(k.shape[0], dtype=torch.int64, device=k.device)
+        call = AttentionCall(start, start + k.shape[2], dropout=dropout_of(self), mask=mask)
+        out: Tensor = self.retrofit(q, k, v, call)
         return out
 
     def _call(self, q: Tensor, k: Tensor, layer: RetrofitLayer | None, mask: Tensor | None) -> AttentionCall:
@@ -365,7 +384,7 @@ def build_target(
     """Makes the target of a site, on the device and in the dtype of ``like``."""
     from retrofit.targets import target_class
 
-    target = target_class(config)(
+    target = (CrossAttention if plan.kind == "cross" else target_class(config))(
         config,
         heads=plan.heads,
         kv_heads=plan.kv_heads,

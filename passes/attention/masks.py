@@ -24,15 +24,17 @@ class MaskClass:
         padding: Whether a mask for padding was seen to work.
         slopes: What is added to the scores of each head for every position of the key, as ALiBi does; one for all
             heads, or empty.
+        given: Whether the site takes any mask as it comes, as cross-attention does.
     """
 
     causal: bool
     sliding_window: int = 0
     padding: bool = False
     slopes: tuple[float, ...] = ()
+    given: bool = False
 
     def __str__(self) -> str:
-        parts = []
+        parts = ["as given"] if self.given else []
         if self.sliding_window:
             parts.append(f"sliding window({self.sliding_window})")
         elif self.causal:

@@ -69,6 +69,8 @@ class _FlatCall(nn.Module):
 
     def forward(self, *tensors: Tensor) -> list[Tensor]:
         values, paths, same = self.__dict__["_call"]
+        for place, dim in _batches(tensors):
+            torch._check(tensors[place].shape[dim] == tensors[0].shape[dim])
         given = dict(zip(paths, tensors, strict=True))
         given.update({path: given[first] for path, first in same.items()})
         found, spec = pytree.tree_flatten(self.site(**rebuild(values, given)))
@@ -154,11 +156,13 @@ def without_cache(values: Mapping[str, Any]) -> dict[str, Any]:
 def _dynamic(example: tuple[Tensor, ...]) -> tuple[dict[int, Any], ...]:
     """Marks batch and length: the sizes of the first tensor's dimension 0 and of its length dimension.
 
-    A size of 2 away from the front is more likely a pair than a batch.
+    Further sequences, as those that cross-attention sees, have lengths of their own. A size of 2 away from the
+    front is more likely a pair than a batch.
     """
     first = example[0]
     batch = first.shape[0]
-    length = first.shape[2] if first.dim() == 4 else first.shape[1] if first.dim() > 1 else 0
+    lengths = {first.shape[2] if first.dim() == 4 else first.shape[1] if first.dim() > 1 else 0}
+    lengths |= {example[place].shape[1 - dim] for place, dim in _batches(example)}
     auto = torch.export.Dim.AUTO
     return tuple(
         {
@@ -167,12 +171,29 @@ def _dynamic(example: tuple[Tensor, ...]) -> tuple[dict[int, Any], ...]:
             if size > 1
             and (
                 (size == batch and (dim == 0 or size > 2))
-                or size == length
+                or size in lengths
                 or (dim == 0 and tensor.dim() > 2 and size % batch == 0)  # (batch heads) …
             )
         }
         for tensor in example
     )
+
+
+def _batches(tensors: tuple[Tensor, ...]) -> list[tuple[int, int]]:
+    """Which tensors are sequences of another length than the first, and which of their dimensions is its batch."""
+    first = tensors[0]
+    found = []
+    for place, tensor in enumerate(tensors):
+        if tensor.is_floating_point() and tensor.dim() == first.dim() == 3:
+            same = [dim for dim in (0, 1) if _hint(tensor.shape[dim]) == _hint(first.shape[dim])]
+            if len(same) == 1:
+                found.append((place, same[0]))
+    return found
+
+
+def _hint(size: int | torch.SymInt) -> int | None:
+    """The size in the example, whether or not it is a symbol now."""
+    return size if isinstance(size, int) else size.node.hint
 
 
 def _as_graph(

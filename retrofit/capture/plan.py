@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from torch.fx import Node
 
-from retrofit.capture.assemble import assembled
+from retrofit.capture.assemble import assembled, assembled_keys
 from retrofit.capture.call import CACHE_NAMES, LeafPath, Signature, is_cache, leaves
+from retrofit.capture.cross import cross_mask
 from retrofit.capture.export import Captured, capture
 from retrofit.capture.identity import identity
 from retrofit.capture.observe import (
@@ -32,6 +34,7 @@ from retrofit.capture.slots import Slot, slot_of
 from retrofit.capture.training import Training, training_of
 from retrofit.errors import CaptureError
 from retrofit.passes.attention.arguments import arguments, shape
+from retrofit.passes.attention.bias import has_bias
 from retrofit.passes.attention.masks import MaskClass, MaskSample, classify, real_tokens
 from retrofit.passes.attention.rewrite import attentions, normalize
 from retrofit.passes.attention.rule import STAGES, source_line
@@ -45,6 +48,8 @@ class SitePlan:
 
     Attributes:
         source: Python source of ``forward(self, *tensors, context)``.
+        keys: Of cross-attention, the source of a function from ``key_inputs`` to keys and values; None elsewhere.
+        key_inputs: Where its tensors are found in a call.
         inputs: Where the tensors are found in a call.
         signature: The original's parameters.
         same: Arguments that must be the same tensor as another one.
@@ -62,6 +67,8 @@ class SitePlan:
     """
 
     source: str
+    keys: str | None
+    key_inputs: tuple[LeafPath, ...]
     inputs: tuple[LeafPath, ...]
     same: tuple[tuple[LeafPath, LeafPath], ...]
     rows: tuple[LeafPath, ...]
@@ -139,7 +146,7 @@ class Planner:
         """
         samples: list[MaskSample] = []
         plan = self._plan(module, calls, every, samples)
-        if isinstance(plan, Refused):
+        if isinstance(plan, Refused) or plan.kind == "cross":
             return plan, list(calls)
         return plan, [
             ProbedCall(probed.call, real_tokens(sample))
@@ -156,6 +163,7 @@ class Planner:
         signature = Signature.of(module)
         mask_paths: set[LeafPath] = set()
         primary: Normalized | None = None
+        kinds: set[str] = set()
         for probed in calls:
             try:
                 normalized = self._normalized(module, probed.call, signature)
@@ -170,12 +178,9 @@ class Planner:
                     f"{nearest.rule}, all but {nearest.stage}" if nearest else None,
                 )
             primary = primary or normalized
-            kind = kind_of(normalized.attention)
-            if kind == "cross":
-                reason = "cross-attention keeps its own attention"
-                return _refused(normalized.attention, reason, "the kind", "cross")
+            kinds.add(kind_of(normalized.attention))
             chosen_by = selection(normalized.attention)
-            if chosen_by is not None:
+            if chosen_by is not None and kinds == {"self"}:
                 reason = f"the mask shows the keys that {chosen_by} selects, not all that are real"
                 return _refused(normalized.attention, reason, "the mask")
             try:
@@ -185,27 +190,48 @@ class Planner:
             mask_paths |= mask_paths_of(normalized)
         assert primary is not None
         assert primary.attention is not None
-        found = classify([*samples, *longer_samples(module, primary, calls[0].call, signature)])
-        if isinstance(found, str) or found.slopes:
-            learned = learned_mask(module, primary.attention)
-            if learned is not None:
-                found = f"the mask adds a learned position bias to the scores ({learned})"
-        if isinstance(found, str):
-            return _refused(primary.attention, found, "the mask")
-        if found.slopes and (beside := _beside_a_bias(primary.attention)):
-            return _refused(primary.attention, f"a bias by distance is added to {beside}", "the mask")
-        if found.slopes and self.managed:
+        (kind,) = kinds if len(kinds) == 1 else ("cross",)
+        mask = self._mask(module, primary, samples, every, mask_paths, calls[0].call, kind)
+        if isinstance(mask, str):
+            return _refused(primary.attention, mask, "the mask", kind)
+        if mask.slopes and self.managed:
             mask_paths = {path for path in mask_paths if path[0] == MASK_NAME}
         if self.managed and len(mask_paths) > 1:
             names = ", ".join(sorted(str(path[0]) for path in mask_paths))
-            return _refused(primary.attention, f"the mask is made from several inputs: {names}", "the mask")
+            reason = f"the mask is made from several inputs: {names}"
+            return _refused(primary.attention, reason, "the mask", kind)
         slot = slot_of(module, signature, every)
         if isinstance(slot, str):
-            return _refused(primary.attention, slot, "the place in the cache")
+            return _refused(primary.attention, slot, "the place in the cache", kind)
         training = self._in_training(module, calls[0].call, primary)
         return _plan(
-            primary, found, signature, calls[0].call, mask_paths, slot, training, managed=self.managed
+            primary, kind, mask, signature, calls[0].call, mask_paths, slot, training, managed=self.managed
         )
+
+    def _mask(
+        self,
+        module: nn.Module,
+        primary: Normalized,
+        samples: Sequence[MaskSample],
+        every: Sequence[OwnerCall],
+        mask_paths: set[LeafPath],
+        call: OwnerCall,
+        kind: str,
+    ) -> MaskClass | str:
+        """The class of the mask, or why there is none that can be carried over."""
+        attention = primary.attention
+        assert attention is not None
+        if kind == "cross":
+            return cross_mask(attention, samples, every)
+        signature = Signature.of(module)
+        found = classify([*samples, *longer_samples(module, primary, call, signature)])
+        if any(sample.mask is not None and has_bias(sample.mask) for sample in samples):
+            learned = learned_mask(module, attention)
+            if learned is not None:
+                return f"the mask adds a learned position bias to the scores ({learned})"
+        if not isinstance(found, str) and found.slopes and (beside := _beside_a_bias(attention)):
+            return f"a bias by distance is added to {beside}"
+        return found
 
     def _in_training(self, module: nn.Module, call: OwnerCall, evaluated: Normalized) -> Training:
         key = id(evaluated)
@@ -269,6 +295,7 @@ def _where(attention: Node) -> str:
 
 def _plan(
     normalized: Normalized,
+    kind: str,
     mask: MaskClass,
     signature: Signature,
     call: OwnerCall,
@@ -284,13 +311,15 @@ def _plan(
     assert q is not None
     assert k is not None
     assert v is not None
-    keep_mask = not managed and bool(mask_paths_of(normalized))
-    source, used, returned = assembled(normalized, keep_mask=keep_mask, biased=bool(mask.slopes))
-    trained = None
-    if training.normalized is not None:
-        trained, also_used, _ = assembled(training.normalized, keep_mask=keep_mask, biased=bool(mask.slopes))
-        if also_used != used:
-            training = Training(reason="in training it takes other inputs")
+    keep_mask = attention.args[3] is not None and not managed and bool(mask_paths_of(normalized))
+    if kind == "cross":
+        keep_mask = attention.args[3] is not None and not (managed and mask_paths)
+    write = partial(assembled, keep_mask=keep_mask, biased=bool(mask.slopes), kind=kind)
+    source = write(normalized)
+    keys = assembled_keys(normalized) if kind == "cross" else None
+    trained = write(training.normalized) if training.normalized is not None else None
+    if trained is not None and trained.inputs != source.inputs:
+        training = Training(reason="in training it takes other inputs")
     argument = next(iter(mask_paths), None) if managed else None
     if managed and argument is None and MASK_NAME in signature.names:
         argument = (MASK_NAME,)  # never a tensor on the probes; a converted model may hand padding over
@@ -301,22 +330,24 @@ def _plan(
         if not isinstance(value, Tensor) and path[0] not in CACHE_NAMES and not is_cache(value)
     )
     return SitePlan(
-        source=source,
-        training=None if training.reason else trained,
+        source=source.code,
+        keys=None if keys is None else keys.code,
+        key_inputs=() if keys is None else tuple(captured.inputs[name] for name in keys.inputs),
+        training=None if training.reason or trained is None else trained.code,
         untrainable=training.reason,
-        inputs=tuple(captured.inputs[name] for name in used),
+        inputs=tuple(captured.inputs[name] for name in source.inputs),
         same=tuple(captured.same.items()),
         rows=captured.rows,
         signature=signature,
         known=known,
         output=captured.output,
-        lost=tuple(place for place, item in enumerate(returned) if item is None),
+        lost=tuple(place for place, item in enumerate(source.results) if item is None),
         constants=tuple(captured.constants.items()),
         mask_argument=argument,
         keep_mask=keep_mask,
         mask=mask,
         spelling=str(attention.meta.get("spelling")),
-        kind="self",
+        kind=kind,
         heads=q[1],
         kv_heads=k[1],
         head_dim=q[3],

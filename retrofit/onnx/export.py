@@ -250,6 +250,8 @@ def _refuse_what_does_not_run(model: torch.nn.Module, check: bool) -> None:
 
 
 def _unexportable(site: RetrofittedAttention) -> str | None:
+    if site.plan.kind == "cross":
+        return "cross-attention"
     if site.plan.mask.slopes:
         return "a bias by distance (ALiBi)"
     if site.retrofit.softcap:

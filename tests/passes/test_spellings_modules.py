@@ -296,19 +296,6 @@ def test_pixels_attend():
         assert all(torch.equal(model(x), expected) for x, expected in zip(others, before, strict=True))
 
 
-def test_a_decoder_of_torch_keeps_its_cross_attention():
-    torch.manual_seed(0)
-    layer = nn.TransformerDecoderLayer(WIDTH, HEADS, 48, dropout=0.0, batch_first=True)
-    model = nn.TransformerDecoder(layer, 2).eval()
-    target, memory = inputs((2, 11), (2, 7))
-    with torch.no_grad():
-        expected = model(target, memory, tgt_is_causal=False)
-        report = retrofit.convert(model, retrofit.DenseConfig(), (target, memory))
-        assert [site.path for site in report.converted] == ["layers.0.self_attn", "layers.1.self_attn"]
-        assert all("cross-attention" in reason for reason in report.skipped.values())
-        torch.testing.assert_close(model(target, memory), expected, rtol=1e-5, atol=1e-5)
-
-
 def test_the_fast_path_of_torch_gives_way_and_comes_back():
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 48, dropout=0.0, batch_first=True)
