@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from retrofit.admit import admit
 from retrofit.capture.analyse import Found, Progress, analyse
-from retrofit.capture.plan import Refused, SitePlan
 from retrofit.capture.probes import ExampleInputs, is_transformers
+from retrofit.capture.site_plan import Refused, SitePlan
 from retrofit.configs import DenseConfig, HSAConfig, TargetConfig
 from retrofit.errors import ModelLoadError, NoAttentionFound, VerificationError
 from retrofit.exchange import dense as dense

@@ -18,15 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from retrofit.attention_call import AttentionCall as AttentionCall
+from retrofit.attention_call import call_of
 from retrofit.capture.call import CACHE_NAMES, is_cache, lookup, spelled
 from retrofit.capture.export import expanded
-from retrofit.capture.plan import SitePlan, compiled
+from retrofit.capture.site_plan import SitePlan, compiled
 from retrofit.capture.standin import is_tensor_slot
 from retrofit.cross import as_scores, keys_and_values
 from retrofit.dropout import check_trainable, dropout_of
 from retrofit.errors import CaptureError
-from retrofit.masks import check_continued, to_start_length
-from retrofit.passes.attention.masks import visible_keys
 from retrofit.positions import COLUMNS, slope_columns, with_positions
 from retrofit.targets.base import TargetAttention
 from retrofit.targets.cross import CrossAttention
@@ -52,29 +52,6 @@ _SHARED_HOOKS = (
 )
 # Arguments that change what attention means; a call that brings them was not verified.
 _MEANINGFUL = ("is_causal", "position_bias", "softcap", "cu_seq_lens_q", "cu_seq_lens_k", "block_mask")
-
-
-@dataclass(frozen=True)
-class AttentionCall:
-    """What a target needs besides q, k and v.
-
-    Attributes:
-        start: int64 [B], index of each row's first real token.
-        length: int64 [B], number of real tokens of each row, the new ones included.
-        layer: The cache layer of this site; None without a cache.
-        padded: Whether some row may have padding; False where every row is known to have all index slots.
-        sinks: One more logit of each query head [Hq], which takes part in the softmax and has no value.
-        dropout: Probability with which each attention weight is dropped.
-        mask: Of cross-attention, bool or added to the scores [B or 1, Hq or 1, T or 1, N].
-    """
-
-    start: Tensor
-    length: Tensor
-    layer: RetrofitLayer | None = None
-    padded: bool = True
-    sinks: Tensor | None = None
-    dropout: float = 0.0
-    mask: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -305,7 +282,7 @@ class RetrofittedAttention(nn.Module):
         mask = context.mask if mask is None else mask
         if self.plan.kind == "cross":
             return self._attend_across(q, k, v, as_scores(mask))
-        call = self._call(q, k, context.layer, mask)
+        call = call_of(self.plan.mask, q, k, context.layer, mask)
         if self.plan.mask.slopes:
             past = context.layer.get_seq_length() if context.layer is not None else 0
             columns = vars(self)["_constants"][_SLOPES]
@@ -324,35 +301,6 @@ class RetrofittedAttention(nn.Module):
         out: Tensor = self.retrofit(q, k, v, call)
         return out
 
-    def _call(self, q: Tensor, k: Tensor, layer: RetrofitLayer | None, mask: Tensor | None) -> AttentionCall:
-        past = layer.get_seq_length() if layer is not None else 0
-        slots = past + k.shape[2]
-        if mask is not None and mask.dim() == 4 and mask.shape[2] == 1 < q.shape[2]:
-            mask = _as_padding(mask, q.shape[0])
-        if mask is not None and mask.dim() != 2:
-            mask = _of_rank_four(mask, q.shape[2])
-        start, length = to_start_length(
-            mask,
-            q.shape[0],
-            slots,
-            q.shape[2],
-            q.device,
-            causal=self.plan.mask.causal,
-            sliding_window=self.plan.mask.sliding_window,
-        )
-        if layer is not None:
-            # A row of nothing but padding starts behind it; what comes later says where.
-            end = torch.where(length > 0, start + length, slots)
-            start = torch.where(length > 0, start, slots)
-            if layer.start is not None:
-                if mask is not None and not self.plan.mask.sliding_window:
-                    check_continued(layer.start, start, past)
-                start = torch.where(layer.start < past, layer.start, start.clamp(min=past))
-            length = end - start
-            layer.start = start
-            layer.padded = layer.padded or mask is not None
-        return AttentionCall(start, length, layer, padded=mask is not None if layer is None else layer.padded)
-
 
 def _same(a: Any, b: Any) -> bool:
     """Whether two arguments are one tensor; copies of it that share its memory count."""
@@ -361,21 +309,6 @@ def _same(a: Any, b: Any) -> bool:
     if torch.compiler.is_compiling() or not isinstance(a, Tensor) or not isinstance(b, Tensor):
         return False
     return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
-
-
-def _as_padding(mask: Tensor, rows: int) -> Tensor:
-    """A mask [B or 1, 1, 1, N] that hides the same keys from every query as bool [B, N]; any other as it is."""
-    visible = visible_keys(mask)
-    if isinstance(visible, str) or visible.shape[1] != 1:
-        return mask
-    return visible[:, 0, 0].expand(rows, -1)
-
-
-def _of_rank_four(mask: Tensor, tokens: int) -> Tensor:
-    """[…, T or 1, N] → [B or 1, 1, T, N]."""
-    while mask.dim() < 4:
-        mask = mask.unsqueeze(0) if mask.dim() == 2 else mask.unsqueeze(1)
-    return mask.expand(-1, -1, tokens, -1) if mask.shape[2] == 1 else mask
 
 
 def build_target(

@@ -247,7 +247,7 @@ def test_training_drops_weights_and_reaches_both_sides() -> None:
 def test_a_cache_without_a_place_for_its_keys_is_refused() -> None:
     from transformers import DynamicCache
 
-    model, _, text = build("bart")
+    model, *_ = build("bart")
     retrofit.convert(model, DenseConfig())
     site = model.model.decoder.layers[0].encoder_attn
     x, y = torch.randn(2, 3, 32), torch.randn(2, 17, 32)
