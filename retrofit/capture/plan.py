@@ -149,7 +149,7 @@ class Planner:
         found = classify([*samples, *longer_samples(module, primary, call, signature)])
         if any(sample.mask is not None and has_bias(sample.mask) for sample in samples):
             learned = learned_mask(module, attention)
-            if learned is not None:
+            if learned is not None and all("mask" in str(path[0]) for path in mask_paths):
                 return f"the mask adds a learned position bias to the scores ({learned})"
         if not isinstance(found, str) and found.slopes and (beside := _beside_a_bias(attention)):
             return f"a bias by distance is added to {beside}"
