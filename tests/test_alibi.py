@@ -77,6 +77,27 @@ def test_a_small_budget_leaves_keys_out_and_stays_causal(tiny_hsa: HSAConfig) ->
         assert torch.equal(model(changed).logits[:, :150], found[:, :150])
 
 
+@pytest.mark.parametrize("name", ["bloom", "mpt"])
+def test_cached_steps_and_padding_change_nothing(name: str, tiny_hsa: HSAConfig) -> None:
+    model, ids = build(name), IDS.repeat(1, 3)
+    retrofit.convert(model, tiny_hsa)
+    with torch.no_grad():
+        whole = model(ids).logits
+        cache, parts = None, []
+        for part in ids.split([150, 41, 1, 1, 17], dim=1):
+            output = model(part, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            parts.append(output.logits)
+        torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-4, atol=1e-4)
+        padded, mask = (
+            torch.cat([IDS[:, :13], ids], dim=1),
+            torch.ones(2, 13 + ids.shape[1], dtype=torch.int64),
+        )
+        mask[:, :13] = 0
+        alone = model(padded, attention_mask=mask).logits[:, 13:]
+        torch.testing.assert_close(alone, whole, rtol=1e-4, atol=1e-4)
+
+
 def test_a_saved_model_comes_back(tmp_path: Any, tiny_hsa: HSAConfig) -> None:
     model = build("mpt")
     retrofit.convert(model, tiny_hsa)
