@@ -27,7 +27,14 @@ from retrofit.capture.call import (
     tensor_leaves,
 )
 from retrofit.capture.record import OwnerCall, slow_path
-from retrofit.capture.standin import CHILD, TENSOR, TracedCalls, is_tensor_slot, stand_ins
+from retrofit.capture.standin import (
+    CHILD,
+    TENSOR,
+    TracedCalls,
+    fixed_causality,
+    is_tensor_slot,
+    stand_ins,
+)
 from retrofit.errors import CaptureError
 from retrofit.passes.attention.rule import remove_dead
 
@@ -103,6 +110,7 @@ def capture(module: nn.Module, call: OwnerCall, *, training: bool = False) -> Ca
             set_training(module, training),
             torch.no_grad(),
             slow_path(),
+            fixed_causality(),
             stand_ins(module, call.children) as traced,
         ):
             program = torch.export.export(flat, example, dynamic_shapes=(_dynamic(example),), strict=False)

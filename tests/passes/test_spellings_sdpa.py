@@ -104,6 +104,9 @@ SPELLINGS: dict[str, Callable[[], nn.Module]] = {
     "sdpa sliced tril buffer": lambda: Site(
         lambda site, q, k, v: sdpa(attn_mask=site.tril[..., : q.shape[1], : q.shape[1]].bool())(site, q, k, v)
     ),
+    "sdpa causal for more than one token": lambda: Site(
+        lambda site, q, k, v: sdpa(is_causal=q.shape[1] > 1)(site, q, k, v)
+    ),
     "sdpa by position": lambda: Site(
         lambda site, q, k, v: flat(F.scaled_dot_product_attention(*heads(q, k, v), None, 0.0, True))
     ),
