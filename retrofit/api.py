@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from retrofit.admit import admit
 from retrofit.capture.analyse import Found, Progress, analyse
-from retrofit.capture.plan import Refused, SitePlan
 from retrofit.capture.probes import ExampleInputs, is_transformers
+from retrofit.capture.site_plan import Refused, SitePlan
 from retrofit.configs import DenseConfig, HSAConfig, TargetConfig
 from retrofit.errors import ModelLoadError, NoAttentionFound, VerificationError
 from retrofit.exchange import dense as dense
@@ -29,6 +29,7 @@ from retrofit.selection import Selection, attention_paths, first_match, matching
 from retrofit.site import RetrofittedAttention, build_target
 
 KEPT_DENSE = "kept dense by skip"
+ONLY_DENSE = "cross-attention takes DenseConfig() alone and keeps its own attention"
 
 
 def inspect(
@@ -141,6 +142,8 @@ def _convert(
                     skipped[item.path] += f"; stays {earlier[item.path].retrofit.config.target}"
             elif isinstance(item.plan, Refused):
                 skipped[item.path] = item.plan.reason
+            elif item.plan.kind == "cross" and not isinstance(target, DenseConfig):
+                skipped[item.path] = ONLY_DENSE
             else:
                 chosen.append((item, item.plan, _worth(item.plan, target)))
         if not chosen:

@@ -14,6 +14,8 @@ from retrofit import masks, outputs
 from retrofit.capture.probes import is_transformers
 from retrofit.site import RetrofittedAttention
 
+_NESTED = "_retrofit_use_nested_tensor"
+
 
 def sites(model: nn.Module) -> list[tuple[str, RetrofittedAttention]]:
     """Returns the converted sites of ``model`` by path."""
@@ -54,6 +56,7 @@ def put_in(model: nn.Module, converted: Sequence[RetrofittedAttention]) -> None:
     for site in converted:
         _exchange(model, site.original, site)
     masks.enable(model)
+    _keep_padded(model)
     if is_transformers(model):
         outputs.guard(model)
 
@@ -64,6 +67,7 @@ def put_back(model: nn.Module) -> None:
     if not found:
         return
     masks.restore(model)
+    _release_padded(model)
     if is_transformers(model):
         outputs.release(model)
     for _, site in found:
@@ -77,3 +81,22 @@ def _exchange(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
         for name, child in module._modules.items():
             if child is old:
                 module._modules[name] = new
+
+
+def _keep_padded(model: nn.Module) -> None:
+    """Has torch's encoders hand padded rows and their mask to converted layers, in place of a nested tensor."""
+    for module in model.modules():
+        if (
+            isinstance(module, nn.TransformerEncoder)
+            and module.use_nested_tensor
+            and any(isinstance(child, RetrofittedAttention) for child in module.modules())
+        ):
+            vars(module)[_NESTED] = True
+            vars(module)["use_nested_tensor"] = False
+
+
+def _release_padded(model: nn.Module) -> None:
+    """Undoes :func:`_keep_padded`."""
+    for module in model.modules():
+        if vars(module).pop(_NESTED, False):
+            vars(module)["use_nested_tensor"] = True

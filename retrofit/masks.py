@@ -213,7 +213,8 @@ def _make(
     """The entry in transformers' AttentionMaskInterface.
 
     Args:
-        original: Implementation of the modules left dense; None if there are none.
+        original: Implementation of the modules left dense, or of a model that always takes a mask; None if
+            there are none.
     """
     try:
         made = _kind_of(
@@ -350,7 +351,8 @@ def enable(model: nn.Module) -> None:
         for module in dense:
             _keep_dense(module, config)
         vars(config)[_ORIGINAL] = original
-        config._attn_implementation_internal = f"{IMPLEMENTATION}|{original}" if dense else IMPLEMENTATION
+        plain = not dense and not _wants_a_mask(model, config)
+        config._attn_implementation_internal = IMPLEMENTATION if plain else f"{IMPLEMENTATION}|{original}"
 
 
 def restore(model: nn.Module) -> None:
@@ -379,6 +381,14 @@ def _configs(model: nn.Module, sites: list[Any]) -> list[Any]:
         if around:
             found[id(around[-1].config)] = around[-1].config
     return list(found.values())
+
+
+def _wants_a_mask(model: nn.Module, config: Any) -> bool:
+    """Whether a model may do something with its mask besides handing it on: one written for eager attention alone."""
+    return any(
+        getattr(module, "config", None) is config and getattr(module, "_supports_sdpa", True) is False
+        for module in model.modules()
+    )
 
 
 def _masked(model: nn.Module) -> Iterator[nn.Module]:

@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from retrofit.capture.analyse import Found
-from retrofit.capture.plan import SitePlan
+from retrofit.capture.site_plan import SitePlan
 from retrofit.errors import ConfigError
 
 Selector = str | int | range | slice

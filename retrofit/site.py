@@ -18,20 +18,25 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from retrofit.attention_call import AttentionCall as AttentionCall
+from retrofit.attention_call import call_of
 from retrofit.capture.call import CACHE_NAMES, is_cache, lookup, spelled
 from retrofit.capture.export import expanded
-from retrofit.capture.plan import SitePlan, compiled
+from retrofit.capture.site_plan import SitePlan, compiled
 from retrofit.capture.standin import is_tensor_slot
+from retrofit.cross import as_scores, keys_and_values
+from retrofit.dropout import check_trainable, dropout_of
 from retrofit.errors import CaptureError
-from retrofit.masks import check_continued, to_start_length
-from retrofit.passes.attention.masks import visible_keys
+from retrofit.positions import COLUMNS, slope_columns, with_positions
 from retrofit.targets.base import TargetAttention
+from retrofit.targets.cross import CrossAttention
 from retrofit.targets.dense import attend_densely
 
 if TYPE_CHECKING:
     from retrofit.cache import RetrofitLayer
 
 TARGET = "retrofit"
+_SLOPES = "slopes"
 _SHARED_HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -50,30 +55,12 @@ _MEANINGFUL = ("is_causal", "position_bias", "softcap", "cu_seq_lens_q", "cu_seq
 
 
 @dataclass(frozen=True)
-class AttentionCall:
-    """What a target needs besides q, k and v.
-
-    Attributes:
-        start: int64 [B], index of each row's first real token.
-        length: int64 [B], number of real tokens of each row, the new ones included.
-        layer: The cache layer of this site; None without a cache.
-        padded: Whether some row may have padding; False where every row is known to have all index slots.
-        sinks: One more logit of each query head [Hq], which takes part in the softmax and has no value.
-    """
-
-    start: Tensor
-    length: Tensor
-    layer: RetrofitLayer | None = None
-    padded: bool = True
-    sinks: Tensor | None = None
-
-
-@dataclass(frozen=True)
 class _Context:
-    """What goes around the graph: the mask as it came, and the cache layer."""
+    """What goes around the graph: the mask as it came, the cache layer, and the arguments of the call."""
 
     mask: Tensor | None
     layer: RetrofitLayer | None
+    values: Mapping[str, Any]
 
 
 class RetrofittedAttention(nn.Module):
@@ -114,7 +101,10 @@ class RetrofittedAttention(nn.Module):
         self.fingerprint: tuple[tuple[str, float], ...] = ()
         self.tap: Callable[[Tensor, Tensor, Tensor, AttentionCall, Tensor], None] | None = None
         vars(self)["_constants"] = dict(plan.constants)
-        vars(self)["_run"] = compiled(plan.source)
+        if plan.mask.slopes:
+            columns = slope_columns(plan.mask.slopes, plan.heads, plan.scale)
+            vars(self)["_constants"][_SLOPES] = columns.to(next(original.parameters(), columns).device)
+        self._compile()
         self.training = original.training
         if isinstance(original, nn.MultiheadAttention):
             # nn.TransformerEncoderLayer then calls this module instead of a fused kernel with its weights.
@@ -150,12 +140,19 @@ class RetrofittedAttention(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(vars(self))
-        state.pop("_run", None)
+        for name in ("_run", "_run_keys", "_run_training"):
+            state.pop(name, None)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        vars(self)["_run"] = compiled(self.plan.source)
+        self._compile()
+
+    def _compile(self) -> None:
+        plan = self.plan
+        vars(self)["_run"] = compiled(plan.source)
+        vars(self)["_run_keys"] = None if plan.keys is None else compiled(plan.keys)
+        vars(self)["_run_training"] = None if plan.training is None else compiled(plan.training)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RetrofittedAttention:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -170,8 +167,7 @@ class RetrofittedAttention(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Takes what the original took and returns what it returned; attention weights become None."""
         plan = self.plan
-        if self.training:
-            self._check_dropout()
+        run = self._graph()
         values = plan.signature.bind(args, kwargs)
         for path, first in plan.same:
             if not _same(lookup(values, path), lookup(values, first)):
@@ -195,24 +191,16 @@ class RetrofittedAttention(nn.Module):
             )
         self._check_rest(values)
         mask = lookup(values, plan.mask_argument) if plan.mask_argument is not None else None
-        results = iter(self._run(self, *tensors, _Context(mask, self._layer(values))))
+        results = iter(run(self, *tensors, _Context(mask, self._layer(values), values)))
         return pytree.tree_map(lambda leaf: next(results) if is_tensor_slot(leaf) else leaf, plan.output)
 
-    def _check_dropout(self) -> None:
-        """Refuses to train with dropout that the graph, captured without it, would leave out."""
-        for name, value in vars(self.original).items():
-            if "drop" in name and isinstance(value, float) and value > 0:
-                self._refuse_dropout(f"{self.path}.original.{name}", value)
-        for name, child in self._modules.items():
-            # Dropout of anything but the weights of attention is still called by the graph.
-            if isinstance(child, nn.Dropout) and child.p > 0 and f"self.{name}(" not in self.plan.source:
-                self._refuse_dropout(f"{self.path}.{name}.p", child.p)
-
-    def _refuse_dropout(self, where: str, value: float) -> None:
-        raise CaptureError(
-            f"converted attention cannot be trained with dropout, {where} must be 0, got {value}; "
-            "set it to 0, or call eval() on the site"
-        )
+    def _graph(self) -> Callable[..., Any]:
+        """The function that runs: in training one that drops out what the original does."""
+        if self.training:
+            check_trainable(self)
+        dropping = self.training and self.plan.training is not None
+        function: Callable[..., Any] = vars(self)["_run_training" if dropping else "_run"]
+        return function
 
     def _check_rest(self, values: Mapping[str, Any]) -> None:
         plan = self.plan
@@ -225,6 +213,8 @@ class RetrofittedAttention(nn.Module):
                         "convert with an example that has it"
                     )
         for name in _MEANINGFUL:
+            if name == "position_bias" and plan.mask.slopes:
+                continue  # it was seen to be the slopes'
             if name in values and (name,) not in plan.inputs:
                 recorded = next((value for path, value in plan.known if path == (name,)), None)
                 if values[name] is not recorded and values[name] != recorded:
@@ -234,6 +224,8 @@ class RetrofittedAttention(nn.Module):
                     )
 
     def _layer(self, values: Mapping[str, Any]) -> RetrofitLayer | None:
+        if self.plan.kind == "cross":
+            return None
         # Whatever the argument is called: a cache that is left out would be noticed by nobody.
         others = [
             name for name, value in values.items() if hasattr(value, "get_seq_length") and is_cache(value)
@@ -252,8 +244,8 @@ class RetrofittedAttention(nn.Module):
     def attend(
         self,
         q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
         context: _Context,
         mask: Tensor | None = None,
         sinks: Tensor | None = None,
@@ -262,12 +254,14 @@ class RetrofittedAttention(nn.Module):
 
         Args:
             q: Queries [B, Hq, T, D].
-            k: New keys [B, Hkv, T, D].
-            v: New values [B, Hkv, T, Dv].
+            k: New keys [B, Hkv, T, D]; None for cross-attention, which has or makes them.
+            v: New values [B, Hkv, T, Dv]; None for cross-attention.
             context: What came around the graph.
             mask: The mask the graph computed, where it does.
             sinks: One more logit of each query head [Hq], where there are any.
         """
+        if k is None or v is None:
+            k, v = keys_and_values(self, context.values)
         device = q.device.type
         if torch.is_autocast_enabled(device):
             # As autocast does to SDPA; inside, the targets choose the width of each step themselves.
@@ -285,8 +279,15 @@ class RetrofittedAttention(nn.Module):
         mask: Tensor | None,
         sinks: Tensor | None,
     ) -> Tensor:
-        call = self._call(q, k, context.layer, context.mask if mask is None else mask)
-        call = replace(call, sinks=sinks)
+        mask = context.mask if mask is None else mask
+        if self.plan.kind == "cross":
+            return self._attend_across(q, k, v, as_scores(mask))
+        call = call_of(self.plan.mask, q, k, context.layer, mask)
+        if self.plan.mask.slopes:
+            past = context.layer.get_seq_length() if context.layer is not None else 0
+            columns = vars(self)["_constants"][_SLOPES]
+            q, k = with_positions(q, k, columns, call.start, past, self.path)
+        call = replace(call, sinks=sinks, dropout=dropout_of(self))
         out: Tensor = (
             attend_densely(self.retrofit, q, k, v, call) if self.dense_mode else self.retrofit(q, k, v, call)
         )
@@ -294,34 +295,11 @@ class RetrofittedAttention(nn.Module):
             self.tap(q, k, v, call, out)
         return out
 
-    def _call(self, q: Tensor, k: Tensor, layer: RetrofitLayer | None, mask: Tensor | None) -> AttentionCall:
-        past = layer.get_seq_length() if layer is not None else 0
-        slots = past + k.shape[2]
-        if mask is not None and mask.dim() == 4 and mask.shape[2] == 1 < q.shape[2]:
-            mask = _as_padding(mask, q.shape[0])
-        if mask is not None and mask.dim() != 2:
-            mask = _of_rank_four(mask, q.shape[2])
-        start, length = to_start_length(
-            mask,
-            q.shape[0],
-            slots,
-            q.shape[2],
-            q.device,
-            causal=self.plan.mask.causal,
-            sliding_window=self.plan.mask.sliding_window,
-        )
-        if layer is not None:
-            # A row of nothing but padding starts behind it; what comes later says where.
-            end = torch.where(length > 0, start + length, slots)
-            start = torch.where(length > 0, start, slots)
-            if layer.start is not None:
-                if mask is not None and not self.plan.mask.sliding_window:
-                    check_continued(layer.start, start, past)
-                start = torch.where(layer.start < past, layer.start, start.clamp(min=past))
-            length = end - start
-            layer.start = start
-            layer.padded = layer.padded or mask is not None
-        return AttentionCall(start, length, layer, padded=mask is not None if layer is None else layer.padded)
+    def _attend_across(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        start = torch.zeros(k.shape[0], dtype=torch.int64, device=k.device)
+        call = AttentionCall(start, start + k.shape[2], dropout=dropout_of(self), mask=mask)
+        out: Tensor = self.retrofit(q, k, v, call)
+        return out
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -333,32 +311,17 @@ def _same(a: Any, b: Any) -> bool:
     return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
 
 
-def _as_padding(mask: Tensor, rows: int) -> Tensor:
-    """A mask [B or 1, 1, 1, N] that hides the same keys from every query as bool [B, N]; any other as it is."""
-    visible = visible_keys(mask)
-    if isinstance(visible, str) or visible.shape[1] != 1:
-        return mask
-    return visible[:, 0, 0].expand(rows, -1)
-
-
-def _of_rank_four(mask: Tensor, tokens: int) -> Tensor:
-    """[…, T or 1, N] → [B or 1, 1, T, N]."""
-    while mask.dim() < 4:
-        mask = mask.unsqueeze(0) if mask.dim() == 2 else mask.unsqueeze(1)
-    return mask.expand(-1, -1, tokens, -1) if mask.shape[2] == 1 else mask
-
-
 def build_target(
     plan: SitePlan, config: Any, like: Tensor, *, implementation: str = "auto"
 ) -> TargetAttention:
     """Makes the target of a site, on the device and in the dtype of ``like``."""
     from retrofit.targets import target_class
 
-    target = target_class(config)(
+    target = (CrossAttention if plan.kind == "cross" else target_class(config))(
         config,
         heads=plan.heads,
         kv_heads=plan.kv_heads,
-        head_dim=plan.head_dim,
+        head_dim=plan.head_dim + (COLUMNS if plan.mask.slopes else 0),
         value_dim=plan.value_dim,
         scale=plan.scale,
         softcap=plan.softcap,

@@ -62,6 +62,7 @@ def proof(site: RetrofittedAttention) -> str:
         *(f"{name} {_version(name)}" for name in ("torch", "transformers", "retrofit-attention")),
         f"{like.dtype} {like.device.type} {type(site.original).__qualname__}",
         plan.source,
+        f"{plan.kind} {plan.keys} {plan.key_inputs}",
         *(f"{path} {value!r}" for path, value in plan.known if isinstance(value, (bool, int, float, str))),
         repr((plan.inputs, plan.mask, plan.mask_argument, plan.keep_mask, plan.scale, plan.dropout)),
         repr(plan.softcap),
@@ -123,7 +124,7 @@ def _as_converted(site: RetrofittedAttention, probed: ProbedCall) -> dict[str, A
     plan, call = site.plan, probed.call
     bound = plan.signature.bind(call.args, call.kwargs)
     values = {name: None if is_cache(value) else value for name, value in bound.items()}
-    if plan.mask_argument is not None and probed.keep is not None:
+    if plan.mask_argument is not None and probed.keep is not None and plan.kind == "self":
         device = next(value.device for value in values.values() if isinstance(value, Tensor))
         whole = bool(probed.keep.all())
         values[str(plan.mask_argument[0])] = None if whole else probed.keep.to(device)
@@ -150,7 +151,8 @@ class ModelCheck:
         self.probes = probes
         self.outputs = [first_tensor(output) for output in outputs]
         self.keep = keep
-        self.steps_of = "padded left"
+        names = [probe.name for probe in probes]
+        self.steps_of = "padded left" if "padded left" in names else names[0]
         try:
             self.steps = cached_steps(model, probes, self.steps_of)
         except Exception:  # a model that cannot be called in steps has no steps to compare
@@ -223,6 +225,8 @@ def cached_steps(model: nn.Module, probes: Sequence[Probe], name: str) -> list[T
     decoding = "decoder_input_ids" if getattr(config, "is_encoder_decoder", False) else "input_ids"
     if decoding not in probe.kwargs:
         return []
+    if decoding == "input_ids" and probe.keep is None:
+        return []  # what else is in the example may belong to the prompt alone
     ids, real = probe.kwargs[decoding], real_rows(probe)
     left_out = {decoding, "position_ids", "past_key_values", "labels"}
     if decoding == "input_ids":

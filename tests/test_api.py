@@ -487,30 +487,6 @@ def test_lora_before_conversion(tiny_llama):
         assert torch.equal(adapted(ids).logits, expected)
 
 
-def test_encoder_decoders_keep_their_cross_attention():
-    from transformers import BartConfig, BartForConditionalGeneration
-
-    torch.manual_seed(0)
-    config = BartConfig(
-        d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
-        encoder_ffn_dim=32, decoder_ffn_dim=32, vocab_size=128, pad_token_id=0, bos_token_id=1,
-        eos_token_id=2, decoder_start_token_id=2, max_position_embeddings=128,
-    )  # fmt: skip
-    model = BartForConditionalGeneration(config).eval()
-    ids = torch.randint(3, 128, (2, 20))
-    mask = torch.ones_like(ids)
-    mask[0, 15:] = 0
-    options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "num_beams": 2}
-    expected = model.generate(ids, **options)
-    report = api.convert(model, DenseConfig())
-    assert len(report.converted) == 2
-    [reason] = report.skipped.values()
-    assert reason.startswith("cross-attention keeps its own attention (at node ")
-    assert torch.equal(model.generate(ids, **options), expected)
-    kinds = {site.path: site.kind for site in api.inspect(model).sites}
-    assert kinds["model.decoder.layers.0.encoder_attn"] == "cross"
-
-
 def test_compiles_without_a_graph_break(tiny_llama):
     model = tiny_llama()
     api.convert(model, DenseConfig())

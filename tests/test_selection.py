@@ -9,7 +9,7 @@ from torch import nn
 
 from retrofit import api
 from retrofit.capture.analyse import Found
-from retrofit.capture.plan import Refused
+from retrofit.capture.site_plan import Refused
 from retrofit.configs import DenseConfig
 from retrofit.errors import ConfigError
 from retrofit.selection import matching, of_kind

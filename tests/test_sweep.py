@@ -46,7 +46,7 @@ def test_the_table_is_what_its_rows_say(sweep):
     assert all(row["verdict"] == sweep.verdict(row) for row in ROWS if "sites" in row and "trace" not in row)
 
 
-@pytest.mark.parametrize("name", ["mvp", "gpt_bigcode", "bloom"])
+@pytest.mark.parametrize("name", ["mvp", "gpt_bigcode", "diffllama"])
 def test_an_architecture_is_what_the_table_says(name, sweep):
     ((_, config, model),) = sweep.architectures([name])
     row = sweep.sweep(name, config, model)

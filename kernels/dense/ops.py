@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from retrofit.errors import ConfigError
-from retrofit.kernels.dense import blocked, fused, reference
+from retrofit.kernels.dense import blocked, dropped, fused, reference
 from retrofit.kernels.dense.scores import PLAIN, ScoreRules
 
 _IMPLEMENTATIONS = ("auto", "reference", "blocked")
@@ -191,6 +191,7 @@ def dense_attention(
     sliding_window: int = 0,
     padded: bool = True,
     rules: ScoreRules = PLAIN,
+    dropout_p: float = 0.0,
     implementation: str = "auto",
 ) -> Tensor:
     """Dense attention over each row's real tokens.
@@ -206,6 +207,7 @@ def dense_attention(
         sliding_window: If w > 0, key j is visible to query t only if t − w < j; causal only.
         padded: Whether ``start`` and ``length`` may say anything but that every row has all index slots.
         rules: What else happens to the scores.
+        dropout_p: Probability with which each weight is dropped.
         implementation: ``auto``, ``reference`` or ``blocked``.
 
     Returns:
@@ -223,6 +225,20 @@ def dense_attention(
         raise ConfigError(f"query heads must be a multiple of the {k.shape[1]} kv heads, got {q.shape[1]}")
     if sliding_window and not causal:
         raise ConfigError(f"sliding_window={sliding_window} needs causal=True; pass sliding_window=0")
+    if dropout_p:
+        return dropped.dense_attention(
+            q,
+            k,
+            v,
+            start,
+            length,
+            p=dropout_p,
+            scale=scale,
+            causal=causal,
+            sliding_window=sliding_window,
+            padded=padded,
+            rules=rules,
+        )
     causal_here = causal and q.shape[2] > 1  # the last query sees all keys
     simple = (
         rules.plain and not padded and not sliding_window and (not causal_here or q.shape[2] == k.shape[2])

@@ -29,10 +29,9 @@ def visible(
     return seen
 
 
-def dense_attention(
+def attention_weights(
     q: Tensor,
     k: Tensor,
-    v: Tensor,
     start: Tensor,
     length: Tensor,
     *,
@@ -41,10 +40,8 @@ def dense_attention(
     sliding_window: int = 0,
     rules: ScoreRules = PLAIN,
 ) -> Tensor:
-    """Dense attention of q [B, Hq, T, D] to k [B, Hkv, N, D], v [B, Hkv, N, Dv]: [B, Hq, T, Dv]."""
-    group = q.shape[1] // k.shape[1]
-    k = k.repeat_interleave(group, dim=1)
-    v = v.repeat_interleave(group, dim=1)
+    """What each query of q [B, Hq, T, D] gives to the keys k [B, Hkv, N, D]: [B, Hq, T, N]; padding gives nothing."""
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     seen = visible(
         q.shape[2], k.shape[2], start, length, causal=causal, sliding_window=sliding_window
     ).unsqueeze(1)
@@ -60,4 +57,23 @@ def dense_attention(
     total = weights.sum(dim=-1, keepdim=True)
     if rules.sinks is not None:
         total = total + (sink - top.detach()).exp()
-    return (weights / total.clamp(min=torch.finfo(total.dtype).tiny)) @ v
+    return weights / total.clamp(min=torch.finfo(total.dtype).tiny)
+
+
+def dense_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Tensor,
+    length: Tensor,
+    *,
+    scale: float,
+    causal: bool,
+    sliding_window: int = 0,
+    rules: ScoreRules = PLAIN,
+) -> Tensor:
+    """Dense attention of q [B, Hq, T, D] to k [B, Hkv, N, D], v [B, Hkv, N, Dv]: [B, Hq, T, Dv]."""
+    weights = attention_weights(
+        q, k, start, length, scale=scale, causal=causal, sliding_window=sliding_window, rules=rules
+    )
+    return weights @ v.repeat_interleave(q.shape[1] // k.shape[1], dim=1)

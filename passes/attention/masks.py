@@ -6,10 +6,12 @@ masks on probes (lengths, padding, positions)  →  none | key padding | causal 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from retrofit.passes.attention.bias import kind_of_bias, without_bias
 
 
 @dataclass(frozen=True)
@@ -20,20 +22,27 @@ class MaskClass:
         causal: Keys after the query are hidden.
         sliding_window: Keys this far back and further are hidden; 0 means none.
         padding: Whether a mask for padding was seen to work.
+        slopes: What is added to the scores of each head for every position of the key, as ALiBi does; one for all
+            heads, or empty.
+        given: Whether the site takes any mask as it comes, as cross-attention does.
     """
 
     causal: bool
     sliding_window: int = 0
     padding: bool = False
+    slopes: tuple[float, ...] = ()
+    given: bool = False
 
     def __str__(self) -> str:
-        parts = []
+        parts = ["as given"] if self.given else []
         if self.sliding_window:
             parts.append(f"sliding window({self.sliding_window})")
         elif self.causal:
             parts.append("causal")
         if self.padding:
             parts.append("padding" if self.causal else "key padding")
+        if self.slopes:
+            parts.append("ALiBi")
         return "+".join(parts) or "none"
 
     def expected(self, keep: Tensor) -> Tensor:
@@ -71,6 +80,10 @@ def classify(samples: Sequence[MaskSample]) -> MaskClass | str:
     """Returns the one class all samples belong to, or the reason why there is none."""
     if not samples:
         return "no mask was observed"
+    unbiased = without_bias(samples)
+    if isinstance(unbiased, str):
+        return unbiased
+    samples, slopes = unbiased
     seen: list[tuple[Tensor, Tensor]] = []
     for sample in samples:
         shown = _shown(sample)
@@ -86,7 +99,7 @@ def classify(samples: Sequence[MaskSample]) -> MaskClass | str:
     candidates += [MaskClass(True, window, padding) for window in sorted(windows)]
     for candidate in candidates:
         if all(_agrees(candidate, shown, keep) for shown, keep in seen):
-            return candidate
+            return replace(candidate, slopes=slopes)
     chunk = _chunk(seen)
     if chunk:
         return f"the mask is chunked: a token sees the earlier ones of its own chunk of {chunk} tokens alone"
@@ -97,7 +110,8 @@ def real_tokens(sample: MaskSample) -> Tensor | None:
     """The real tokens of a probe, bool [B, N]: as it says, or as its mask shows; None if it hides a middle."""
     if sample.keep is not None:
         return sample.keep
-    shown = _shown(sample)
+    unbiased = without_bias([sample])
+    shown = unbiased if isinstance(unbiased, str) else _shown(unbiased[0][0])
     return None if isinstance(shown, str) else _real_tokens(shown)
 
 
@@ -133,23 +147,8 @@ def visible_keys(mask: Tensor) -> Tensor | str:
         return f"a mask of dtype {mask.dtype}"
     hidden = mask <= max(torch.finfo(mask.dtype).min / 2, -1e30)
     if bool(((mask != 0) & ~hidden & ~(mask <= -1e4)).any()):
-        return f"the mask adds a bias to the scores, {_kind_of_bias(mask, hidden)}"
+        return f"the mask adds a bias to the scores, {kind_of_bias(mask, hidden)}"
     return mask == 0
-
-
-def _kind_of_bias(mask: Tensor, hidden: Tensor) -> str:
-    """What the bias in a mask […, T, N] depends on, as far as a softmax over the keys can tell."""
-    queries, keys = mask.shape[-2:]
-    if queries != keys:
-        return "the same for every query" if queries == 1 else "of an unknown kind"
-    # A constant in a row changes no softmax.
-    bias = (mask - mask.diagonal(dim1=-2, dim2=-1)[..., None]).masked_fill(hidden, float("nan"))
-    by_distance = all(
-        bool((line - line[..., :1]).abs().nan_to_num().max() <= 1e-4 * line.abs().nan_to_num().max() + 1e-6)
-        for offset in range(-queries + 1, queries)
-        for line in [bias.diagonal(offset, dim1=-2, dim2=-1)]
-    )
-    return "by distance alone (as ALiBi does)" if by_distance else "not by distance alone"
 
 
 def _real_tokens(shown: Tensor) -> Tensor | None:

@@ -40,13 +40,15 @@ def attentions(graph: Graph) -> list[Node]:
     return list(calls(graph, ATTENTION))
 
 
-def target_call(graph: Graph, node: Node, *, keep_mask: bool) -> Node:
+def target_call(graph: Graph, node: Node, *, keep_mask: bool, keep_keys: bool = True) -> Node:
     """Replaces the canonical ``node`` by a call of the site's target; returns that call.
 
     The graph gets a last placeholder, ``context``: what the site passes around it. The mask's own
-    computation becomes dead and is removed unless ``keep_mask``.
+    computation becomes dead and is removed unless ``keep_mask``, and that of keys and values unless ``keep_keys``.
     """
     q, k, v, mask = node.args[:4]
+    if not keep_keys:
+        k = v = None
     last = [item for item in graph.nodes if item.op == "placeholder"][-1]
     with graph.inserting_after(last):
         context = graph.placeholder(CONTEXT)

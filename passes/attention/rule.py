@@ -18,6 +18,9 @@ STAGES = ("the product with values", "the scores", "the layout", "the sizes")
 """What a rule asks for, in order: how far it came says how near it is."""
 
 
+_NOT_THE_MODEL = ("/torch/", "/retrofit/capture/")
+
+
 @dataclass(frozen=True)
 class Refusal:
     """Why a rule left a node as it is.
@@ -51,7 +54,7 @@ def source_line(node: Node) -> str | None:
     """``attention.py:123``: the innermost line of the model's own code that made ``node``."""
     trace = node.meta.get("stack_trace")
     found = re.findall(r'File "([^"]+)", line (\d+)', trace) if isinstance(trace, str) else []
-    own = [(path, line) for path, line in found if "/torch/" not in path]
+    own = [(path, line) for path, line in found if not any(part in path for part in _NOT_THE_MODEL)]
     if not own:
         return None
     path, line = own[-1]

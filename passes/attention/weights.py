@@ -60,9 +60,10 @@ def follow_weights(softmax: Node, hiding: Sequence[Step]) -> Weights:
         product = read_product(user)
         if product is not None and product.side(current) is not None:
             break
-        if is_call(user, aten.dropout.default):
-            given = arguments(user)
-            dropout_p = float(given["p"]) if given["train"] else 0.0
+        if dropped := _dropped(user):
+            if dropout_p:
+                raise Reject(user, "the weights are dropped out twice")
+            dropout_p = dropped
         elif is_call(user, *FILL, *WHERE) and not _same_mask(user, hiding):
             raise Reject(user, "the weights are masked after the softmax, other than the scores were")
         path.append(user)
@@ -76,6 +77,14 @@ def follow_weights(softmax: Node, hiding: Sequence[Step]) -> Weights:
     returned = set(_flat(output))
     leaving = [node for node in (*path, *results) if node in returned]
     return Weights(tuple(path), product, dropout_p, tuple(leaving))
+
+
+def _dropped(node: Node) -> float:
+    """The probability with which ``node`` drops weights; a child's is known where it was captured in training."""
+    if is_call(node, aten.dropout.default):
+        given = arguments(node)
+        return float(given["p"]) if given["train"] else 0.0
+    return float(node.meta.get("dropout_p", 0.0)) if node.op == "call_module" else 0.0
 
 
 def _passes(node: Node) -> bool:

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from retrofit.capture.observe import ProbedCall
-from retrofit.capture.plan import Planner, Refused, SitePlan
+from retrofit.capture.plan import Planner
 from retrofit.capture.probes import ExampleInputs, Probe, is_transformers, make_probes
 from retrofit.capture.record import OwnerCall, Recording, record
+from retrofit.capture.site_plan import Refused, SitePlan
 from retrofit.errors import CaptureError, RetrofitError
 
 Progress = Callable[[str, int, int], None]

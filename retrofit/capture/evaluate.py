@@ -92,6 +92,8 @@ def evaluate_for(
         if item in results:
             return results[item]
         like = item.meta["val"]
+        if isinstance(like, torch.SymInt):
+            return concrete((like,), known)[0]
         return torch.empty(concrete(tuple(like.shape), known), dtype=like.dtype, device=like.device)
 
     for current in graph.nodes:

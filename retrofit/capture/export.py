@@ -6,7 +6,8 @@ module + call  →  torch.export of flat tensors, dynamic batch and length, chil
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,14 @@ from retrofit.capture.call import (
     tensor_leaves,
 )
 from retrofit.capture.record import OwnerCall, slow_path
-from retrofit.capture.standin import CHILD, TENSOR, TracedCalls, is_tensor_slot, stand_ins
+from retrofit.capture.standin import (
+    CHILD,
+    TENSOR,
+    TracedCalls,
+    fixed_causality,
+    is_tensor_slot,
+    stand_ins,
+)
 from retrofit.errors import CaptureError
 from retrofit.passes.attention.rule import remove_dead
 
@@ -68,6 +76,8 @@ class _FlatCall(nn.Module):
 
     def forward(self, *tensors: Tensor) -> list[Tensor]:
         values, paths, same = self.__dict__["_call"]
+        for place, dim in _batches(tensors):
+            torch._check(tensors[place].shape[dim] == tensors[0].shape[dim])
         given = dict(zip(paths, tensors, strict=True))
         given.update({path: given[first] for path, first in same.items()})
         found, spec = pytree.tree_flatten(self.site(**rebuild(values, given)))
@@ -76,8 +86,8 @@ class _FlatCall(nn.Module):
         return [leaf for leaf in found if isinstance(leaf, Tensor)]
 
 
-def capture(module: nn.Module, call: OwnerCall) -> Captured:
-    """Exports ``module`` as it was called.
+def capture(module: nn.Module, call: OwnerCall, *, training: bool = False) -> Captured:
+    """Exports ``module`` as it was called, in evaluation mode or as it is in training.
 
     Raises:
         CaptureError: If it cannot be exported, with the cause.
@@ -95,10 +105,14 @@ def capture(module: nn.Module, call: OwnerCall) -> Captured:
         expanded(tensors[path].detach(), tensors[paths[0]]) if path in rows else tensors[path].detach()
         for path in paths
     )
-    training = [item for item in module.modules() if item.training]
     try:
-        module.eval()
-        with torch.no_grad(), slow_path(), stand_ins(module, call.children) as traced:
+        with (
+            set_training(module, training),
+            torch.no_grad(),
+            slow_path(),
+            fixed_causality(),
+            stand_ins(module, call.children) as traced,
+        ):
             program = torch.export.export(flat, example, dynamic_shapes=(_dynamic(example),), strict=False)
             if any(_changes(node) for node in program.graph.nodes):
                 program = program.run_decompositions({})
@@ -107,11 +121,21 @@ def capture(module: nn.Module, call: OwnerCall) -> Captured:
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CaptureError(f"torch.export of {type(module).__name__} failed: {first}") from error
-    finally:
-        for item in training:
-            item.training = True
     returned = flat.__dict__["_returned"]
     return _as_graph(program, module, paths, traced, returned, same, rows)
+
+
+@contextmanager
+def set_training(module: nn.Module, training: bool) -> Iterator[None]:
+    """Has ``module`` and its children in training or evaluation mode for a while."""
+    before = [(item, item.training) for item in module.modules()]
+    for item, _ in before:
+        item.training = training
+    try:
+        yield
+    finally:
+        for item, mode in before:
+            item.training = mode
 
 
 def _is_one_row(tensor: Tensor, first: Tensor) -> bool:
@@ -140,20 +164,44 @@ def without_cache(values: Mapping[str, Any]) -> dict[str, Any]:
 def _dynamic(example: tuple[Tensor, ...]) -> tuple[dict[int, Any], ...]:
     """Marks batch and length: the sizes of the first tensor's dimension 0 and of its length dimension.
 
-    A size of 2 away from the front is more likely a pair than a batch.
+    Further sequences, as those that cross-attention sees, have lengths of their own. A size of 2 away from the
+    front is more likely a pair than a batch.
     """
     first = example[0]
     batch = first.shape[0]
-    length = first.shape[2] if first.dim() == 4 else first.shape[1] if first.dim() > 1 else 0
+    lengths = {first.shape[2] if first.dim() == 4 else first.shape[1] if first.dim() > 1 else 0}
+    lengths |= {example[place].shape[1 - dim] for place, dim in _batches(example)}
     auto = torch.export.Dim.AUTO
     return tuple(
         {
             dim: auto
             for dim, size in enumerate(tensor.shape)
-            if size > 1 and ((size == batch and (dim == 0 or size > 2)) or size == length)
+            if size > 1
+            and (
+                (size == batch and (dim == 0 or size > 2))
+                or size in lengths
+                or (dim == 0 and tensor.dim() > 2 and size % batch == 0)  # (batch heads) …
+            )
         }
         for tensor in example
     )
+
+
+def _batches(tensors: tuple[Tensor, ...]) -> list[tuple[int, int]]:
+    """Which tensors are sequences of another length than the first, and which of their dimensions is its batch."""
+    first = tensors[0]
+    found = []
+    for place, tensor in enumerate(tensors):
+        if tensor.is_floating_point() and tensor.dim() == first.dim() == 3:
+            same = [dim for dim in (0, 1) if _hint(tensor.shape[dim]) == _hint(first.shape[dim])]
+            if len(same) == 1:
+                found.append((place, same[0]))
+    return found
+
+
+def _hint(size: int | torch.SymInt) -> int | None:
+    """The size in the example, whether or not it is a symbol now."""
+    return size if isinstance(size, int) else size.node.hint
 
 
 def _as_graph(

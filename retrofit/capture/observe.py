@@ -159,3 +159,12 @@ def selection(attention: Node) -> str | None:
         if any(isinstance(value, Tensor) and not value.is_floating_point() for value in values):
             return f"its child {node.target} ({node.meta['module_class'].__name__})"
     return None
+
+
+def learned_mask(module: nn.Module, attention: Node) -> str | None:
+    """The parameter or child of ``module`` that the values of the mask come from; None if there is none."""
+    mask, learned = attention.args[3], dict(module.named_parameters())
+    for node in ancestors(mask, through_sizes=False) if isinstance(mask, Node) else ():
+        if node.op == "call_module" or (node.op == "get_attr" and node.target in learned):
+            return str(node.target)
+    return None

@@ -6,105 +6,40 @@ calls of a module on the probes  →  one graph per spelling of the call  →  c
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.fx import Graph, Node
-from torch.fx.graph_module import _format_import_block
-from torch.package.importer import sys_importer
+from torch.fx import Node
 
-from retrofit.capture.call import CACHE_NAMES, LeafPath, Signature, is_cache, leaves, same_tensors
+from retrofit.capture.assemble import assembled, assembled_keys
+from retrofit.capture.call import CACHE_NAMES, LeafPath, Signature, is_cache, leaves
+from retrofit.capture.cross import cross_mask
 from retrofit.capture.export import Captured, capture
+from retrofit.capture.identity import identity
 from retrofit.capture.observe import (
     Normalized,
     ProbedCall,
     kind_of,
+    learned_mask,
     longer_samples,
     mask_paths_of,
     sample_of,
     selection,
 )
 from retrofit.capture.record import OwnerCall
+from retrofit.capture.site_plan import Refused, SitePlan
 from retrofit.capture.slots import Slot, slot_of
+from retrofit.capture.training import Training, training_of
 from retrofit.errors import CaptureError
-from retrofit.passes.attention.arguments import shape
+from retrofit.passes.attention.arguments import arguments, shape
+from retrofit.passes.attention.bias import has_bias
 from retrofit.passes.attention.masks import MaskClass, MaskSample, classify, real_tokens
-from retrofit.passes.attention.rewrite import attentions, normalize, target_call
-from retrofit.passes.attention.rule import STAGES, Refusal, source_line
+from retrofit.passes.attention.rewrite import attentions, normalize
+from retrofit.passes.attention.rule import STAGES, source_line
 
 MASK_NAME = "attention_mask"
-
-
-@dataclass(frozen=True)
-class SitePlan:
-    """What a site runs.
-
-    Attributes:
-        source: Python source of ``forward(self, *tensors, context)``.
-        inputs: Where the tensors are found in a call.
-        signature: The original's parameters.
-        same: Arguments that must be the same tensor as another one.
-        rows: Inputs that are expanded to the rows of the first.
-        known: Leaves that were not tensors when the graph was made, by path.
-        output: The result with ``TENSOR`` in the place of tensors.
-        lost: Which of the tensors in the result become None: attention weights.
-        mask_argument: Where the mask is found in a call; None if there is none.
-        keep_mask: Whether the graph computes the mask and hands it to the target call.
-        spelling: Which rule recognised the attention.
-        slot: Its place in the key-value cache.
-    """
-
-    source: str
-    inputs: tuple[LeafPath, ...]
-    same: tuple[tuple[LeafPath, LeafPath], ...]
-    rows: tuple[LeafPath, ...]
-    signature: Signature
-    known: tuple[tuple[LeafPath, Any], ...]
-    output: Any
-    lost: tuple[int, ...]
-    constants: tuple[tuple[str, Tensor], ...]
-    mask_argument: LeafPath | None
-    keep_mask: bool
-    mask: MaskClass
-    spelling: str
-    kind: str
-    heads: int
-    kv_heads: int
-    head_dim: int
-    value_dim: int
-    scale: float
-    softcap: float
-    sinks: bool
-    dropout: float
-    slot: Slot
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> SitePlan:
-        """A plan never changes; copies of a model share it."""
-        return self
-
-
-@dataclass(frozen=True)
-class Refused:
-    """Why a module has no plan, and what is known of it anyway.
-
-    Attributes:
-        kind: ``self``, ``cross``, ``unknown``, or ``other`` for a softmax that is not attention.
-        source: File and line of the model's code that the reason is about.
-        near_miss: The rule that came nearest, and the first of its conditions that does not hold.
-        spelling: Which rule recognised the attention, if one did and something else stands in the way.
-    """
-
-    reason: str
-    kind: str = "unknown"
-    source: str | None = None
-    near_miss: str | None = None
-    spelling: str | None = None
-    heads: int | None = None
-    kv_heads: int | None = None
-    head_dim: int | None = None
 
 
 class Planner:
@@ -119,6 +54,7 @@ class Planner:
         self.managed = managed
         self.captures = 0
         self._graphs: dict[Any, Normalized] = {}
+        self._training: dict[int, Training] = {}
 
     def plan(
         self, module: nn.Module, calls: Sequence[ProbedCall], every: Sequence[OwnerCall]
@@ -132,7 +68,7 @@ class Planner:
         """
         samples: list[MaskSample] = []
         plan = self._plan(module, calls, every, samples)
-        if isinstance(plan, Refused):
+        if isinstance(plan, Refused) or plan.kind == "cross":
             return plan, list(calls)
         return plan, [
             ProbedCall(probed.call, real_tokens(sample))
@@ -149,6 +85,7 @@ class Planner:
         signature = Signature.of(module)
         mask_paths: set[LeafPath] = set()
         primary: Normalized | None = None
+        kinds: set[str] = set()
         for probed in calls:
             try:
                 normalized = self._normalized(module, probed.call, signature)
@@ -163,12 +100,9 @@ class Planner:
                     f"{nearest.rule}, all but {nearest.stage}" if nearest else None,
                 )
             primary = primary or normalized
-            kind = kind_of(normalized.attention)
-            if kind == "cross":
-                reason = "cross-attention keeps its own attention"
-                return _refused(normalized.attention, reason, "the kind", "cross")
+            kinds.add(kind_of(normalized.attention))
             chosen_by = selection(normalized.attention)
-            if chosen_by is not None:
+            if chosen_by is not None and kinds == {"self"}:
                 reason = f"the mask shows the keys that {chosen_by} selects, not all that are real"
                 return _refused(normalized.attention, reason, "the mask")
             try:
@@ -178,28 +112,66 @@ class Planner:
             mask_paths |= mask_paths_of(normalized)
         assert primary is not None
         assert primary.attention is not None
-        found = classify([*samples, *longer_samples(module, primary, calls[0].call, signature)])
-        if isinstance(found, str):
-            return _refused(primary.attention, found, "the mask")
+        (kind,) = kinds if len(kinds) == 1 else ("cross",)
+        mask = self._mask(module, primary, samples, every, mask_paths, calls[0].call, kind)
+        if isinstance(mask, str):
+            return _refused(primary.attention, mask, "the mask", kind)
+        if mask.slopes and self.managed:
+            mask_paths = {path for path in mask_paths if path[0] == MASK_NAME}
         if self.managed and len(mask_paths) > 1:
             names = ", ".join(sorted(str(path[0]) for path in mask_paths))
-            return _refused(primary.attention, f"the mask is made from several inputs: {names}", "the mask")
+            reason = f"the mask is made from several inputs: {names}"
+            return _refused(primary.attention, reason, "the mask", kind)
         slot = slot_of(module, signature, every)
         if isinstance(slot, str):
-            return _refused(primary.attention, slot, "the place in the cache")
-        return _plan(primary, found, signature, calls[0].call, mask_paths, slot, managed=self.managed)
+            return _refused(primary.attention, slot, "the place in the cache", kind)
+        training = self._in_training(module, calls[0].call, primary)
+        return _plan(
+            primary, kind, mask, signature, calls[0].call, mask_paths, slot, training, managed=self.managed
+        )
+
+    def _mask(
+        self,
+        module: nn.Module,
+        primary: Normalized,
+        samples: Sequence[MaskSample],
+        every: Sequence[OwnerCall],
+        mask_paths: set[LeafPath],
+        call: OwnerCall,
+        kind: str,
+    ) -> MaskClass | str:
+        """The class of the mask, or why there is none that can be carried over."""
+        attention = primary.attention
+        assert attention is not None
+        if kind == "cross":
+            return cross_mask(attention, samples, every)
+        signature = Signature.of(module)
+        found = classify([*samples, *longer_samples(module, primary, call, signature)])
+        if any(sample.mask is not None and has_bias(sample.mask) for sample in samples):
+            learned = learned_mask(module, attention)
+            if learned is not None and all("mask" in str(path[0]) for path in mask_paths):
+                return f"the mask adds a learned position bias to the scores ({learned})"
+        if not isinstance(found, str) and found.slopes and (beside := _beside_a_bias(attention)):
+            return f"a bias by distance is added to {beside}"
+        return found
+
+    def _in_training(self, module: nn.Module, call: OwnerCall, evaluated: Normalized) -> Training:
+        key = id(evaluated)
+        if key not in self._training:
+            self._training[key] = training_of(module, call, evaluated, _normalized)
+        return self._training[key]
 
     def _normalized(self, module: nn.Module, call: OwnerCall, signature: Signature) -> Normalized:
-        key = _identity(module, call, signature)
+        key = identity(module, call, signature)
         if key not in self._graphs:
             self.captures += 1
-            captured = capture(module, call)
-            report = normalize(captured.graph)
-            self._graphs[key] = _one_attention(captured, report.refusals)
+            self._graphs[key] = _normalized(capture(module, call))
         return self._graphs[key]
 
 
-def _one_attention(captured: Captured, refusals: list[Refusal]) -> Normalized:
+def _normalized(captured: Captured) -> Normalized:
+    """Finds the one attention of a captured module."""
+    refusals = normalize(captured.graph).refusals
     found = attentions(captured.graph)
     if refusals and not (found and not any(refusal.attention for refusal in refusals)):
         kind = "unknown" if found or any(refusal.attention for refusal in refusals) else "other"
@@ -207,7 +179,7 @@ def _one_attention(captured: Captured, refusals: list[Refusal]) -> Normalized:
         reason = "; ".join(dict.fromkeys(str(refusal) for refusal in refusals))
         return Normalized(captured, None, reason, kind, nearest)
     if len(found) != 1:
-        names = f" ({', '.join(node.name for node in found)})" if found else ""
+        names = f" (at {'; at '.join(map(_where, found))})" if found else ""
         return Normalized(captured, None, f"{len(found)} attentions in one module{names}")
     return Normalized(captured, found[0], "")
 
@@ -230,6 +202,14 @@ def _refused(attention: Node, reason: str, stage: str, kind: str = "self") -> Re
     )
 
 
+def _beside_a_bias(attention: Node) -> str | None:
+    """What an attention has with which a constant in a row of scores is not the same as none."""
+    given = arguments(attention)
+    if given["softcap"]:
+        return "capped scores"
+    return "scores beside attention sinks" if given["sinks"] is not None else None
+
+
 def _where(attention: Node) -> str:
     line = source_line(attention)
     return f"node {attention.name}, {line}" if line else f"node {attention.name}"
@@ -237,33 +217,31 @@ def _where(attention: Node) -> str:
 
 def _plan(
     normalized: Normalized,
+    kind: str,
     mask: MaskClass,
     signature: Signature,
     call: OwnerCall,
     mask_paths: set[LeafPath],
     slot: Slot,
+    training: Training,
     *,
     managed: bool,
 ) -> SitePlan:
-    captured = normalized.captured
-    graph = Graph()
-    copied: dict[Node, Node] = {}
-    returned = graph.graph_copy(captured.graph, copied)
-    assert isinstance(returned, tuple)
-    graph.output(returned)
-    assert normalized.attention is not None
-    attention = copied[normalized.attention]
-    attention.meta = dict(normalized.attention.meta)
-    q, k, v = (shape(node) for node in normalized.attention.args[:3])
+    captured, attention = normalized.captured, normalized.attention
+    assert attention is not None
+    q, k, v = (shape(node) for node in attention.args[:3])
     assert q is not None
     assert k is not None
     assert v is not None
-    keep_mask = not managed and bool(mask_paths_of(normalized))
-    if keep_mask:
-        _as_visible(graph, attention, normalized.attention)
-    target_call(graph, attention, keep_mask=keep_mask)
-    code = graph.python_code("self")
-    used = [node.name for node in graph.nodes if node.op == "placeholder"][:-1]
+    keep_mask = attention.args[3] is not None and not managed and bool(mask_paths_of(normalized))
+    if kind == "cross":
+        keep_mask = attention.args[3] is not None and not (managed and mask_paths)
+    write = partial(assembled, keep_mask=keep_mask, biased=bool(mask.slopes), kind=kind)
+    source = write(normalized)
+    keys = assembled_keys(normalized) if kind == "cross" else None
+    trained = write(training.normalized) if training.normalized is not None else None
+    if trained is not None and trained.inputs != source.inputs:
+        training = Training(reason="in training it takes other inputs")
     argument = next(iter(mask_paths), None) if managed else None
     if managed and argument is None and MASK_NAME in signature.names:
         argument = (MASK_NAME,)  # never a tensor on the probes; a converted model may hand padding over
@@ -274,85 +252,31 @@ def _plan(
         if not isinstance(value, Tensor) and path[0] not in CACHE_NAMES and not is_cache(value)
     )
     return SitePlan(
-        source=_format_import_block(code.globals, sys_importer) + "\n" + code.src,
-        inputs=tuple(captured.inputs[name] for name in used),
+        source=source.code,
+        keys=None if keys is None else keys.code,
+        key_inputs=() if keys is None else tuple(captured.inputs[name] for name in keys.inputs),
+        training=None if training.reason or trained is None else trained.code,
+        untrainable=training.reason,
+        inputs=tuple(captured.inputs[name] for name in source.inputs),
         same=tuple(captured.same.items()),
         rows=captured.rows,
         signature=signature,
         known=known,
         output=captured.output,
-        lost=tuple(place for place, item in enumerate(returned) if item is None),
+        lost=tuple(place for place, item in enumerate(source.results) if item is None),
         constants=tuple(captured.constants.items()),
         mask_argument=argument,
         keep_mask=keep_mask,
         mask=mask,
-        spelling=str(normalized.attention.meta.get("spelling")),
-        kind="self",
+        spelling=str(attention.meta.get("spelling")),
+        kind=kind,
         heads=q[1],
         kv_heads=k[1],
         head_dim=q[3],
         value_dim=v[3],
-        scale=float(normalized.attention.args[5]),  # type: ignore[arg-type]
-        dropout=float(normalized.attention.args[6]),  # type: ignore[arg-type]
-        softcap=float(normalized.attention.args[7]),  # type: ignore[arg-type]
-        sinks=normalized.attention.args[8] is not None,
+        scale=float(attention.args[5]),  # type: ignore[arg-type]
+        dropout=training.dropout,
+        softcap=float(attention.args[7]),  # type: ignore[arg-type]
+        sinks=attention.args[8] is not None,
         slot=slot,
     )
-
-
-def _as_visible(graph: Graph, attention: Node, of_capture: Node) -> None:
-    """Turns an additive mask, known to do nothing but hide, into a boolean one: whatever hides, hides all."""
-    mask, value = attention.args[3], of_capture.args[3]
-    if isinstance(value, Node) and isinstance(mask, Node) and value.meta["val"].is_floating_point():
-        with graph.inserting_before(attention):
-            visible = graph.call_function(torch.ops.aten.eq.Scalar, (mask, 0))
-        attention.args = (*attention.args[:3], visible, *attention.args[4:])
-
-
-def _identity(module: nn.Module, call: OwnerCall, signature: Signature) -> Any:
-    """What two modules and their calls must share to share a graph."""
-    parts = []
-    for name, part in module.named_modules():
-        shapes = [
-            (key, tuple(value.shape), value.dtype)
-            for key, value in part._parameters.items()
-            if value is not None
-        ]
-        shapes += [
-            (key, tuple(value.shape), value.dtype)
-            for key, value in part._buffers.items()
-            if value is not None
-        ]
-        parts.append((name, type(part), tuple(shapes), _plain_attributes(part)))
-    arguments = tuple(
-        (path, (tuple(leaf.shape), leaf.dtype)) if isinstance(leaf, Tensor) else (path, _plain(leaf))
-        for path, leaf in leaves(signature.bind(call.args, call.kwargs)).items()
-        if path[0] not in CACHE_NAMES and not is_cache(leaf)
-    )
-    same = tuple(same_tensors(signature.bind(call.args, call.kwargs)).items())
-    return tuple(parts), arguments, same
-
-
-def _plain_attributes(module: nn.Module) -> tuple[tuple[str, Any], ...]:
-    return tuple(
-        (name, _plain(value))
-        for name, value in sorted(vars(module).items())
-        if not name.startswith("_") and name not in ("layer_idx", "layer_id", "training")
-    )
-
-
-def _plain(value: Any) -> Any:
-    if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device)):
-        return value
-    if isinstance(value, (tuple, list)):
-        return tuple(_plain(item) for item in value)
-    if isinstance(value, Mapping):
-        return tuple((str(key), _plain(item)) for key, item in value.items())
-    return (type(value).__qualname__, id(value))
-
-
-def compiled(source: str) -> Any:
-    """Compiles the source of a plan into its function."""
-    from torch.fx.graph_module import _forward_from_src
-
-    return _forward_from_src(source, {})

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -129,3 +130,24 @@ def stand_ins(site: nn.Module, calls: list[ChildCall]) -> Iterator[TracedCalls]:
     finally:
         for parent, name, child in replaced:
             parent._modules[name] = child
+
+
+@contextmanager
+def fixed_causality() -> Iterator[None]:
+    """Has SDPA take ``is_causal=tokens > 1`` during an export for what it is in the example.
+
+    It must not be a symbol; and where there is one token, there are no later ones to hide.
+    """
+    original = F.scaled_dot_product_attention
+
+    def fixed(*args: Any, **kwargs: Any) -> Tensor:
+        args = tuple(bool(value) if isinstance(value, torch.SymBool) else value for value in args)
+        if isinstance(kwargs.get("is_causal"), torch.SymBool):
+            kwargs["is_causal"] = bool(kwargs["is_causal"])
+        return original(*args, **kwargs)
+
+    F.scaled_dot_product_attention = fixed
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = original

@@ -235,8 +235,8 @@ def _refuse_what_does_not_run(model: torch.nn.Module, check: bool) -> None:
         )
     for path, site in model.named_modules():
         config = site.retrofit.config if isinstance(site, RetrofittedAttention) else None
-        if isinstance(site, RetrofittedAttention) and (site.retrofit.softcap or site.retrofit.sinks):
-            what = "a softcap of the scores" if site.retrofit.softcap else "attention sinks"
+        what = _unexportable(site) if isinstance(site, RetrofittedAttention) else None
+        if what is not None:
             raise ExportError(
                 f"a converted site with {what} cannot be exported, got {path}; leave it out with where=…"
             )
@@ -247,6 +247,16 @@ def _refuse_what_does_not_run(model: torch.nn.Module, check: bool) -> None:
                         f"MAHAConfig.{name} must be {wanted!r} to be exported, got {getattr(config, name)!r} at "
                         f"{path}; convert it again with {name}={wanted!r}, or leave it out with where=…"
                     )
+
+
+def _unexportable(site: RetrofittedAttention) -> str | None:
+    if site.plan.kind == "cross":
+        return "cross-attention"
+    if site.plan.mask.slopes:
+        return "a bias by distance (ALiBi)"
+    if site.retrofit.softcap:
+        return "a softcap of the scores"
+    return "attention sinks" if site.retrofit.sinks else None
 
 
 def _check_file(file: Path) -> None:

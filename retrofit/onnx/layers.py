@@ -19,7 +19,7 @@ import onnx_ir as ir
 from onnx_ir.tensor_adapters import TorchTensor
 from torch import Tensor, nn
 
-from retrofit.capture.plan import SitePlan
+from retrofit.capture.site_plan import SitePlan
 
 TRANSLATED = 3
 """Layers that are translated: one to start, one to repeat, and one to see how it repeats."""

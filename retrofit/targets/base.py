@@ -75,6 +75,11 @@ class TargetAttention(nn.Module):
         self.sliding_window = sliding_window
         self.implementation = implementation
 
+    @property
+    def drops_weights(self) -> bool:
+        """Whether dropout of attention weights can be had in training."""
+        return False
+
     def rules(self, call: AttentionCall) -> ScoreRules:
         """What happens to the scores in ``call`` besides the mask."""
         return ScoreRules(self.softcap, call.sinks)

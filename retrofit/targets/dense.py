@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 class DenseAttention(TargetAttention):
     """Attends to every visible key."""
 
+    @property
+    def drops_weights(self) -> bool:
+        """Always."""
+        return True
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
         """See :meth:`TargetAttention.forward`."""
         return attend_densely(self, q, k, v, call)
@@ -42,6 +47,7 @@ def attend_densely(target: TargetAttention, q: Tensor, k: Tensor, v: Tensor, cal
         sliding_window=target.sliding_window,
         padded=call.padded,
         rules=target.rules(call),
+        dropout_p=call.dropout,
     )
 
 

@@ -78,6 +78,11 @@ class HSAAttention(TargetAttention):
             self.gate = nn.Parameter(torch.zeros(heads))
 
     @property
+    def drops_weights(self) -> bool:
+        """Only where the site attends densely: a sparse kernel has no weights to drop one by one."""
+        return self.always_dense
+
+    @property
     def always_dense(self) -> bool:
         """Whether the sliding window leaves nothing to select."""
         g = self.geometry

@@ -87,6 +87,11 @@ class MAHAAttention(TargetAttention):
             self.branch_gate = nn.Parameter(torch.zeros(heads))
 
     @property
+    def drops_weights(self) -> bool:
+        """Only where the site attends densely: a sparse kernel has no weights to drop one by one."""
+        return self.always_dense
+
+    @property
     def always_dense(self) -> bool:
         """Whether the sliding window leaves nothing to pool."""
         return 0 < self.sliding_window <= self.config.sink + self._full_width

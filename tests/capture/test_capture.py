@@ -209,4 +209,4 @@ class Distances(nn.Module):
 
 def test_a_bias_that_a_child_makes_from_sizes_is_named():
     (site,) = api.inspect(nn.Sequential(Distances()).eval(), torch.randn(2, 11, 8)).sites
-    assert "adds a bias to the scores, by distance alone" in site.reason
+    assert "adds a learned position bias to the scores (bias)" in site.reason

@@ -252,6 +252,10 @@ def _keep(left=0, right=0):
     return keep
 
 
+def _distance(t):
+    return torch.arange(t)[:, None] - torch.arange(t).float()
+
+
 def _windowed(t, w):
     at = torch.arange(t)
     return _causal(t) & (at > at[:, None] - w)
@@ -271,11 +275,19 @@ def _windowed(t, w):
         ([_sample(_keep(0, 4)[:, None, None, :])], "key padding"),
         ([_sample(_windowed(T, 4)[None, None])], "sliding window(4)"),
         ([_sample((_windowed(T, 4) & _keep(3)[:, None, None, :]), _keep(3))], "sliding window(4)+padding"),
-        ([_sample(-torch.arange(T).float()[None, None, None])], "the same for every query"),
+        ([_sample(-torch.arange(T).float()[None, None, None])], "ALiBi"),
+        ([_sample(-torch.arange(T).float().square()[None, None, None])], "the same for every query"),
+        ([_sample(-torch.arange(T).float().expand(1, 4, T, T) + _additive(T))], "causal+ALiBi"),
         (
-            [_sample(-torch.arange(T).float().expand(1, 4, T, T))],
-            "adds a bias to the scores, by distance alone",
+            [_sample(-_distance(T).abs().expand(1, 4, T, T))],
+            "adds a bias to the scores, by distance, but not in proportion to it",
         ),
+        (
+            [_sample(-_distance(T).expand(1, 4, T, T)), _sample(-2 * _distance(T).expand(1, 4, T, T))],
+            "whose slope depends on the input",
+        ),
+        ([_sample(-_distance(T).expand(1, 4, T, T)), _sample(None)], "for some inputs alone"),
+        ([_sample(-_distance(T).expand(1, 4, T, T).bfloat16())], "rounded to torch.bfloat16"),
         ([_sample(torch.rand(1, 4, T, T))], "adds a bias to the scores, not by distance alone"),
         ([_sample((torch.arange(T) % 2 == 0)[None, None, None])], "middle of a row"),
         ([_sample(torch.rand(1, 4, T, T) > 0.5)], "differs between heads"),

@@ -83,10 +83,13 @@ def _without_last(site, s):
     return F.softmax(s, dim=-1)[..., :-1]
 
 
-def _alibi(site, s):
-    t = s.shape[-1]
-    distance = (torch.arange(t) - torch.arange(t)[:, None]).float()
-    return s * SCALE + distance * site.temperature
+def _distance(t):
+    return (torch.arange(t) - torch.arange(t)[:, None]).float()
+
+
+def _bucketed(site, s):
+    table = site.mix.flatten()[:, None]
+    return s + F.embedding((_distance(s.shape[-1]).abs().long()).clamp(max=15), table)[..., 0]
 
 
 def _score_dependent(site, s):
@@ -131,6 +134,25 @@ def _used_elsewhere(q, k, v):
     return flat((weights @ v) * weights.amax(-1, keepdim=True))
 
 
+def _convolved(site, s):
+    return F.conv2d(s * SCALE, site.mix[..., None, None])
+
+
+class Differential(nn.Module):
+    """The difference of two attentions, in one module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.site = Site(lambda site, q, k, v: self._once(q, k, v) - 0.5 * self._once(k, q, v))
+
+    @staticmethod
+    def _once(q, k, v):
+        return flat(F.scaled_dot_product_attention(*heads(q, k, v)))
+
+    def forward(self, x):
+        return self.site(x)
+
+
 NEAR_MISSES: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "softmax over experts": (Router, "not into a product with values"),
     "softmax over queries": (
@@ -145,6 +167,16 @@ NEAR_MISSES: dict[str, tuple[Callable[[], nn.Module], str]] = {
         "not from a product",
     ),
     "talking heads": (lambda: Site(weights_of(_talking)), "not"),
+    "talking heads before the softmax": (
+        lambda: Site(softmax_of(_convolved)),
+        r"a convolution over the scores \(talking heads\) stands between",
+    ),
+    "two attentions in one module": (Differential, "2 attentions in one module"),
+    "a selection of the largest scores": (
+        lambda: Site(softmax_of(lambda site, s: s.masked_fill(s < s.topk(2).values[..., -1:], -torch.inf))),
+        "depends on the scores",
+    ),
+    "a clamp": (lambda: Site(softmax_of(lambda site, s: s.clamp(-5, 5))), "the scores are clamped"),
     "a mask before a tanh": (lambda: Site(softmax_of(_mask_before_tanh)), "wrong side of a tanh"),
     "a factor after a tanh": (
         lambda: Site(softmax_of(lambda site, s: torch.tanh(s) * site.temperature)),
@@ -164,7 +196,42 @@ NEAR_MISSES: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: Site(lambda site, q, k, v: weights_of(_without_last)(site, q, k, v[:, :-1])),
         "0 logits are added to the scores and 1 taken",
     ),
-    "ALiBi": (lambda: Site(softmax_of(_alibi)), "bias"),
+    "a learned slope": (
+        lambda: Site(softmax_of(lambda site, s: s + _distance(s.shape[-1]) * site.temperature)),
+        r"a learned position bias to the scores \(temperature\)",
+    ),
+    "a learned bias by distance": (
+        lambda: Site(softmax_of(_bucketed)),
+        r"a learned position bias to the scores \(mix\)",
+    ),
+    "a bias that is not in proportion to the distance": (
+        lambda: Site(softmax_of(lambda site, s: s - _distance(s.shape[-1]).abs().sqrt())),
+        "by distance, but not in proportion to it",
+    ),
+    "a bias to both sides": (
+        lambda: Site(softmax_of(lambda site, s: s - _distance(s.shape[-1]).abs())),
+        "by distance, but not in proportion to it",
+    ),
+    "a bias and sinks": (
+        lambda: Site(
+            weights_of(
+                lambda site, s: _sink(
+                    site, s.masked_fill(~causal(s.shape[-1]), -torch.inf) + _distance(s.shape[-1])
+                )
+            )
+        ),
+        "a bias by distance is added to scores beside attention sinks",
+    ),
+    "a bias and a softcap": (
+        lambda: Site(
+            softmax_of(
+                lambda site, s: (
+                    torch.tanh(s).masked_fill(~causal(s.shape[-1]), -torch.inf) + _distance(s.shape[-1])
+                )
+            )
+        ),
+        "a bias by distance is added to capped scores",
+    ),
     "a mask that depends on the scores": (
         lambda: Site(softmax_of(_score_dependent)),
         "depends on the scores",
@@ -203,3 +270,30 @@ def test_a_near_miss_is_refused_and_left_untouched(name):
     (site,) = retrofit.inspect(model, (example,)).sites
     assert not site.convertible
     assert re.search(r"(spelled|test_near_misses)\.py:\d", site.reason) or "around it" in site.reason
+
+
+def _kernelised(site, q, k, v):
+    q, k, v = heads(F.elu(q) + 1, F.elu(k) + 1, v)
+    return flat(q @ (k.transpose(2, 3) @ v) / (q @ k.sum(2)[..., None]))
+
+
+NO_SOFTMAX: dict[str, Callable[[], nn.Module]] = {
+    "sigmoid attention": lambda: Site(weights_of(lambda site, s: torch.sigmoid(s - 2.0))),
+    "relu attention": lambda: Site(weights_of(lambda site, s: F.relu(s) / s.shape[-1])),
+    "linear attention with a kernel": lambda: Site(_kernelised),
+}
+
+
+@pytest.mark.parametrize("name", NO_SOFTMAX)
+def test_what_has_no_softmax_is_left_untouched(name):
+    torch.manual_seed(0)
+    model = Model(NO_SOFTMAX[name]()).eval()
+    modules = list(model.modules())
+    (example,) = inputs((2, 11))
+    with torch.no_grad():
+        before = model(example)
+        with pytest.raises(NoAttentionFound, match="Model has no attention: no softmax"):
+            retrofit.convert(model, retrofit.DenseConfig(), (example,))
+        assert torch.equal(model(example), before)
+    assert list(model.modules()) == modules
+    assert retrofit.inspect(model, (example,)).sites == ()

@@ -8,7 +8,20 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from spelled import HEADS, SCALE, WIDTH, Model, Site, causal, check_round_trip, flat, heads, softmax_of
+from spelled import (
+    DIM,
+    HEADS,
+    SCALE,
+    WIDTH,
+    Model,
+    Site,
+    causal,
+    check_round_trip,
+    flat,
+    heads,
+    repeat,
+    softmax_of,
+)
 from torch import nn
 
 
@@ -87,8 +100,18 @@ def _expanded_kv_head(site, q, k, v):
     return flat(F.softmax(q @ k.transpose(2, 3) * SCALE, dim=-1) @ v)
 
 
-def _einsum(first, second):
+def _repeated(repeat):
     def attend(site, q, k, v):
+        q, k, v = heads(q, k, v)
+        k, v = repeat(k), repeat(v)
+        return flat(F.softmax(q @ k.transpose(2, 3) * SCALE, dim=-1) @ v)
+
+    return attend
+
+
+def _einsum(first, second, *, swapped=False):
+    def attend(site, q, k, v):
+        q, k = (k, q) if swapped else (q, k)
         return torch.einsum(second, F.softmax(torch.einsum(first, q, k) * SCALE, dim=-1), v).flatten(2)
 
     return attend
@@ -100,6 +123,33 @@ SPELLINGS: dict[str, Callable[[], nn.Module]] = {
     "baddbmm": lambda: Site(_baddbmm),
     "einsum bthd,bshd->bhts": lambda: Site(_einsum("bthd,bshd->bhts", "bhts,bshd->bthd")),
     "einsum in another order": lambda: Site(_einsum("bihc,bjhc->hbij", "hbij,bjhc->bihc")),
+    "einsum, keys first": lambda: Site(_einsum("zkyx,zqyx->zyqk", "zyqk,zkyx->zqyx", swapped=True)),
+    "einsum, values first": lambda: Site(
+        lambda site, q, k, v: torch.einsum(
+            "bshd,bhts->bthd", v, F.softmax(torch.einsum("bthd,bshd->bhts", q, k) * SCALE, dim=-1)
+        ).flatten(2)
+    ),
+    "einsum without an arrow": lambda: Site(
+        lambda site, q, k, v: flat(
+            torch.einsum(
+                "...ij,...jk",
+                F.softmax(torch.einsum("...id,...jd", *heads(q, k)) * SCALE, -1),
+                v.transpose(1, 2),
+            )
+        )
+    ),
+    "torch.matmul": lambda: Site(
+        lambda site, q, k, v: flat(
+            torch.matmul(
+                F.softmax(torch.matmul(q.transpose(1, 2), k.permute(0, 2, 3, 1)) * SCALE, dim=-1),
+                v.transpose(1, 2),
+            )
+        )
+    ),
+    "scale on q": lambda: Site(lambda site, q, k, v: softmax_of(lambda _, s: s)(site, q * SCALE, k, v)),
+    "scale on k": lambda: Site(lambda site, q, k, v: softmax_of(lambda _, s: s)(site, q, k / DIM**0.5, v)),
+    "repeat_interleave": lambda: Site(_repeated(lambda x: x.repeat_interleave(2, dim=1)), kv_heads=2),
+    "repeat_kv": lambda: Site(_repeated(repeat), kv_heads=2),
     "einsum with dots": lambda: Site(
         lambda site, q, k, v: flat(
             torch.einsum(

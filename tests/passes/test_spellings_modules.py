@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -64,6 +65,86 @@ class FusedUnbind(nn.Module):
         attn = (q * SCALE) @ k.transpose(-2, -1)
         attn = self.attn_drop(attn.softmax(dim=-1))
         return self.proj((attn @ v).transpose(1, 2).reshape(B, N, C))
+
+
+class Fused(nn.Module):
+    """One projection, taken apart by ``split``: [b, t, 3·h·d] to q, k, v [b, h, t, d]."""
+
+    def __init__(self, split) -> None:
+        super().__init__()
+        self.qkv, self.proj, self.split = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH), split
+
+    def forward(self, x):
+        q, k, v = self.split(self.qkv(x))
+        return self.proj(flat(F.softmax(q @ k.transpose(2, 3) * SCALE, dim=-1) @ v))
+
+
+FUSED = {
+    "chunk": lambda y: [part.unflatten(2, (HEADS, DIM)).transpose(1, 2) for part in y.chunk(3, dim=-1)],
+    "split": lambda y: [
+        part.view(*part.shape[:2], HEADS, DIM).permute(0, 2, 1, 3) for part in y.split(WIDTH, dim=2)
+    ],
+    "unbind": lambda y: y.view(*y.shape[:2], 3, HEADS, DIM).transpose(1, 3).unbind(2),
+    "reshape and permute": lambda y: list(y.reshape(*y.shape[:2], 3, HEADS, DIM).permute(2, 0, 3, 1, 4)),
+    "head by head": lambda y: y.view(*y.shape[:2], HEADS, 3 * DIM).transpose(1, 2).chunk(3, dim=-1),
+    "index": lambda y: [
+        y.view(*y.shape[:2], HEADS, 3, DIM)[..., place, :].transpose(1, 2) for place in range(3)
+    ],
+    "slices": lambda y: [
+        y[..., WIDTH * place : WIDTH * (place + 1)].unflatten(-1, (HEADS, DIM)).transpose(1, 2)
+        for place in range(3)
+    ],
+}
+
+
+class Latent(nn.Module):
+    """Multi-head latent attention: keys and values from one latent, one rotary key for all heads, wider keys."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.latent = nn.Linear(WIDTH, HEADS * (DIM + 4)), nn.Linear(WIDTH, 12 + 4)
+        self.norm, self.kv = nn.LayerNorm(12), nn.Linear(12, HEADS * (DIM + 6))
+        self.out = nn.Linear(HEADS * 6, WIDTH)
+
+    def forward(self, x):
+        b, t, _ = x.shape
+        angle = torch.arange(t)[:, None] / torch.tensor([1.0, 10.0])
+        turn = torch.polar(torch.ones_like(angle), angle)
+        q = self.q(x).view(b, t, HEADS, DIM + 4).transpose(1, 2)
+        latent, k_turned = self.latent(x).split([12, 4], dim=-1)
+        k, v = self.kv(self.norm(latent)).view(b, t, HEADS, DIM + 6).transpose(1, 2).split([DIM, 6], dim=-1)
+        k_turned = _turned(k_turned.view(b, 1, t, 4), turn).expand(-1, HEADS, -1, -1)
+        q, k = torch.cat([q[..., :DIM], _turned(q[..., DIM:], turn)], -1), torch.cat([k, k_turned], -1)
+        scores = (q @ k.transpose(2, 3) * (DIM + 4) ** -0.5).masked_fill(~causal(t), -torch.inf)
+        return self.out(flat(F.softmax(scores, dim=-1) @ v))
+
+
+def _turned(x, turn):
+    return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turn).flatten(-2)
+
+
+class Gated(nn.Module):
+    """A sigmoid gate on what attention gives, which is no sigmoid attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.site, self.gate = Site(causal_sdpa), nn.Linear(WIDTH, HEADS * DIM)
+        self.site.out = nn.Identity()
+
+    def forward(self, x):
+        return self.site(x) * torch.sigmoid(self.gate(x))
+
+
+class Several(nn.Module):
+    """Two attentions of different spellings in one forward, and one inside a child of a child."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Fused(FUSED["chunk"]), Site(causal_sdpa)
+        self.nested = nn.Sequential(nn.LayerNorm(WIDTH), FusedUnbind())
+
+    def forward(self, x):
+        return self.nested(self.first(x) + self.second(x))
 
 
 class WithWeights(nn.Module):
@@ -150,6 +231,10 @@ SPELLINGS: dict[str, Callable[[], nn.Module]] = {
     "nn.MultiheadAttention, length first, weights": lambda: Torch(weights=True, causal=True),
     "nn.TransformerEncoder": _encoder,
     "shared between layers": Twice,
+    "MLA": Latent,
+    "a gate behind it": Gated,
+    "several in one forward": Several,
+    **{f"fused q, k and v by {name}": partial(Fused, split) for name, split in FUSED.items()},
 }
 
 
@@ -165,6 +250,9 @@ PADDING = {
     "with a causal mask": lambda s, mask: s.masked_fill(~causal(s.shape[-1]), -1e9).masked_fill(
         ~mask.bool()[:, None, None], -1e9
     ),
+    "ALiBi with a causal mask": lambda s, mask: (
+        s + torch.arange(s.shape[-1]) * torch.tensor([0.5, 0.25, 0.1, 0.0]).view(HEADS, 1, 1)
+    ).masked_fill(~causal(s.shape[-1]) | ~mask.bool()[:, None, None], -torch.inf),
 }
 
 
@@ -183,10 +271,15 @@ def test_padding_is_carried_through(name):
     with torch.no_grad():
         before = [model(*inputs) for inputs in others]
         (site,) = retrofit.convert(model, retrofit.DenseConfig(), others[0]).converted
-        assert site.mask == ("causal+padding" if "causal" in name else "key padding")
+        assert site.mask == ("causal+padding" if "causal" in name else "key padding") + "+ALiBi" * (
+            "ALiBi" in name
+        )
         for (x, mask), expected in zip(others, before, strict=True):
             real = mask[..., None]
             torch.testing.assert_close(model(x, mask) * real, expected * real, rtol=1e-5, atol=1e-5)
+        retrofit.revert(model)
+        for given, expected in zip(others, before, strict=True):
+            assert torch.equal(model(*given), expected)
 
 
 def test_pixels_attend():
@@ -199,16 +292,23 @@ def test_pixels_attend():
         assert (site.heads, site.head_dim) == (1, WIDTH)
         for x, expected in zip(others, before, strict=True):
             torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+        retrofit.revert(model)
+        assert all(torch.equal(model(x), expected) for x, expected in zip(others, before, strict=True))
 
 
-def test_a_decoder_of_torch_keeps_its_cross_attention():
+def test_the_fast_path_of_torch_gives_way_and_comes_back():
     torch.manual_seed(0)
-    layer = nn.TransformerDecoderLayer(WIDTH, HEADS, 48, dropout=0.0, batch_first=True)
-    model = nn.TransformerDecoder(layer, 2).eval()
-    target, memory = inputs((2, 11), (2, 7))
+    layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 48, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    (x,) = inputs((3, 12))
+    padding = torch.zeros(3, 12, dtype=torch.bool)
+    padding[1, 9:] = padding[2, 5:] = True  # the fast path leaves these tokens out
+    real = ~padding[..., None]
     with torch.no_grad():
-        expected = model(target, memory, tgt_is_causal=False)
-        report = retrofit.convert(model, retrofit.DenseConfig(), (target, memory))
-        assert [site.path for site in report.converted] == ["layers.0.self_attn", "layers.1.self_attn"]
-        assert all("cross-attention" in reason for reason in report.skipped.values())
-        torch.testing.assert_close(model(target, memory), expected, rtol=1e-5, atol=1e-5)
+        before = model(x, src_key_padding_mask=padding)
+        report = retrofit.convert(model, retrofit.DenseConfig(), {"src": x, "src_key_padding_mask": padding})
+        assert [site.mask for site in report.converted] == ["key padding"] * 2
+        got = model(x, src_key_padding_mask=padding)
+        torch.testing.assert_close(got * real, before * real, rtol=1e-5, atol=1e-5)
+        retrofit.revert(model)
+        assert torch.equal(model(x, src_key_padding_mask=padding), before)

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from spelled import (
     DIM,
+    HEADS,
+    MOST,
     SCALE,
     Model,
     Site,
@@ -72,6 +74,41 @@ def _softcap_mask_and_sinks(site, s):
     return F.softmax(both, dim=-1, dtype=torch.float32)[..., :-1]
 
 
+SLOPES = torch.tensor([0.5, 0.3, 0.0, 0.01]).view(HEADS, 1, 1)
+
+
+def _alibi(site, s):
+    t = s.shape[-1]
+    distance = torch.arange(t) - torch.arange(t)[:, None]
+    return (s * SCALE + distance * SLOPES).masked_fill(~causal(t), -torch.inf)
+
+
+def _alibi_by_key(site, s):
+    return s * SCALE + SLOPES * torch.arange(s.shape[-1]) + torch.full_like(s, -torch.inf).triu(1)
+
+
+def _alibi_sliced(site, s):
+    t = s.shape[-1]
+    bias = -SLOPES * (torch.arange(MOST)[:, None] - torch.arange(MOST)).clamp(min=0)
+    return s * SCALE + bias[:, :t, :t] + torch.full((t, t), torch.finfo(s.dtype).min).triu(1)
+
+
+def _alibi_in_sdpa(site, q, k, v):
+    t = q.shape[1]
+    bias = SLOPES * (torch.arange(t) - torch.arange(t)[:, None])
+    bias = bias.masked_fill(~causal(t), -torch.inf).expand(q.shape[0], -1, -1, -1)
+    return flat(F.scaled_dot_product_attention(*heads(q, k, v), attn_mask=bias))
+
+
+def _alibi_by_baddbmm(site, q, k, v):
+    b, t, h, d = q.shape
+    q, k, v = (x.transpose(1, 2).reshape(b * h, t, d) for x in (q, k, v))
+    bias = (SLOPES * torch.arange(t)).repeat(b, 1, 1)
+    scores = bias.baddbmm(q, k.transpose(1, 2), alpha=SCALE).view(b, h, t, t)
+    weights = F.softmax(scores.masked_fill(~causal(t), -1e38), dim=-1).view(b * h, t, t)
+    return torch.bmm(weights, v).view(b, h, t, d).transpose(1, 2).reshape(b, t, h * d)
+
+
 SPELLINGS: dict[str, Callable[[], nn.Module]] = {
     "scale on the scores": lambda: Site(softmax_of(lambda site, s: s * SCALE)),
     "division": lambda: Site(softmax_of(lambda site, s: s / math.sqrt(DIM))),
@@ -83,6 +120,11 @@ SPELLINGS: dict[str, Callable[[], nn.Module]] = {
     "attention sinks": lambda: Site(weights_of(_sink)),
     "a sink as a factor": lambda: Site(lambda site, q, k, v: _sink_as_factor(q, k, v, site.sinks)),
     "a softcap, a mask and sinks": lambda: Site(weights_of(_softcap_mask_and_sinks)),
+    "ALiBi": lambda: Site(softmax_of(_alibi)),
+    "ALiBi by the key alone": lambda: Site(softmax_of(_alibi_by_key)),
+    "ALiBi from a table": lambda: Site(softmax_of(_alibi_sliced)),
+    "ALiBi as the mask of SDPA": lambda: Site(_alibi_in_sdpa),
+    "ALiBi by baddbmm": lambda: Site(_alibi_by_baddbmm),
     "scale on both": lambda: Site(
         lambda site, q, k, v: softmax_of(lambda site, s: s)(site, q * DIM**-0.25, k * DIM**-0.25, v)
     ),

@@ -46,6 +46,29 @@ def _rotary(site, q, k, v):
     return causal_sdpa(site, rotated(q), rotated(k), v)
 
 
+def _interleaved_rotary(site, q, k, v):
+    t = q.shape[1]
+    angle = torch.arange(t)[:, None] / 100 ** (torch.arange(DIM // 2) / DIM)
+    cos, sin = (f(angle).repeat_interleave(2, dim=1)[:, None] for f in (torch.cos, torch.sin))
+
+    def rotated(x):
+        return x * cos + torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2) * sin
+
+    return causal_sdpa(site, rotated(q), rotated(k), v)
+
+
+def _partial_rotary(site, q, k, v):
+    half = DIM // 2
+    angle = torch.arange(q.shape[1])[:, None] / 100 ** (torch.arange(half // 2) / half)
+    cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+
+    def rotated(x):
+        (a, b), rest = x[..., :half].chunk(2, dim=-1), x[..., half:]
+        return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
+
+    return causal_sdpa(site, rotated(q), rotated(k), v)
+
+
 def _complex_rotary(site, q, k, v):
     t = q.shape[1]
     turn = torch.polar(torch.ones(t, DIM // 2), torch.arange(t)[:, None] / torch.arange(1, DIM // 2 + 1))[
@@ -73,11 +96,30 @@ SPELLINGS: dict[str, Callable[[], nn.Module]] = {
     "sdpa expand": lambda: Site(sdpa(lambda q, k, v: (q, repeat(k), repeat(v))), kv_heads=2),
     "sdpa expand before transpose": lambda: Site(_repeated_before_transpose, kv_heads=2),
     "sdpa bool mask": lambda: Site(lambda site, q, k, v: sdpa(attn_mask=causal(q.shape[1]))(site, q, k, v)),
+    "sdpa additive mask": lambda: Site(
+        lambda site, q, k, v: sdpa(
+            attn_mask=torch.zeros(q.shape[1], q.shape[1]).masked_fill(~causal(q.shape[1]), -torch.inf)
+        )(site, q, k, v)
+    ),
+    "sdpa sliced tril buffer": lambda: Site(
+        lambda site, q, k, v: sdpa(attn_mask=site.tril[..., : q.shape[1], : q.shape[1]].bool())(site, q, k, v)
+    ),
+    "sdpa causal for more than one token": lambda: Site(
+        lambda site, q, k, v: sdpa(is_causal=q.shape[1] > 1)(site, q, k, v)
+    ),
+    "sdpa by position": lambda: Site(
+        lambda site, q, k, v: flat(F.scaled_dot_product_attention(*heads(q, k, v), None, 0.0, True))
+    ),
+    "sdpa dropout in training": lambda: Site(
+        lambda site, q, k, v: sdpa(dropout_p=0.1 if site.training else 0.0)(site, q, k, v)
+    ),
     "sdpa (b h) t d": lambda: Site(_sdpa_merged),
     "sdpa five dimensions": lambda: Site(_sdpa_five),
     "sdpa without heads": lambda: Site(_sdpa_no_heads),
     "sdpa value width": lambda: Site(causal_sdpa, value_dim=12),
     "rotary": lambda: Site(_rotary),
+    "interleaved rotary": lambda: Site(_interleaved_rotary),
+    "partial rotary": lambda: Site(_partial_rotary),
     "complex rotary": lambda: Site(_complex_rotary),
     "q and k norm": lambda: Site(_normalised),
 }

@@ -1,0 +1,97 @@
+"""What is known of a module that owns attention: all that a site needs to run, or why it has to stay as it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from retrofit.capture.call import LeafPath, Signature
+from retrofit.capture.slots import Slot
+from retrofit.passes.attention.masks import MaskClass
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """What a site runs.
+
+    Attributes:
+        source: Python source of ``forward(self, *tensors, context)``.
+        keys: Of cross-attention, the source of a function from ``key_inputs`` to keys and values; None elsewhere.
+        key_inputs: Where its tensors are found in a call.
+        inputs: Where the tensors are found in a call.
+        signature: The original's parameters.
+        same: Arguments that must be the same tensor as another one.
+        rows: Inputs that are expanded to the rows of the first.
+        known: Leaves that were not tensors when the graph was made, by path.
+        output: The result with ``TENSOR`` in the place of tensors.
+        lost: Which of the tensors in the result become None: attention weights.
+        mask_argument: Where the mask is found in a call; None if there is none.
+        keep_mask: Whether the graph computes the mask and hands it to the target call.
+        spelling: Which rule recognised the attention.
+        training: Source of the forward in training, if it drops something out; takes and gives the same.
+        untrainable: Why it cannot be trained as it is; None if it can.
+        dropout: Where the probability of dropping an attention weight is read from, or the number.
+        slot: Its place in the key-value cache.
+    """
+
+    source: str
+    keys: str | None
+    key_inputs: tuple[LeafPath, ...]
+    inputs: tuple[LeafPath, ...]
+    same: tuple[tuple[LeafPath, LeafPath], ...]
+    rows: tuple[LeafPath, ...]
+    signature: Signature
+    known: tuple[tuple[LeafPath, Any], ...]
+    output: Any
+    lost: tuple[int, ...]
+    constants: tuple[tuple[str, Tensor], ...]
+    mask_argument: LeafPath | None
+    keep_mask: bool
+    mask: MaskClass
+    spelling: str
+    kind: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    scale: float
+    softcap: float
+    sinks: bool
+    training: str | None
+    untrainable: str | None
+    dropout: str | float
+    slot: Slot
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SitePlan:
+        """A plan never changes; copies of a model share it."""
+        return self
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Why a module has no plan, and what is known of it anyway.
+
+    Attributes:
+        kind: ``self``, ``cross``, ``unknown``, or ``other`` for a softmax that is not attention.
+        source: File and line of the model's code that the reason is about.
+        near_miss: The rule that came nearest, and the first of its conditions that does not hold.
+        spelling: Which rule recognised the attention, if one did and something else stands in the way.
+    """
+
+    reason: str
+    kind: str = "unknown"
+    source: str | None = None
+    near_miss: str | None = None
+    spelling: str | None = None
+    heads: int | None = None
+    kv_heads: int | None = None
+    head_dim: int | None = None
+
+
+def compiled(source: str) -> Any:
+    """Compiles the source of a plan into its function."""
+    from torch.fx.graph_module import _forward_from_src
+
+    return _forward_from_src(source, {})

@@ -1,0 +1,42 @@
+"""Attention to tokens of another sequence, with the mask as it comes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from retrofit.targets.base import TargetAttention
+
+if TYPE_CHECKING:
+    from retrofit.site import AttentionCall
+
+
+class CrossAttention(TargetAttention):
+    """Attends to every key that the mask shows."""
+
+    @property
+    def drops_weights(self) -> bool:
+        """Always."""
+        return True
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
+        """As :meth:`TargetAttention.forward`, to all N keys; nothing is cached here."""
+        mask = call.mask
+        if mask is not None and mask.is_floating_point():
+            mask = mask.to(q.dtype)
+        if self.observer is not None:
+            keys = torch.full((q.shape[0], self.kv_heads, q.shape[2]), k.shape[2], device=q.device)
+            valid = torch.ones_like(keys[:, 0], dtype=torch.bool)
+            self.observer({"keys": keys, "nodes": torch.zeros_like(keys), "valid": valid})
+        return F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            mask,
+            dropout_p=call.dropout,
+            scale=self.scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
