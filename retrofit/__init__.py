@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from retrofit.api import revert as revert
     from retrofit.api import sites as sites
     from retrofit.bench import benchmark as benchmark
+    from retrofit.bench import tune as tune
     from retrofit.cache import RetrofitCache as RetrofitCache
     from retrofit.configs import DenseConfig as DenseConfig
     from retrofit.configs import HSAConfig as HSAConfig
@@ -44,6 +45,7 @@ _HOME = {
     "revert": "api",
     "sites": "api",
     "benchmark": "bench",
+    "tune": "bench",
     "RetrofitCache": "cache",
     "DenseConfig": "configs",
     "HSAConfig": "configs",

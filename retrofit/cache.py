@@ -95,6 +95,13 @@ class RetrofitLayer(DynamicLayer):  # type: ignore[no-untyped-call]
                 "values of a RetrofitLayer cannot be set, they belong to its state; use update and crop"
             )
 
+    @property
+    def room(self) -> Tensor:
+        """The buffer of the keys [B, Hkv, N, D], with N slots of which the first hold tokens."""
+        if self._buffers is None:
+            raise CacheError("an empty RetrofitLayer has no room; call update first")
+        return self._buffers[0]
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Takes dtype and device from the first keys."""
         self.dtype, self.device = key_states.dtype, key_states.device

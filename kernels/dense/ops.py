@@ -239,9 +239,12 @@ def dense_attention(
             padded=padded,
             rules=rules,
         )
-    simple = rules.plain and not padded and not sliding_window and (not causal or q.shape[2] == k.shape[2])
+    causal_here = causal and q.shape[2] > 1  # the last query sees all keys
+    simple = (
+        rules.plain and not padded and not sliding_window and (not causal_here or q.shape[2] == k.shape[2])
+    )
     if simple and q.is_cuda and implementation == "auto" and not torch.compiler.is_exporting():
-        return fused.attend_with_gradients(q, k, v, scale, causal)
+        return fused.attend_with_gradients(q, k, v, scale, causal_here)
     out: Tensor = _dense_attention(
         q,
         k,

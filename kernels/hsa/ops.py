@@ -65,7 +65,7 @@ def _hsa_attention(
     }
     name = _implementation(options["implementation"], q, v, gate, causal, sliding_window, geometry, rules)
     if name == "triton":
-        result: tuple[Tensor, Tensor, Tensor, Tensor] = _triton().hsa_attention(
+        result: tuple[Tensor, Tensor, Tensor, Tensor] = triton_kernels().hsa_attention(
             *arguments, **given, padded=options["padded"]
         )
         return result
@@ -86,10 +86,12 @@ def _implementation(
     """The implementation of that name; ``auto`` is ``triton`` for what it can do on a GPU, and else ``blocked``."""
     if name in ("reference", "blocked"):
         return name
-    if name == "auto" and not (q.device.type == "cuda" and _has_triton()):
+    if name == "auto" and not (q.device.type == "cuda" and has_triton()):
         return "blocked"
     options = {"causal": causal, "sliding_window": sliding_window, "gate": gate, "geometry": geometry}
-    missing = _triton().unsupported(q, v, **options) if rules.plain else "a softcap or sinks in the softmax"
+    missing = (
+        triton_kernels().unsupported(q, v, **options) if rules.plain else "a softcap or sinks in the softmax"
+    )
     if missing is None:
         return "triton"
     if name == "auto":
@@ -100,12 +102,14 @@ def _implementation(
 
 
 @cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Whether Triton is installed."""
     return importlib.util.find_spec("triton") is not None
 
 
-def _triton() -> ModuleType:
-    if not _has_triton():
+def triton_kernels() -> ModuleType:
+    """The Triton kernels; ConfigError without Triton."""
+    if not has_triton():
         raise ConfigError(
             "implementation='triton' needs the package triton; install it with pip install triton"
         )
@@ -143,7 +147,7 @@ def _hsa_attention_backward(
     *arguments, gate, spans, first, out, lse, sinks = tensors
     geometry = _geometry(options)
     if out is not None and lse is not None:
-        found = _triton().hsa_attention_backward(
+        found = triton_kernels().hsa_attention_backward(
             *arguments, spans, first, out, lse, scale=scale, padded=options["padded"], geometry=geometry
         )
     else:

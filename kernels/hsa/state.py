@@ -43,6 +43,39 @@ class HSAState:
             first=fn(self.first),
         )
 
+    def with_room(self, k: Tensor) -> HSAState:
+        """Returns the state with room for at least all slots of the keys k [B, Hkv, N, D]; itself if it has that.
+
+        Cells that no token has completed yet have no meaning.
+        """
+        g, slots = self.geometry, k.shape[2]
+        sizes = [max(0, slots - g.sink) // size for size in g.node_sizes]
+        fits = all(x.shape[2] >= size for x, size in zip(self.nodes, sizes, strict=True))
+        if fits and self.spans.shape[2] >= g.blocks(slots):
+            return self
+        spans, first = g.selection(k, self.spans, self.first)
+        return replace(
+            self,
+            nodes=tuple(map(_roomier, self.nodes, sizes)),
+            spreads=None if self.spreads is None else _roomier(self.spreads, sizes[0]),
+            value_nodes=tuple(map(_roomier, self.value_nodes, sizes)),
+            spans=spans,
+            first=first,
+        )
+
+    def narrowed(self, tokens: int) -> HSAState:
+        """Returns the state without room for more than ``tokens`` index slots, as views."""
+        g = self.geometry
+        nodes = crop_pyramid(self.nodes, tokens, ratios=g.ratios, offset=g.sink)
+        return replace(
+            self,
+            nodes=tuple(nodes),
+            spreads=None if self.spreads is None else self.spreads[:, :, : nodes[0].shape[2]],
+            value_nodes=tuple(crop_pyramid(self.value_nodes, tokens, ratios=g.ratios, offset=g.sink)),
+            spans=self.spans[:, :, : g.blocks(tokens)],
+            first=self.first[:, :, : g.blocks(tokens)],
+        )
+
     def crop(self, start: Tensor, tokens: int) -> HSAState:
         """Returns the state of the first ``tokens`` index slots, as if the rest had never been seen.
 
@@ -50,17 +83,18 @@ class HSAState:
             start: Index of each row's first real token, int64 [B].
             tokens: Index slots to keep.
         """
-        g = self.geometry
-        blocks = min(g.blocks(tokens), self.spans.shape[2])
-        begin = torch.arange(blocks, device=start.device) * g.query_block
+        g, kept = self.geometry, self.narrowed(tokens)
+        begin = torch.arange(kept.spans.shape[2], device=start.device) * g.query_block
         rows = ((tokens - start)[:, None] - begin)[:, None, :, None]  # queries left in each block
-        spans, first = self.spans[:, :, :blocks], self.first[:, :, :blocks]
-        nodes = crop_pyramid(self.nodes, tokens, ratios=g.ratios, offset=g.sink)
         return replace(
-            self,
-            nodes=tuple(nodes),
-            spreads=None if self.spreads is None else self.spreads[:, :, : nodes[0].shape[2]],
-            value_nodes=tuple(crop_pyramid(self.value_nodes, tokens, ratios=g.ratios, offset=g.sink)),
-            spans=torch.where(rows > 0, spans, -1),
-            first=torch.where(first < rows, first, g.query_block),
+            kept,
+            spans=torch.where(rows > 0, kept.spans, -1),
+            first=torch.where(kept.first < rows, kept.first, g.query_block),
         )
+
+
+def _roomier(x: Tensor, count: int) -> Tensor:
+    """x [B, Hkv, M, …] with room for ``count`` cells."""
+    found = x.new_empty(*x.shape[:2], count, *x.shape[3:])
+    found[:, :, : x.shape[2]] = x
+    return found

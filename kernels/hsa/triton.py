@@ -95,7 +95,7 @@ def hsa_attention(
     Arguments are as in ``ops``; the last output is float32 [B, Hq, T].
     """
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    call = Call.of(q, k, v, padded, geometry)
+    call = Call.of(q, k, v, geometry, padded=padded)
     spans, first = geometry.selection(k, past_spans, past_first)
     fused = call.starts_dense and dense.can_attend(q, k, v)
     if call.is_dense and fused:
@@ -109,27 +109,27 @@ def hsa_attention(
     todo = torch.zeros(1 + tiles, dtype=torch.int32, device=q.device)
     if not call.is_dense:
         nodes = [x.contiguous() for x in nodes]
-        _keep_spans(call, q, nodes, start, length, spans, scale)
+        keep_spans(call, q, nodes, start, length, spans, scale)
         shift = _choose_leaves(call, q, k, nodes[0], spreads, start, length, spans, first, scale)
         ordered, counts = call.list_blocks(start, length, spans, first)
         execute.attend_listed[call.tiles](
-            q, k, v, start, length, ordered, counts, shift, todo, out, lse, *_strides(q, k, v), *call.extent,
+            q, k, v, start, length, ordered, counts, shift, todo, out, lse, *strides(q, k, v), *call.extent,
             scale, LARGEST_SUM[q.dtype], **_execution(call),
         )  # fmt: skip
     if fused:
         end = geometry.dense_end
         out[:, :, :end], lse[:, :, :end] = dense.attend(q[:, :, :end], k[:, :, :end], v[:, :, :end], scale)
-    execute.attend_run[(min(tiles, PROGRAMS * _processors(q.device)),)](
-        q, k, v, start, length, ordered, counts, todo, out, lse, *_strides(q, k, v), *call.extent, call.batch,
+    execute.attend_run[(min(tiles, PROGRAMS * processors(q.device)),)](
+        q, k, v, start, length, ordered, counts, todo, out, lse, *strides(q, k, v), *call.extent, call.batch,
         0 if fused else min(call.blocks, geometry.dense_end // geometry.query_block), scale, **_execution(call),
     )  # fmt: skip
     return out, spans, first, lse
 
 
-def _keep_spans(
+def keep_spans(
     call: Call, q: Tensor, nodes: Sequence[Tensor], start: Tensor, length: Tensor, spans: Tensor, scale: float
 ) -> None:
-    """The coarse steps: fills ``spans``."""
+    """The coarse steps: fills ``spans`` where a new query is the first of its block."""
     g = call.geometry
     width = g.beam * g.fanout + g.fanout
     scores = torch.empty(call.rows, call.blocks, call.group, width, dtype=torch.float32, device=q.device)
@@ -148,13 +148,13 @@ def _keep_spans(
         count = nodes[level].shape[2]
         per_tile = 64 // group_pad
         select.top_scores[(-(-call.blocks // per_tile), call.rows)](
-            q, nodes[level], start, length, scores, *_strides(q), *at_nodes, *call.extent, count,
+            q, nodes[level], start, length, scores, *strides(q), *at_nodes, *call.extent, count,
             LEVEL=level, GROUP_PAD=group_pad, PER_SPAN=g.nodes_per_span, TILE=64, **call.product, **coarse,
             num_warps=4,
         )  # fmt: skip
         if level < highest:
             select.refine[(call.blocks, call.rows)](
-                q, nodes[level], start, length, spans, scores, *_strides(q), *at_nodes,
+                q, nodes[level], start, length, spans, scores, *strides(q), *at_nodes,
                 *call.extent, call.total_blocks, count,
                 LEVEL=level, PER_SPAN=g.nodes_per_span, TILE=max(16, group_pad), **call.product, **coarse,
                 num_warps=4,
@@ -180,19 +180,16 @@ def _choose_leaves(
     """The leaf step: lowers ``first``, and returns the shift of each query's scores, [B, Hq, T]."""
     g, width = call.geometry, power(call.geometry.leaf_width)
     leaves = nodes.shape[2] // g.nodes_in_span(0)
-    if spreads is not None:
-        spreads = spreads[:, :, : leaves * g.nodes_in_span(0)].contiguous()
     tiles = call.blocks * call.rows
-    programs = min(tiles, PROGRAMS * _processors(q.device))
+    programs = min(tiles, PROGRAMS * processors(q.device))
     scratch = torch.empty(programs, g.query_block, width + g.fanout, dtype=torch.int16, device=q.device)
     shift = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     choose[(programs,)](
-        q, k, nodes, spreads, start, length, spans, first, shift, scratch, *_strides(q, k), nodes.stride(0),
-        nodes.stride(1), *call.extent, call.total_blocks, leaves, tiles, scale, g.spread, g.least_vote,
+        q, k, nodes, spreads, start, length, spans, first, shift, scratch, *strides(q, k), *nodes.stride()[:2],
+        *spread_strides(spreads), *call.extent, call.total_blocks, leaves, tiles, scale, g.spread, g.least_vote,
         PER_LEAF=g.nodes_in_span(0), CHOICES=g.leaves_per_query,
         GROUP=call.group, HEADS=call.tile_heads,
-        KEYS=max(16, KEYS if call.dim * call.bytes <= 256 else KEYS // 2),
-        **call.product, **call.shared, **call.leaves, **(CHOOSE if _is_large(call) else SMALL),
+        KEYS=score_keys(call), **call.product, **call.shared, **call.leaves, **(CHOOSE if is_large(call) else SMALL),
     )  # fmt: skip
     return shift
 
@@ -209,20 +206,33 @@ def _execution(call: Call) -> dict[str, Any]:
         **call.product,
         **call.values,
         **call.shared,
-        **(ATTEND if _is_large(call) else SMALL),
+        **(ATTEND if is_large(call) else SMALL),
     }
 
 
-def _is_large(call: Call) -> bool:
+def score_keys(call: Call) -> int:
+    """Keys of one step of the kernels that only score."""
+    return max(16, KEYS if call.dim * call.bytes <= 256 else KEYS // 2)
+
+
+def is_large(call: Call) -> bool:
+    """Whether the tiles of a query block have enough rows for eight warps."""
     return call.tile_heads * call.geometry.query_block >= 128
 
 
-def _strides(*tensors: Tensor) -> tuple[int, ...]:
+def strides(*tensors: Tensor) -> tuple[int, ...]:
+    """Strides of all dims but the last."""
     return tuple(stride for x in tensors for stride in x.stride()[:3])
 
 
+def spread_strides(spreads: Tensor | None) -> tuple[int, int]:
+    """Strides of batch and heads."""
+    return (0, 0) if spreads is None else (spreads.stride(0), spreads.stride(1))
+
+
 @cache
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; a few for the interpreter."""
     if device.type != "cuda":
         return 2
     return torch.cuda.get_device_properties(device).multi_processor_count

@@ -83,7 +83,7 @@ def hsa_attention_backward(
     grads = [torch.zeros_like(x) for x in (q, k, v)]
     grad_q, grad_k, grad_v = (_in_rows(x) for x in grads)
     q, k, v, grad = (_in_rows(x) for x in (q, k, v, grad))
-    call = Call.of(q, k, v, padded, geometry)
+    call = Call.of(q, k, v, geometry, padded=padded)
     delta = torch.empty_like(lse)
     wide = max(call.dim, call.value_dim) * call.bytes > 256
     heads = call.heads_per_tile(QUERY_ROWS // 2 if wide else QUERY_ROWS)

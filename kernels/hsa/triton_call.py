@@ -10,6 +10,7 @@ from torch import Tensor
 
 from retrofit.kernels.hsa.geometry import Geometry
 from retrofit.kernels.hsa.triton_choose import list_blocks
+from retrofit.kernels.hsa.triton_select import ENDING, PADDED, WHOLE
 
 TILE_ROWS = 128
 """Queries times heads in a tile of 128 dims or fewer."""
@@ -39,16 +40,38 @@ class Call:
     dim: int
     value_dim: int
     bytes: int
-    padded: bool
+    layout: int
     geometry: Geometry
+    total_blocks: int
 
     @staticmethod
-    def of(q: Tensor, k: Tensor, v: Tensor, padded: bool, geometry: Geometry) -> Call:
-        """Reads the sizes of the inputs."""
+    def of(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        geometry: Geometry,
+        *,
+        padded: bool = True,
+        ending: bool = False,
+        total_blocks: int | None = None,
+    ) -> Call:
+        """Reads the sizes of the inputs.
+
+        Args:
+            q: Queries.
+            k: Keys.
+            v: Values.
+            geometry: The sizes of the site.
+            padded: As ``triton_select`` says of layouts.
+            ending: As ``triton_select`` says of layouts.
+            total_blocks: Query blocks that the selection has room for; None for those of the slots.
+        """
         batch, heads, tokens, dim = q.shape
         slots, value_dim = k.shape[2], v.shape[3]
+        layout = (ENDING if ending else PADDED if padded else WHOLE).value
+        room = geometry.blocks(slots) if total_blocks is None else total_blocks
         return Call(
-            batch, heads, k.shape[1], tokens, slots, dim, value_dim, q.element_size(), padded, geometry
+            batch, heads, k.shape[1], tokens, slots, dim, value_dim, q.element_size(), layout, geometry, room
         )
 
     @property
@@ -68,11 +91,6 @@ class Call:
         return (self.tokens + 2 * size - 2) // size
 
     @property
-    def total_blocks(self) -> int:
-        """Query blocks of all slots."""
-        return self.geometry.blocks(self.slots)
-
-    @property
     def tile_heads(self) -> int:
         """Heads of a group in a tile of the kernels that choose and attend."""
         return self.heads_per_tile(TILE_ROWS // 2 if max(self.dim, self.value_dim) > 128 else TILE_ROWS)
@@ -85,7 +103,7 @@ class Call:
     @property
     def starts_dense(self) -> bool:
         """Whether the dense start of every row is that of the sequence, as causal attention sees it."""
-        return not self.padded and self.tokens == self.slots
+        return self.layout == WHOLE.value and self.tokens == self.slots
 
     @property
     def is_dense(self) -> bool:
@@ -108,7 +126,7 @@ class Call:
             "BLOCK": g.block,
             "QUERY_BLOCK": g.query_block,
             "DENSE_END": g.dense_end,
-            "PADDED": self.padded,
+            "LAYOUT": self.layout,
         }
 
     @property

@@ -118,30 +118,26 @@ def span_at(kept, index, used, edge):
     return tl.where(index < used, tl.load(kept + index, mask=index < used, other=0), edge + index - used)
 
 
-@triton.jit(do_not_specialize=["slots", "tokens", "blocks", "total_blocks", "leaves", "tiles"])
-def choose(
-    q, k, nodes, spreads, start, length, spans, first, shift, scratch,
-    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_nb, stride_nh,
-    slots, tokens, blocks, total_blocks, leaves, tiles, scale, spread, least,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr, WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr,
-    FANOUT: tl.constexpr, PER_LEAF: tl.constexpr, BEAM: tl.constexpr, QUERY_BLOCK: tl.constexpr,
-    DENSE_END: tl.constexpr, CHOICES: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr,
+@triton.jit
+def vote_spans(
+    q, k, nodes, spreads, shift, kept, held, b, h, t0, low, high, offset, begin, from_pair, to_pair,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_nb, stride_nh, stride_sb, stride_sh,
+    tokens, leaves, scale, spread,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
+    WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr, FANOUT: tl.constexpr, PER_LEAF: tl.constexpr,
+    BEAM: tl.constexpr, QUERY_BLOCK: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr,
     KEYS: tl.constexpr, PRECISION: tl.constexpr,
-    PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Each new query chooses the leaves that weigh enough, CHOICES at most: lowers ``first``.
+    """Votes of the queries of the block at t0 for the leaves of its spans, from one pair of spans to another.
 
-    ``spreads`` is [B·Hkv, leaves, PER_LEAF] and ``first`` [B·Hkv, total_blocks, WIDTH]; ``shift`` [B, Hq, T] gets the highest scores among sinks and window.
-    HEADS of the group's heads meet the nodes of two spans in one product. The votes of a block wait in ``scratch``
-    [programs, QUERY_BLOCK, WIDTH_PAD + FANOUT], int16, until all are known. ``least`` is the least vote that counts.
+    Writes them to ``held`` [QUERY_BLOCK, WIDTH_PAD + FANOUT], int16, and the highest scores among sinks and window
+    to ``shift`` [B, Hq, T]. Spans are those in ``kept`` and then those of the cover's edge. HEADS of the group's
+    heads meet the nodes of two spans in one product.
     """
     ROWS: tl.constexpr = HEADS * QUERY_BLOCK
     STRIDE: tl.constexpr = WIDTH_PAD + FANOUT
-    CHILDREN: tl.constexpr = BEAM * FANOUT
     LEAVES: tl.constexpr = 2 * FANOUT
-    EDGE_SPANS: tl.constexpr = (WIDTH - CHILDREN + FANOUT - 1) // FANOUT
-    held = scratch + tl.program_id(0).to(tl.int64) * (QUERY_BLOCK * STRIDE)
+    EDGE_SPANS: tl.constexpr = (WIDTH - BEAM * FANOUT + FANOUT - 1) // FANOUT
     row = tl.arange(0, ROWS)
     dim = tl.arange(0, DIM_PAD)
     # Columns are (four leaves, nodes by PAIR, leaf of the four, node of the pair): where an accumulator has columns
@@ -153,96 +149,171 @@ def choose(
     leaf = tl.arange(0, LEAVES)
     node = tl.arange(0, PER_LEAF)
     place = tl.arange(0, QUERY_BLOCK)
+    factor = scale * LOG2E
+    base = nodes + b * stride_nb + h * stride_nh
+    keys = k + b * stride_kb + h * stride_kh + begin.to(tl.int64) * stride_kt
+    edge = covered_leaves(t0, WINDOW, SINK, BLOCK) // FANOUT
+    used = spans_kept(kept, BEAM, WIDTH_PAD // FANOUT)
+    for h0 in range(0, GROUP, HEADS):
+        row_place, row_head = place_and_head(row, HEADS)
+        head = h * GROUP + h0 + row_head
+        t = t0 + row_place
+        at = (t + offset).to(tl.int64)
+        new = (t >= low) & (t < high) & (head < (h + 1) * GROUP)
+        at_q = b * stride_qb + head * stride_qh + at * stride_qt
+        x = tl.load(q + at_q[:, None] + dim[None], mask=new[:, None] & (dim[None] < DIM), other=0.0)
+        wide = x.to(tl.float32)
+        second = tl.sum(wide * wide, 1) * (0.5 * spread * scale)
+        top, near = weigh_near(
+            x, keys, stride_kt, t, t0, high, factor,
+            DIM, DIM_PAD, ROWS, WINDOW, SINK, BLOCK, QUERY_BLOCK, KEYS, PRECISION,
+        )  # fmt: skip
+        if shift is not None:
+            tl.store(shift + (b * KV_HEADS * GROUP + head) * tokens + at, top, mask=new)
+        near = tl.where(new, near * STEPS, float("inf"))
+        first_span = 2 * from_pair
+        left, right = span_at(kept, first_span, used, edge), span_at(kept, first_span + 1, used, edge)
+        for j in range(first_span, tl.minimum(used + EDGE_SPANS, 2 * to_pair), 2):
+            of_leaf = tl.where(leaf < FANOUT, left, right)
+            of_column = tl.where(column_leaf < FANOUT, left, right)
+            left, right = span_at(kept, j + 2, used, edge), span_at(kept, j + 3, used, edge)
+            # Leaves that are not complete are nobody's candidates; the last one stands for them.
+            n = tl.minimum(of_column * FANOUT + column_leaf % FANOUT, leaves - 1) * PER_LEAF + column_node
+            y = load_keys(base, n, DIM, None, DIM, DIM_PAD)
+            if spreads is not None:
+                m = tl.minimum(of_leaf * FANOUT + leaf % FANOUT, leaves - 1)
+                spread_at = spreads + b * stride_sb + h * stride_sh
+                apart = tl.load(spread_at + m[:, None] * PER_LEAF + node[None])
+            s = tl.dot(x, y, input_precision=PRECISION)
+            if spreads is not None:
+                apart = tl.reshape(apart, [LEAVES // 4, 4, PER_LEAF // PAIR, PAIR])
+                apart = tl.reshape(tl.permute(apart, (0, 2, 1, 3)), [LEAVES * PER_LEAF])
+                s = tl.fma(
+                    tl.broadcast_to(second[:, None], s.shape), tl.broadcast_to(apart[None], s.shape), s
+                )
+            best = tl.max(tl.reshape(s, [ROWS, LEAVES // 4, PER_LEAF // PAIR, 4, PAIR]), 4)
+            best = tl.reshape(tl.max(best, 2), [ROWS, LEAVES])
+            weight = best_head(best * (factor * STEPS) - near[:, None], QUERY_BLOCK, HEADS, LEAVES)
+            vote = rounded(tl.minimum(tl.maximum(weight, -MOST), MOST)).to(tl.int16)
+            at_leaf = tl.where(j + leaf // FANOUT >= used, BEAM - used, 0) * FANOUT + j * FANOUT + leaf
+            to = held + place[:, None] * STRIDE + at_leaf[None]
+            if GROUP > HEADS:
+                earlier = tl.load(to, mask=(at_leaf < WIDTH_PAD)[None], other=0)
+                vote = tl.where(h0 > 0, tl.maximum(vote, earlier), vote)
+            tl.store(to, vote, mask=(at_leaf < WIDTH_PAD)[None])
+        tl.debug_barrier()  # every thread has written its votes
+
+
+@triton.jit
+def spans_kept(kept, BEAM: tl.constexpr, PLACES: tl.constexpr):
+    """How many of the BEAM places hold a span."""
+    slot = tl.arange(0, PLACES)
+    return tl.sum((tl.load(kept + slot, mask=slot < BEAM, other=-1) >= 0).to(tl.int32), 0)
+
+
+@triton.jit
+def settle(
+    kept, at_first, held, t0, low, high, least,
+    WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr, FANOUT: tl.constexpr, BEAM: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr, CHOICES: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr,
+):  # fmt: skip
+    """Each new query of the block at t0 chooses by the votes ``held``: lowers ``at_first`` [WIDTH], and returns it."""
+    STRIDE: tl.constexpr = WIDTH_PAD + FANOUT
+    CHILDREN: tl.constexpr = BEAM * FANOUT
     candidate = tl.arange(0, WIDTH_PAD)
     is_edge = (candidate >= CHILDREN) & (candidate < WIDTH)
-    factor = scale * LOG2E
+    edge = covered_leaves(t0, WINDOW, SINK, BLOCK) // FANOUT
+    used = spans_kept(kept, BEAM, WIDTH_PAD // FANOUT)
+    before = tl.load(at_first + candidate, mask=candidate < WIDTH, other=QUERY_BLOCK).to(tl.int32)
+    when = tl.full([FEW, WIDTH_PAD], QUERY_BLOCK, tl.int32)
+    for r in range(tl.maximum(low - t0, 0) // FEW * FEW, tl.minimum(high - t0, QUERY_BLOCK), FEW):
+        some = r + tl.arange(0, FEW)
+        limit = covered_leaves(t0 + some, WINDOW, SINK, BLOCK)
+        open_ = is_edge[None] & ((edge * FANOUT + candidate - CHILDREN)[None] < limit[:, None])
+        open_ = open_ | (candidate < used * FANOUT)[None]
+        new = (t0 + some >= low) & (t0 + some < high)
+        vote = tl.load(held + some[:, None] * STRIDE + candidate[None], mask=open_, other=0).to(tl.int32)
+        chosen = open_ & new[:, None] & (vote >= least)
+        if tl.max(tl.sum(chosen.to(tl.int32), 1), 0) > CHOICES:
+            chosen = chosen & highest(tl.where(chosen, vote, -MOST - 1), least, CHOICES)
+        when = tl.minimum(when, tl.where(chosen, some[:, None], QUERY_BLOCK))
+    before = tl.minimum(before, tl.min(when, 0))
+    tl.store(at_first + candidate, before.to(tl.uint8), mask=candidate < WIDTH)
+    return before
+
+
+@triton.jit(do_not_specialize=["slots", "tokens", "blocks", "total_blocks", "leaves", "tiles"])
+def choose(
+    q, k, nodes, spreads, start, length, spans, first, shift, scratch,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_nb, stride_nh, stride_sb, stride_sh,
+    slots, tokens, blocks, total_blocks, leaves, tiles, scale, spread, least,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr, WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr,
+    FANOUT: tl.constexpr, PER_LEAF: tl.constexpr, BEAM: tl.constexpr, QUERY_BLOCK: tl.constexpr,
+    DENSE_END: tl.constexpr, CHOICES: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr,
+    KEYS: tl.constexpr, PRECISION: tl.constexpr,
+    LAYOUT: tl.constexpr,
+):  # fmt: skip
+    """Each new query chooses the leaves that weigh enough, CHOICES at most: lowers ``first``.
+
+    ``spreads`` is [B, Hkv, leaves·PER_LEAF, …] and ``first`` [B·Hkv, total_blocks, WIDTH]; ``shift`` [B, Hq, T]
+    gets the highest scores among sinks and window. The votes of a block wait in ``scratch``
+    [programs, QUERY_BLOCK, WIDTH_PAD + FANOUT], int16, until all are known. ``least`` is the least vote that counts.
+    """
+    held = scratch + tl.program_id(0).to(tl.int64) * (QUERY_BLOCK * (WIDTH_PAD + FANOUT))
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         i = tile % blocks
         bh = (tile // blocks).to(tl.int64)
         b, h = bh // KV_HEADS, bh % KV_HEADS
-        low, high, offset = row_range(start, length, slots, tokens, b, PADDED)
+        low, high, offset, begin = row_range(start, length, slots, tokens, b, LAYOUT)
         number = low // QUERY_BLOCK + i
         t0 = number * QUERY_BLOCK
         if (t0 + QUERY_BLOCK > DENSE_END) & (t0 < high):
-            base = nodes + b * stride_nb + h * stride_nh
-            begin = slots - tokens + offset  # index of position 0
-            keys = k + b * stride_kb + h * stride_kh + begin.to(tl.int64) * stride_kt
             kept = spans + (bh * total_blocks + number) * BEAM
-            at_first = first + (bh * total_blocks + number) * WIDTH
-            edge = covered_leaves(t0, WINDOW, SINK, BLOCK) // FANOUT
-            slot = tl.arange(0, WIDTH_PAD // FANOUT)
-            used = tl.sum((tl.load(kept + slot, mask=slot < BEAM, other=-1) >= 0).to(tl.int32), 0)
-            for h0 in range(0, GROUP, HEADS):
-                row_place, row_head = place_and_head(row, HEADS)
-                head = h * GROUP + h0 + row_head
-                t = t0 + row_place
-                at = (t + offset).to(tl.int64)
-                new = (t >= low) & (t < high) & (head < (h + 1) * GROUP)
-                at_q = b * stride_qb + head * stride_qh + at * stride_qt
-                x = tl.load(q + at_q[:, None] + dim[None], mask=new[:, None] & (dim[None] < DIM), other=0.0)
-                wide = x.to(tl.float32)
-                second = tl.sum(wide * wide, 1) * (0.5 * spread * scale)
-                top, near = weigh_near(
-                    x, keys, stride_kt, t, t0, high, factor,
-                    DIM, DIM_PAD, ROWS, WINDOW, SINK, BLOCK, QUERY_BLOCK, KEYS, PRECISION,
-                )  # fmt: skip
-                tl.store(shift + (b * KV_HEADS * GROUP + head) * tokens + at, top, mask=new)
-                near = tl.where(new, near * STEPS, float("inf"))
-                left, right = span_at(kept, 0, used, edge), span_at(kept, 1, used, edge)
-                for j in range(0, used + EDGE_SPANS, 2):
-                    of_leaf = tl.where(leaf < FANOUT, left, right)
-                    of_column = tl.where(column_leaf < FANOUT, left, right)
-                    left, right = span_at(kept, j + 2, used, edge), span_at(kept, j + 3, used, edge)
-                    # Leaves that are not complete are nobody's candidates; the last one stands for them.
-                    n = (
-                        tl.minimum(of_column * FANOUT + column_leaf % FANOUT, leaves - 1) * PER_LEAF
-                        + column_node
-                    )
-                    y = load_keys(base, n, DIM, None, DIM, DIM_PAD)
-                    if spreads is not None:
-                        m = bh * leaves + tl.minimum(of_leaf * FANOUT + leaf % FANOUT, leaves - 1)
-                        apart = tl.load(spreads + m[:, None] * PER_LEAF + node[None])
-                    s = tl.dot(x, y, input_precision=PRECISION)
-                    if spreads is not None:
-                        apart = tl.reshape(apart, [LEAVES // 4, 4, PER_LEAF // PAIR, PAIR])
-                        apart = tl.reshape(tl.permute(apart, (0, 2, 1, 3)), [LEAVES * PER_LEAF])
-                        s = tl.fma(
-                            tl.broadcast_to(second[:, None], s.shape),
-                            tl.broadcast_to(apart[None], s.shape),
-                            s,
-                        )
-                    best = tl.max(tl.reshape(s, [ROWS, LEAVES // 4, PER_LEAF // PAIR, 4, PAIR]), 4)
-                    best = tl.reshape(tl.max(best, 2), [ROWS, LEAVES])
-                    weight = best_head(best * (factor * STEPS) - near[:, None], QUERY_BLOCK, HEADS, LEAVES)
-                    vote = rounded(tl.minimum(tl.maximum(weight, -MOST), MOST)).to(tl.int16)
-                    at_leaf = (
-                        tl.where(j + leaf // FANOUT >= used, BEAM - used, 0) * FANOUT + j * FANOUT + leaf
-                    )
-                    to = held + place[:, None] * STRIDE + at_leaf[None]
-                    if GROUP > HEADS:
-                        earlier = tl.load(to, mask=(at_leaf < WIDTH_PAD)[None], other=0)
-                        vote = tl.where(h0 > 0, tl.maximum(vote, earlier), vote)
-                    tl.store(to, vote, mask=(at_leaf < WIDTH_PAD)[None])
-                tl.debug_barrier()  # every thread has written its votes
-
-            when = tl.full([FEW, WIDTH_PAD], QUERY_BLOCK, tl.int32)
-            for r in range(0, QUERY_BLOCK, FEW):
-                some = r + tl.arange(0, FEW)
-                limit = covered_leaves(t0 + some, WINDOW, SINK, BLOCK)
-                open_ = is_edge[None] & ((edge * FANOUT + candidate - CHILDREN)[None] < limit[:, None])
-                open_ = open_ | (candidate < used * FANOUT)[None]
-                new = (t0 + some >= low) & (t0 + some < high)
-                vote = tl.load(held + some[:, None] * STRIDE + candidate[None], mask=open_, other=0).to(
-                    tl.int32
-                )
-                chosen = open_ & new[:, None] & (vote >= least)
-                if tl.max(tl.sum(chosen.to(tl.int32), 1), 0) > CHOICES:
-                    chosen = chosen & highest(tl.where(chosen, vote, -MOST - 1), least, CHOICES)
-                when = tl.minimum(when, tl.where(chosen, some[:, None], QUERY_BLOCK))
-            before = tl.load(at_first + candidate, mask=candidate < WIDTH, other=0).to(tl.int32)
-            before = tl.minimum(before, tl.min(when, 0))
-            tl.store(at_first + candidate, before.to(tl.uint8), mask=candidate < WIDTH)
+            vote_spans(
+                q, k, nodes, spreads, shift, kept, held, b, h, t0, low, high, offset, begin, 0, WIDTH,
+                stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_nb, stride_nh,
+                stride_sb, stride_sh, tokens, leaves, scale, spread,
+                KV_HEADS, GROUP, HEADS, DIM, DIM_PAD, WINDOW, SINK, BLOCK, FANOUT, PER_LEAF, BEAM, QUERY_BLOCK,
+                WIDTH, WIDTH_PAD, KEYS, PRECISION,
+            )  # fmt: skip
+            settle(
+                kept, first + (bh * total_blocks + number) * WIDTH, held, t0, low, high, least,
+                WINDOW, SINK, BLOCK, FANOUT, BEAM, QUERY_BLOCK, CHOICES, WIDTH, WIDTH_PAD,
+            )  # fmt: skip
             tl.debug_barrier()  # the next tile's votes take their place
+
+
+@triton.jit
+def list_block(
+    kept, when, listed, seen_by, t0,
+    WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr, FANOUT: tl.constexpr, BEAM: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr, WIDTH_PAD: tl.constexpr, LIST: tl.constexpr,
+):  # fmt: skip
+    """What ``triton_execute`` calls the list of the query block at t0, and how many of it each of its rows sees.
+
+    ``when`` [WIDTH_PAD] is the row that first chose each candidate. Writes ``listed`` [LIST], by position / BLOCK,
+    and ``seen_by`` [QUERY_BLOCK]; the places behind the last are 0.
+    """
+    NEAR: tl.constexpr = LIST - WIDTH_PAD
+    candidate = tl.arange(0, WIDTH_PAD)
+    place = tl.arange(0, QUERY_BLOCK)
+    _, last, whole = near_edges(t0, WINDOW, SINK, BLOCK, QUERY_BLOCK)
+    near = (SINK + whole - last) // BLOCK
+    for n in range(0, NEAR, WIDTH_PAD):
+        block = n + candidate
+        block += tl.where(block < SINK // BLOCK, 0, (last - SINK) // BLOCK)
+        tl.store(listed + n + candidate, block, mask=n + candidate < near)
+    seen = tl.sum((when[None] <= place[:, None]).to(tl.int32), 1)
+    tl.store(seen_by + place, near + seen)
+    order = tl.sort(when * WIDTH_PAD + candidate)
+    which = order % WIDTH_PAD
+    child = which < BEAM * FANOUT
+    parent = tl.load(kept + which // FANOUT, mask=child, other=0)
+    edge = covered_leaves(t0, WINDOW, SINK, BLOCK) // FANOUT
+    leaf = tl.where(child, parent * FANOUT + which % FANOUT, edge * FANOUT + which - BEAM * FANOUT)
+    known = order // WIDTH_PAD < QUERY_BLOCK
+    tl.store(listed + near + candidate, tl.where(known, SINK // BLOCK + leaf, 0))
 
 
 @triton.jit(do_not_specialize=["slots", "tokens", "blocks", "total_blocks"])
@@ -251,38 +322,19 @@ def list_blocks(
     slots, tokens, blocks, total_blocks,
     KV_HEADS: tl.constexpr, WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr,
     FANOUT: tl.constexpr, BEAM: tl.constexpr, QUERY_BLOCK: tl.constexpr, DENSE_END: tl.constexpr,
-    WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, LIST: tl.constexpr, PADDED: tl.constexpr,
+    WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, LIST: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
-    """What ``triton_execute`` calls the list of each query block, by position / BLOCK, and how many each row sees.
-
-    Writes ``ordered`` [B·Hkv, blocks, LIST] and ``counts`` [B·Hkv, blocks, QUERY_BLOCK]; the places behind the last
-    are 0.
-    """
-    NEAR: tl.constexpr = LIST - WIDTH_PAD
+    """Writes ``ordered`` [B·Hkv, blocks, LIST] and ``counts`` [B·Hkv, blocks, QUERY_BLOCK], as ``list_block`` says."""
     i = tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
-    low, high, _ = row_range(start, length, slots, tokens, bh // KV_HEADS, PADDED)
+    low, high, _, _ = row_range(start, length, slots, tokens, bh // KV_HEADS, LAYOUT)
     number = low // QUERY_BLOCK + i
     t0 = number * QUERY_BLOCK
     if (t0 + QUERY_BLOCK > DENSE_END) & (t0 < high):
         candidate = tl.arange(0, WIDTH_PAD)
-        place = tl.arange(0, QUERY_BLOCK)
         at = bh * total_blocks + number
-        listed = ordered + (bh * blocks + i) * LIST
-        _, last, whole = near_edges(t0, WINDOW, SINK, BLOCK, QUERY_BLOCK)
-        near = (SINK + whole - last) // BLOCK
-        for n in range(0, NEAR, WIDTH_PAD):
-            block = n + candidate
-            block += tl.where(block < SINK // BLOCK, 0, (last - SINK) // BLOCK)
-            tl.store(listed + n + candidate, block, mask=n + candidate < near)
         when = tl.load(first + at * WIDTH + candidate, mask=candidate < WIDTH, other=QUERY_BLOCK).to(tl.int32)
-        seen = tl.sum((when[None] <= place[:, None]).to(tl.int32), 1)
-        tl.store(counts + (bh * blocks + i) * QUERY_BLOCK + place, near + seen)
-        order = tl.sort(when * WIDTH_PAD + candidate)
-        which = order % WIDTH_PAD
-        child = which < BEAM * FANOUT
-        parent = tl.load(spans + at * BEAM + which // FANOUT, mask=child, other=0)
-        edge = covered_leaves(t0, WINDOW, SINK, BLOCK) // FANOUT
-        leaf = tl.where(child, parent * FANOUT + which % FANOUT, edge * FANOUT + which - BEAM * FANOUT)
-        known = order // WIDTH_PAD < QUERY_BLOCK
-        tl.store(listed + near + candidate, tl.where(known, SINK // BLOCK + leaf, 0))
+        list_block(
+            spans + at * BEAM, when, ordered + (bh * blocks + i) * LIST, counts + (bh * blocks + i) * QUERY_BLOCK,
+            t0, WINDOW, SINK, BLOCK, FANOUT, BEAM, QUERY_BLOCK, WIDTH_PAD, LIST,
+        )  # fmt: skip

@@ -98,7 +98,7 @@ def attend_listed(
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
     DIM_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, WINDOW: tl.constexpr,
     SINK: tl.constexpr, BLOCK: tl.constexpr, QUERY_BLOCK: tl.constexpr, DENSE_END: tl.constexpr,
-    LIST: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr, PADDED: tl.constexpr,
+    LIST: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Writes ``out`` [B, Hq, T, VALUE_DIM] and ``lse`` [B, Hq, T] of sparse tiles.
 
@@ -110,7 +110,7 @@ def attend_listed(
     i = tl.program_id(0)
     bh = (tl.program_id(1) // PARTS).to(tl.int64)
     b, h = bh // KV_HEADS, bh % KV_HEADS
-    low, high, offset = row_range(start, length, slots, tokens, b, PADDED)
+    low, high, offset, begin = row_range(start, length, slots, tokens, b, LAYOUT)
     t0 = (low // QUERY_BLOCK + i) * QUERY_BLOCK
     if (t0 < high) & (t0 + QUERY_BLOCK > DENSE_END):
         row = tl.arange(0, ROWS)
@@ -125,7 +125,6 @@ def attend_listed(
         x = tl.load(q + at_q[:, None] + dim[None], mask=new[:, None] & (dim[None] < DIM), other=0.0)
         at_out = (b * KV_HEADS * GROUP + head) * tokens + at
         top = tl.load(shift + at_out, mask=new, other=0.0)
-        begin = slots - tokens + offset  # index of position 0
         keys = k + b * stride_kb + h * stride_kh + begin.to(tl.int64) * stride_kt
         values = v + b * stride_vb + h * stride_vh + begin.to(tl.int64) * stride_vt
         key = tl.arange(0, KEYS)
@@ -191,7 +190,7 @@ def attend_run(
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
     DIM_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, WINDOW: tl.constexpr,
     SINK: tl.constexpr, BLOCK: tl.constexpr, QUERY_BLOCK: tl.constexpr, DENSE_END: tl.constexpr,
-    LIST: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr, PADDED: tl.constexpr,
+    LIST: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Writes ``out`` and ``lse`` of the first ``dense_blocks`` of each row, and what is listed in ``todo``."""
     ROWS: tl.constexpr = HEADS * QUERY_BLOCK
@@ -211,7 +210,7 @@ def attend_run(
         part = tl.where(w < dense, w % (batch * ALL_PARTS), again // blocks)
         bh = (part // PARTS).to(tl.int64)
         b, h = bh // KV_HEADS, bh % KV_HEADS
-        low, high, offset = row_range(start, length, slots, tokens, b, PADDED)
+        low, high, offset, begin = row_range(start, length, slots, tokens, b, LAYOUT)
         t0 = (low // QUERY_BLOCK + i) * QUERY_BLOCK
         head = h * GROUP + part % PARTS * HEADS + row // QUERY_BLOCK
         t = t0 + place
@@ -226,7 +225,6 @@ def attend_run(
             new = new & (t - place + QUERY_BLOCK <= DENSE_END)
         at_q = b * stride_qb + head * stride_qh + at * stride_qt
         x = tl.load(q + at_q[:, None] + dim[None], mask=new[:, None] & (dim[None] < DIM), other=0.0)
-        begin = slots - tokens + offset
         keys = k + b * stride_kb + h * stride_kh + begin.to(tl.int64) * stride_kt
         values = v + b * stride_vb + h * stride_vh + begin.to(tl.int64) * stride_vt
         acc = tl.zeros([ROWS, VALUE_PAD], tl.float32)

@@ -40,7 +40,7 @@ def query_gradients(
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
     DIM_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, WINDOW: tl.constexpr,
     SINK: tl.constexpr, BLOCK: tl.constexpr, QUERY_BLOCK: tl.constexpr, DENSE_END: tl.constexpr,
-    LIST: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr, PADDED: tl.constexpr,
+    LIST: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Writes ``grad_q`` as q and ``delta`` [B, Hq, T] for the new queries; tiles are those of ``attend``."""
     ROWS: tl.constexpr = HEADS * QUERY_BLOCK
@@ -48,7 +48,7 @@ def query_gradients(
     i = tl.program_id(0)
     bh = (tl.program_id(1) // PARTS).to(tl.int64)
     b, h = bh // KV_HEADS, bh % KV_HEADS
-    low, high, offset = row_range(start, length, slots, tokens, b, PADDED)
+    low, high, offset, begin = row_range(start, length, slots, tokens, b, LAYOUT)
     t0 = (low // QUERY_BLOCK + i) * QUERY_BLOCK
     if t0 < high:
         row = tl.arange(0, ROWS)
@@ -71,7 +71,6 @@ def query_gradients(
         tl.store(delta + slot, mean, mask=new)
         top = tl.load(lse + slot, mask=new, other=float("inf"))[:, None] * LOG2E
 
-        begin = slots - tokens + offset  # index of position 0
         keys = k + b * stride_kb + h * stride_kh + begin.to(tl.int64) * stride_kt
         values = v + b * stride_vb + h * stride_vh + begin.to(tl.int64) * stride_vt
         key = tl.arange(0, KEYS)
@@ -122,7 +121,7 @@ def key_gradients(
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
     DIM_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, WINDOW: tl.constexpr,
     SINK: tl.constexpr, BLOCK: tl.constexpr, QUERY_BLOCK: tl.constexpr, DENSE_END: tl.constexpr,
-    KEYS: tl.constexpr, PRECISION: tl.constexpr, PADDED: tl.constexpr,
+    KEYS: tl.constexpr, PRECISION: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Writes ``grad_k`` and ``grad_v`` as k and v, or a part to ``held`` [parts, KEYS, DIM + VALUE_DIM].
 
@@ -139,8 +138,7 @@ def key_gradients(
     if tl.where(split, which < all_tiles, count == 1):
         bh, tile = which // tiles, (which % tiles).to(tl.int32)
         b, h = bh // KV_HEADS, bh % KV_HEADS
-        low, high, offset = row_range(start, length, slots, tokens, b, PADDED)
-        begin = slots - tokens + offset
+        low, high, offset, begin = row_range(start, length, slots, tokens, b, LAYOUT)
         sinks, tile_begin, tile_end = tile_keys(tile, SINK, KEYS)
         near_from, near = near_blocks(
             sinks, tile_begin, tile_end, low, high, WINDOW, QUERY_BLOCK, DENSE_END

@@ -75,12 +75,12 @@ def count_entries(
     slots, tokens, blocks, total_blocks, tiles, chunks, per_chunk,
     KV_HEADS: tl.constexpr, WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr,
     FANOUT: tl.constexpr, BEAM: tl.constexpr, QUERY_BLOCK: tl.constexpr, DENSE_END: tl.constexpr,
-    WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, LEAVES: tl.constexpr, PADDED: tl.constexpr,
+    WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, LEAVES: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Adds to ``counts`` [B·Hkv, tiles, chunks]."""
     i = tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
-    low, high, _ = row_range(start, length, slots, tokens, bh // KV_HEADS, PADDED)
+    low, high, _, _ = row_range(start, length, slots, tokens, bh // KV_HEADS, LAYOUT)
     number = low // QUERY_BLOCK + i
     t0 = number * QUERY_BLOCK
     if (t0 + QUERY_BLOCK > DENSE_END) & (t0 < high):
@@ -97,12 +97,12 @@ def write_entries(
     slots, tokens, blocks, total_blocks, tiles, chunks, per_chunk,
     KV_HEADS: tl.constexpr, WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr,
     FANOUT: tl.constexpr, BEAM: tl.constexpr, QUERY_BLOCK: tl.constexpr, DENSE_END: tl.constexpr,
-    WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, LEAVES: tl.constexpr, PADDED: tl.constexpr,
+    WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, LEAVES: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Writes ``entries`` from ``places`` [B·Hkv, tiles, chunks] on, which moves on with them."""
     chunk = tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
-    low, high, _ = row_range(start, length, slots, tokens, bh // KV_HEADS, PADDED)
+    low, high, _, _ = row_range(start, length, slots, tokens, bh // KV_HEADS, LAYOUT)
     for i in range(chunk * per_chunk, tl.minimum((chunk + 1) * per_chunk, blocks)):
         number = low // QUERY_BLOCK + i
         t0 = number * QUERY_BLOCK
@@ -124,12 +124,12 @@ def count_steps(
     slots, tokens, blocks, tiles, chunks,
     KV_HEADS: tl.constexpr, WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr,
     QUERY_BLOCK: tl.constexpr, DENSE_END: tl.constexpr, KEYS: tl.constexpr, TILE: tl.constexpr,
-    PADDED: tl.constexpr,
+    LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Writes ``steps`` [B·Hkv, tiles]; ``ends`` is the running sum of what ``count_entries`` counted."""
     tile = tl.program_id(0) * TILE + tl.arange(0, TILE)
     bh = tl.program_id(1).to(tl.int64)
-    low, high, _ = row_range(start, length, slots, tokens, bh // KV_HEADS, PADDED)
+    low, high, _, _ = row_range(start, length, slots, tokens, bh // KV_HEADS, LAYOUT)
     sinks, begin, end = tile_keys(tile, SINK, KEYS)
     _, near = near_blocks(sinks, begin, end, low, high, WINDOW, QUERY_BLOCK, DENSE_END)
     at = bh * tiles + tile

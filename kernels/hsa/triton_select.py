@@ -16,17 +16,21 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-(2**31))
 """Sorts below every candidate."""
+WHOLE, PADDED, ENDING = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+"""Layouts of a call: the queries are those of the last slots, and rows have all slots or lie from ``start`` on for
+``length``; or the queries are the last tokens of their rows, behind which slots may be free."""
 
 
 @triton.jit
-def row_range(start, length, slots, tokens, b, PADDED: tl.constexpr):
-    """(first position of a new query, tokens in the row, index among the queries of position 0), int32."""
-    offset = tokens - slots
+def row_range(start, length, slots, tokens, b, LAYOUT: tl.constexpr):
+    """(first position of a new query, tokens in the row, indices of position 0 among queries and slots), int32."""
+    begin = slots * 0
     high = slots
-    if PADDED:
-        offset += tl.load(start + b).to(tl.int32)
+    if LAYOUT != WHOLE:
+        begin = tl.load(start + b).to(tl.int32)
         high = tl.load(length + b).to(tl.int32)
-    return tl.maximum(-offset, 0), high, offset
+    offset = tokens - high if LAYOUT == ENDING else begin + tokens - slots
+    return tl.maximum(-offset, 0), high, offset, begin
 
 
 @triton.jit
@@ -73,12 +77,12 @@ def top_scores(
     GROUP_PAD: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, WINDOW: tl.constexpr,
     SINK: tl.constexpr, BLOCK: tl.constexpr, FANOUT: tl.constexpr, PER_SPAN: tl.constexpr,
     BEAM: tl.constexpr, QUERY_BLOCK: tl.constexpr, DENSE_END: tl.constexpr, WIDTH: tl.constexpr,
-    TILE: tl.constexpr, PRECISION: tl.constexpr, PADDED: tl.constexpr,
+    TILE: tl.constexpr, PRECISION: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Scores [B·Hkv, blocks, G, WIDTH] of spans 0, 1, … of LEVEL for the blocks whose top level it is."""
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // KV_HEADS, bh % KV_HEADS
-    low, high, offset = row_range(start, length, slots, tokens, b, PADDED)
+    low, high, offset, _ = row_range(start, length, slots, tokens, b, LAYOUT)
     PER: tl.constexpr = TILE // GROUP_PAD
     row = tl.arange(0, TILE)
     group = row % GROUP_PAD
@@ -121,13 +125,13 @@ def refine(
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, WINDOW: tl.constexpr, SINK: tl.constexpr,
     BLOCK: tl.constexpr, FANOUT: tl.constexpr, PER_SPAN: tl.constexpr, BEAM: tl.constexpr,
     QUERY_BLOCK: tl.constexpr, DENSE_END: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
-    PRECISION: tl.constexpr, PADDED: tl.constexpr,
+    PRECISION: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Scores of the children of the spans kept at LEVEL + 1, and of the cover's own spans behind them."""
     i = tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // KV_HEADS, bh % KV_HEADS
-    low, high, offset = row_range(start, length, slots, tokens, b, PADDED)
+    low, high, offset, _ = row_range(start, length, slots, tokens, b, LAYOUT)
     number = low // QUERY_BLOCK + i
     t = number * QUERY_BLOCK
     covered = covered_leaves(t, WINDOW, SINK, BLOCK)
@@ -168,12 +172,12 @@ def keep(
     LEVEL: tl.constexpr, LEVELS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr, FANOUT: tl.constexpr,
     BEAM: tl.constexpr, QUERY_BLOCK: tl.constexpr, DENSE_END: tl.constexpr, WIDTH: tl.constexpr,
-    WIDTH_PAD: tl.constexpr, BEAM_PAD: tl.constexpr, PADDED: tl.constexpr,
+    WIDTH_PAD: tl.constexpr, BEAM_PAD: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Writes the best BEAM spans of LEVEL, ascending, to ``spans`` [B·Hkv, total_blocks, BEAM]."""
     i = tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
-    low, high, _ = row_range(start, length, slots, tokens, bh // KV_HEADS, PADDED)
+    low, high, _, _ = row_range(start, length, slots, tokens, bh // KV_HEADS, LAYOUT)
     number = low // QUERY_BLOCK + i
     t = number * QUERY_BLOCK
     covered = covered_leaves(t, WINDOW, SINK, BLOCK)

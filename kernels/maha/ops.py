@@ -21,17 +21,25 @@ from retrofit.kernels.maha.bands import Bands
 _IMPLEMENTATIONS = ("auto", "reference", "blocked", "triton")
 
 
-@torch.library.custom_op("retrofit::maha_attention", mutates_args=())
+_OPTIONS = (
+    "float scale, {causal}int[] widths, int? last_width, int sink, int ratio, str aggregation, str regularizer, "
+    "str implementation"
+)
+_LIBRARY = torch.library.Library("retrofit", "FRAGMENT")
+_LIBRARY.define(
+    "maha_attention(Tensor q, Tensor k, Tensor v, Tensor start, Tensor length, Tensor[] keys, Tensor[] values, "
+    f"Tensor offsets, *, {_OPTIONS.format(causal='bool causal, ')}) -> Tensor"
+)
+_LIBRARY.define(
+    "maha_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor start, Tensor length, "
+    f"Tensor[] keys, Tensor[] values, Tensor offsets, *, {_OPTIONS.format(causal='')}) "
+    "-> (Tensor, Tensor[], Tensor[], Tensor)"
+)
+
+
+@torch.library.impl(_LIBRARY, "maha_attention", "CompositeExplicitAutograd")
 def _maha_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    start: Tensor,
-    length: Tensor,
-    keys: Sequence[Tensor],
-    values: Sequence[Tensor],
-    offsets: Tensor,
-    *,
+    *tensors: Any,
     scale: float,
     causal: bool,
     widths: Sequence[int],
@@ -42,38 +50,15 @@ def _maha_attention(
     regularizer: str,
     implementation: str,
 ) -> Tensor:
+    options: dict[str, Any] = {"scale": scale, "aggregation": aggregation, "regularizer": regularizer}
     if implementation == "reference":
-        return reference.maha_attention(
-            q,
-            k,
-            v,
-            start,
-            length,
-            keys,
-            values,
-            offsets,
-            scale=scale,
-            widths=widths,
-            last_width=last_width,
-            sink=sink,
-            ratio=ratio,
-            aggregation=aggregation,
-            regularizer=regularizer,
-        ).contiguous()
-    run = _implementation(implementation, q, v, aggregation, regularizer)
-    out: Tensor = run.maha_attention(
-        q,
-        k,
-        v,
-        start,
-        length,
-        keys,
-        values,
-        offsets,
-        scale=scale,
-        bands=Bands(tuple(widths), last_width, sink, ratio),
-        aggregation=aggregation,
-        regularizer=regularizer,
+        sizes: dict[str, Any] = {"widths": widths, "last_width": last_width, "sink": sink, "ratio": ratio}
+        run: Any = reference.maha_attention
+        found: Tensor = run(*tensors, **options, **sizes).contiguous()
+        return found
+    kernels = _implementation(implementation, tensors[0], tensors[2], aggregation, regularizer)
+    out: Tensor = kernels.maha_attention(
+        *tensors, **options, bands=Bands(tuple(widths), last_width, sink, ratio)
     )
     return out
 
@@ -111,23 +96,16 @@ def _triton() -> ModuleType:
     return triton
 
 
-@_maha_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
+def _fake(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[1], q.shape[2], v.shape[3])
 
 
-@torch.library.custom_op("retrofit::maha_attention_backward", mutates_args=())
+torch.library.register_fake("retrofit::maha_attention", _fake, lib=_LIBRARY)
+
+
+@torch.library.impl(_LIBRARY, "maha_attention_backward", "CompositeExplicitAutograd")
 def _maha_attention_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    start: Tensor,
-    length: Tensor,
-    keys: Sequence[Tensor],
-    values: Sequence[Tensor],
-    offsets: Tensor,
-    *,
+    *tensors: Any,
     scale: float,
     widths: Sequence[int],
     last_width: int | None,
@@ -137,18 +115,10 @@ def _maha_attention_backward(
     regularizer: str,
     implementation: str,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
-    kernels = _implementation(implementation, q, v, aggregation, regularizer)
+    kernels = _implementation(implementation, tensors[1], tensors[3], aggregation, regularizer)
     run = backward if kernels is blocked else kernels
     grads: tuple[Tensor, list[Tensor], list[Tensor], Tensor] = run.maha_attention_backward(
-        grad,
-        q,
-        k,
-        v,
-        start,
-        length,
-        keys,
-        values,
-        offsets,
+        *tensors,
         scale=scale,
         bands=Bands(tuple(widths), last_width, sink, ratio),
         aggregation=aggregation,
@@ -157,8 +127,7 @@ def _maha_attention_backward(
     return grads
 
 
-@_maha_attention_backward.register_fake
-def _(
+def _backward_fake(
     grad: Tensor,
     q: Tensor,
     k: Tensor,
@@ -178,6 +147,9 @@ def _(
     )
 
 
+torch.library.register_fake("retrofit::maha_attention_backward", _backward_fake, lib=_LIBRARY)
+
+
 def _setup_context(
     ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any
 ) -> None:
@@ -189,7 +161,7 @@ def _setup_context(
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     q, k, v, start, length, offsets, *levels = ctx.saved_tensors
     half = len(levels) // 2
-    grad_q, grad_keys, grad_values, grad_offsets = _maha_attention_backward(
+    grad_q, grad_keys, grad_values, grad_offsets = torch.ops.retrofit.maha_attention_backward(
         grad, q, k, v, start, length, levels[:half], levels[half:], offsets, **ctx.options
     )
     return (
@@ -204,7 +176,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     )
 
 
-_maha_attention.register_autograd(_backward, setup_context=_setup_context)
+torch.library.register_autograd(
+    "retrofit::maha_attention", _backward, setup_context=_setup_context, lib=_LIBRARY
+)
 
 
 def _pairs(q: Tensor, k: Tensor, start: Tensor, length: Tensor, options: dict[str, Any]) -> int:
@@ -299,7 +273,7 @@ def maha_attention(
         raise ConfigError(f"offsets must be [{q.shape[1]}, {scales}], got {list(offsets.shape)}")
     if sink % ratio ** (scales - 1):
         raise ConfigError(f"sink must be a multiple of ratio**(scales-1)={ratio ** (scales - 1)}, got {sink}")
-    out: Tensor = _maha_attention(
+    out: Tensor = torch.ops.retrofit.maha_attention(
         q,
         k,
         v,

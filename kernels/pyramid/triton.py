@@ -106,10 +106,52 @@ def extend_spreads(
         measure_spreads[(triton.cdiv(count, CELLS), batch * heads)](
             x, cells, found, start, *x.stride()[:3], *cells.stride()[:3], tokens, capacity, count, heads,
             tokens - offset - (tokens if spreads is None else new),
-            OFFSET=offset, RATIO=ratio, DIM=dim, DIM_PAD=_padded(dim), CELLS=CELLS, num_warps=4,
+            OFFSET=offset, RATIO=ratio, DIM=dim, **_halved(dim), CELLS=CELLS, num_warps=4,
             enable_fp_fusion=False,
         )  # fmt: skip
     return found
+
+
+def extend_in_place(
+    x: Tensor,
+    levels: Sequence[Tensor],
+    spreads: Tensor | None,
+    start: Tensor,
+    length: Tensor,
+    *,
+    new: int,
+    ratios: Sequence[int],
+    offset: int,
+    pooling: str,
+    weights: Sequence[Tensor | None],
+) -> None:
+    """Brings levels and spreads, which have room for all slots of ``x``, up to the last ``new`` tokens of each row.
+
+    Args:
+        x: The members of the first level, [B, H, N, D]; what lies behind a row's tokens is not read.
+        levels: Cells per level, [B, H, M, D] in rows, M at least ⌊(N − offset) / size⌋.
+        spreads: Of the first level's cells, float32 [B, H, M]; None where there are none to keep.
+        start: Index of each row's first token, int64 [B].
+        length: Tokens of each row, the new ones included, int64 [B].
+        new: Tokens since the call before.
+        ratios: Members of a cell, per level.
+        offset: Tokens in front of the first cell.
+        pooling: As in ``extend_pyramid``.
+        weights: As in ``extend_pyramid``.
+    """
+    batch, heads, members, dim = x.shape
+    taps = tuple(None if weight is None else weight.contiguous() for weight in weights)
+    grow_levels[(batch * heads,)](
+        x, tuple(levels), taps, spreads, start, length, *x.stride()[:3], members, new,
+        tuple(level.shape[2] for level in levels), heads,
+        OFFSET=offset, LEVELS=len(levels), RATIOS=tuple(ratios), DIM=dim, **_halved(dim), POOLING=pooling,
+        CELLS=CELLS, num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+def _halved(dim: int) -> dict[str, int]:
+    """The dims of a tile, and how often they can be halved."""
+    return {"DIM_PAD": _padded(dim), "HALVINGS": _padded(dim).bit_length() - 1}
 
 
 def _padded(dim: int) -> int:
@@ -153,6 +195,50 @@ def halve_levels(
 
 
 @triton.jit
+def pool_tile(
+    line, stride, origin, members, mask, tap, dim,
+    RATIO: tl.constexpr, DIM: tl.constexpr, POOLING: tl.constexpr,
+):  # fmt: skip
+    """Pools the rows origin, origin + 1, … origin + RATIO − 1 of a line of ``members`` rows, [CELLS, DIM_PAD]."""
+    at = tl.minimum(origin, members - 1).to(tl.int64)
+    pooled = tl.load(line + at[:, None] * stride, mask=mask, other=0.0).to(tl.float32)
+    if POOLING == "learned":
+        pooled *= tl.load(tap, mask=dim < DIM, other=0.0).to(tl.float32)[None]
+    for i in tl.static_range(1, RATIO):
+        at = tl.minimum(origin + i, members - 1).to(tl.int64)
+        member = tl.load(line + at[:, None] * stride, mask=mask, other=0.0).to(tl.float32)
+        if POOLING == "max":
+            pooled = tl.maximum(pooled, member)
+        elif POOLING == "mean":
+            pooled += member
+        else:
+            pooled += tl.load(tap + i, mask=dim < DIM, other=0.0).to(tl.float32)[None] * member
+    if POOLING == "mean":
+        pooled = tl.div_rn(pooled, pooled * 0 + RATIO)
+    return pooled
+
+
+@triton.jit
+def spread_tile(
+    line, stride, origin, members, mask, middle,
+    RATIO: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, HALVINGS: tl.constexpr, CELLS: tl.constexpr,
+):  # fmt: skip
+    """Mean squared distance by dim of the same rows from ``middle`` [CELLS, DIM_PAD].
+
+    Neighbours are added in ``HALVINGS`` halvings: the order is the same wherever the tile lies in registers.
+    """
+    total = middle * 0.0
+    for i in tl.static_range(RATIO):
+        at = tl.minimum(origin + i, members - 1).to(tl.int64)
+        member = tl.load(line + at[:, None] * stride, mask=mask, other=0.0).to(tl.float32)
+        total += (member - middle) * (member - middle)
+    for i in tl.static_range(HALVINGS):
+        left, right = tl.split(tl.reshape(total, [CELLS, DIM_PAD >> (i + 1), 2]))
+        total = left + right
+    return tl.reshape(total, [CELLS]) / (RATIO * DIM)
+
+
+@triton.jit
 def pool_cells(
     x, cells, taps, start, stride_b, stride_h, stride_n, members, capacity, count, heads, past,
     FIRST: tl.constexpr, OFFSET: tl.constexpr, SIZE: tl.constexpr, RATIO: tl.constexpr, DIM: tl.constexpr,
@@ -162,32 +248,19 @@ def pool_cells(
     bh = tl.program_id(1).to(tl.int64)
     b = bh // heads
     begin = tl.load(start + b)
-    cell = tl.maximum(past - begin, 0) // SIZE + tl.program_id(0) * CELLS + tl.arange(0, CELLS)
-    mine = (cell < capacity) & (tl.program_id(0) * CELLS + tl.arange(0, CELLS) < count)
+    number = tl.program_id(0) * CELLS + tl.arange(0, CELLS)
+    cell = tl.maximum(past - begin, 0) // SIZE + number
+    mine = (cell < capacity) & (number < count)
     origin = cell * RATIO
     if FIRST:
         origin += begin + OFFSET
     dim = tl.arange(0, DIM_PAD)
     mask = mine[:, None] & (dim[None] < DIM)
     line = x + b * stride_b + bh % heads * stride_h + dim[None]
-    at = tl.minimum(origin, members - 1).to(tl.int64)
     tap = taps
     if POOLING == "learned":
         tap = taps + (bh % heads * DIM + dim) * RATIO
-    pooled = tl.load(line + at[:, None] * stride_n, mask=mask, other=0.0).to(tl.float32)
-    if POOLING == "learned":
-        pooled *= tl.load(tap, mask=dim < DIM, other=0.0).to(tl.float32)[None]
-    for i in tl.static_range(1, RATIO):
-        at = tl.minimum(origin + i, members - 1).to(tl.int64)
-        member = tl.load(line + at[:, None] * stride_n, mask=mask, other=0.0).to(tl.float32)
-        if POOLING == "max":
-            pooled = tl.maximum(pooled, member)
-        elif POOLING == "mean":
-            pooled += member
-        else:
-            pooled += tl.load(tap + i, mask=dim < DIM, other=0.0).to(tl.float32)[None] * member
-    if POOLING == "mean":
-        pooled = tl.div_rn(pooled, pooled * 0 + RATIO)
+    pooled = pool_tile(line, stride_n, origin, members, mask, tap, dim, RATIO, DIM, POOLING)
     out = cells + (bh * capacity + cell[:, None]) * DIM + dim[None]
     tl.store(out, pooled.to(cells.dtype.element_ty), mask=mask)
 
@@ -196,7 +269,8 @@ def pool_cells(
 def measure_spreads(
     x, cells, spreads, start, stride_xb, stride_xh, stride_xn, stride_cb, stride_ch, stride_cn,
     tokens, capacity, count, heads, past,
-    OFFSET: tl.constexpr, RATIO: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, CELLS: tl.constexpr,
+    OFFSET: tl.constexpr, RATIO: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, HALVINGS: tl.constexpr,
+    CELLS: tl.constexpr,
 ):  # fmt: skip
     """Writes ``spreads`` [B, H, capacity] of the ``count`` cells of each row that ``past`` tokens do not complete."""
     bh = tl.program_id(1).to(tl.int64)
@@ -207,15 +281,62 @@ def measure_spreads(
     mine = (cell < capacity) & (number < count)
     dim = tl.arange(0, DIM_PAD)
     mask = mine[:, None] & (dim[None] < DIM)
-    middle = tl.load(
-        cells + b * stride_cb + h * stride_ch + cell[:, None] * stride_cn + dim[None], mask=mask, other=0.0
-    ).to(tl.float32)
-    total = tl.zeros([CELLS, DIM_PAD], tl.float32)
-    for i in tl.static_range(RATIO):
-        at = tl.minimum(begin + OFFSET + cell * RATIO + i, tokens - 1)
-        member = tl.load(
-            x + b * stride_xb + h * stride_xh + at[:, None] * stride_xn + dim[None], mask=mask, other=0.0
-        ).to(tl.float32)
-        total += (member - middle) * (member - middle)
-    spread = tl.sum(total, 1) / (RATIO * DIM)
+    at = cells + b * stride_cb + h * stride_ch + cell[:, None] * stride_cn + dim[None]
+    middle = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    line = x + b * stride_xb + h * stride_xh + dim[None]
+    spread = spread_tile(
+        line,
+        stride_xn,
+        begin + OFFSET + cell * RATIO,
+        tokens,
+        mask,
+        middle,
+        RATIO,
+        DIM,
+        DIM_PAD,
+        HALVINGS,
+        CELLS,
+    )
     tl.store(spreads + bh * capacity + cell, spread, mask=mine)
+
+
+@triton.jit(do_not_specialize=["members", "new"])
+def grow_levels(
+    x, cells, taps, spreads, start, length, stride_b, stride_h, stride_n, members, new, capacities, heads,
+    OFFSET: tl.constexpr, LEVELS: tl.constexpr, RATIOS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
+    HALVINGS: tl.constexpr, POOLING: tl.constexpr, CELLS: tl.constexpr,
+):  # fmt: skip
+    """Writes the cells [B, H, capacity, DIM] of all levels, and the spreads [B, H, capacity] of those of the first,
+    that the last ``new`` tokens of each row complete."""
+    bh = tl.program_id(0).to(tl.int64)
+    b, h = bh // heads, bh % heads
+    begin = tl.load(start + b)
+    after = tl.maximum(tl.load(length + b) - OFFSET, 0)
+    before = tl.maximum(after - new, 0)
+    dim = tl.arange(0, DIM_PAD)
+    line = x + b * stride_b + h * stride_h + (begin + OFFSET) * stride_n + dim[None]
+    stride, rows = stride_n.to(tl.int64), (members - OFFSET - begin).to(tl.int64)
+    for level in tl.static_range(LEVELS):
+        tap = x
+        if POOLING == "learned":
+            tap = taps[level] + (h * DIM + dim) * RATIOS[level]
+        after, before = after // RATIOS[level], before // RATIOS[level]
+        own = cells[level] + bh * capacities[level] * DIM + dim[None]
+        for at in range(before, after, CELLS):
+            cell = at + tl.arange(0, CELLS)
+            mine = cell < after
+            mask = mine[:, None] & (dim[None] < DIM)
+            pooled = pool_tile(
+                line, stride, cell * RATIOS[level], rows, mask, tap, dim, RATIOS[level], DIM, POOLING
+            )
+            pooled = pooled.to(cells[level].dtype.element_ty)
+            tl.store(own + cell[:, None] * DIM, pooled, mask=mask)
+            if level == 0 and spreads is not None:
+                middle = pooled.to(tl.float32)
+                spread = spread_tile(
+                    line, stride, cell * RATIOS[level], rows, mask, middle,
+                    RATIOS[level], DIM, DIM_PAD, HALVINGS, CELLS,
+                )  # fmt: skip
+                tl.store(spreads + bh * capacities[0] + cell, spread, mask=mine)
+        tl.debug_barrier()  # the next level reads what has been written
+        line, stride, rows = own, tl.full([], DIM, tl.int64), tl.full([], capacities[level], tl.int64)

@@ -4,6 +4,8 @@
     rivals    dense attention by every backend there is, FlexAttention on the same blocks, NSA by fla
     measure   median times, peak memory, and where they were taken
     run       correctness check  →  times by length  →  a report
+    decoding  times of one token in a CUDA graph
+    tuning    times by length    →  dense_until of each site
 
 The cost of a selection depends on the data: queries that stand together choose much the same leaves, independent
 random ones do not.
@@ -11,5 +13,6 @@ random ones do not.
 
 from retrofit.bench.measure import environment
 from retrofit.bench.run import BenchmarkReport, Timing, benchmark
+from retrofit.bench.tuning import Tuned, TuneReport, tune
 
-__all__ = ["BenchmarkReport", "Timing", "benchmark", "environment"]
+__all__ = ["BenchmarkReport", "Timing", "TuneReport", "Tuned", "benchmark", "environment", "tune"]

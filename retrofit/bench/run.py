@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from retrofit.bench.decoding import Decoding, decoding
 from retrofit.bench.inputs import Inputs, record
 from retrofit.bench.measure import environment, medians, peak_memory
 from retrofit.bench.rivals import Run, dense_runs, flex_run, nsa_run
@@ -77,13 +78,17 @@ class BenchmarkReport:
     dtype: str
     error: float
     timings: list[Timing]
+    decoding: list[Decoding]
     left_out: dict[str, str]
     environment: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
-        timings = [{**asdict(timing), "speedup": timing.speedup} for timing in self.timings]
-        return {**asdict(self), "timings": timings}
+        timed = {
+            name: [{**asdict(row), "speedup": row.speedup} for row in rows]
+            for name, rows in (("timings", self.timings), ("decoding", self.decoding))
+        }
+        return {**asdict(self), **timed}
 
 
 def benchmark(
@@ -99,6 +104,7 @@ def benchmark(
     backward: bool = False,
     rivals: Sequence[str] = (),
     random: bool = False,
+    decode: int = 0,
 ) -> BenchmarkReport:
     """Times one site of a converted model, the whole op with selection, against dense attention.
 
@@ -119,6 +125,7 @@ def benchmark(
         rivals: What else to time: ``flex`` (FlexAttention on the blocks that HSA selected, without the selection)
             and ``nsa`` (fla's native sparse attention).
         random: Whether to time independent random inputs as well, which share no selection.
+        decode: Rows of the batches in which to time one decoded token as well, for HSA on CUDA; 0 for none.
 
     Returns:
         The times, with hardware, versions and date.
@@ -148,19 +155,24 @@ def benchmark(
     if shape is not None:
         inputs = inputs.shaped(*shape)
         heads, kv_heads, dim = shape
-        target = _with(
+        target = with_changes(
             target, heads=heads, kv_heads=kv_heads, head_dim=dim, value_dim=dim, scale=inputs.scale
         )
     if dense_until is not None:
         if not isinstance(target.config, HSAConfig):
             raise BenchmarkError(f"dense_until is an option of HSA; {path} is {target.config.target!r}")
-        target = _with(target, config=replace(target.config, dense_until=dense_until))
+        target = with_changes(target, config=replace(target.config, dense_until=dense_until))
     error = check(target, inputs)
     timings, left_out = [], dict[str, str]()
     kinds = {"recorded": inputs, **({"random": inputs.random()} if random else {})}
     for length in track(lengths, "time"):
         for kind, tensors in kinds.items():
             timings.append(_time(target, tensors.first(length), kind, repeats, backward, rivals, left_out))
+    decoded = []
+    if decode:
+        if not isinstance(target, HSAAttention):
+            raise BenchmarkError(f"decoding is timed for HSA, {path} is {target.config.target!r}")
+        decoded = [decoding(target, inputs.first(length), decode) for length in track(lengths, "decode")]
     q, k = inputs.q, inputs.k
     return BenchmarkReport(
         site=path,
@@ -169,6 +181,7 @@ def benchmark(
         dtype=str(q.dtype).removeprefix("torch."),
         error=error,
         timings=timings,
+        decoding=decoded,
         left_out=left_out,
         environment=environment(q.device),
     )
@@ -184,10 +197,10 @@ def check(target: TargetAttention, inputs: Inputs) -> float:
         BenchmarkError: If it is above the dtype's tolerance.
     """
     first = inputs.first(CHECK_LENGTH)
-    call = _call(first.q)
+    call = unpadded(first.q)
     with torch.no_grad():
         out = target(first.q, first.k, first.v, call).double()
-        reference = _with(target, implementation="reference")
+        reference = with_changes(target, implementation="reference")
         expected = reference(first.q, first.k, first.v, call).double()
     error = float((out - expected).norm() / expected.norm())
     if not error <= TOLERANCES[inputs.q.dtype]:
@@ -198,7 +211,7 @@ def check(target: TargetAttention, inputs: Inputs) -> float:
     return error
 
 
-def _with(target: TargetAttention, **changes: Any) -> TargetAttention:
+def with_changes(target: TargetAttention, **changes: Any) -> TargetAttention:
     """A target like ``target``; its learned parameters are kept where the shape is."""
     names = (
         "heads",
@@ -220,7 +233,8 @@ def _with(target: TargetAttention, **changes: Any) -> TargetAttention:
     return (copied if parameter is None else copied.to(parameter.device, parameter.dtype)).eval()
 
 
-def _call(q: Tensor) -> AttentionCall:
+def unpadded(q: Tensor) -> AttentionCall:
+    """A call without padding and without a cache."""
     zero = torch.zeros(1, dtype=torch.int64, device=q.device)
     return AttentionCall(start=zero, length=zero + q.shape[2], padded=False)
 
@@ -235,11 +249,11 @@ def _time(
     left_out: dict[str, str],
 ) -> Timing:
     tensors, device = (inputs.q, inputs.k, inputs.v), inputs.q.device
-    call = _call(inputs.q)
-    runs = {"target": Run(partial(_attend, target, call), tensors)}
+    call = unpadded(inputs.q)
+    runs = {"target": Run(partial(attend, target, call), tensors)}
     if isinstance(target.config, HSAConfig):
-        from_0 = _with(target, config=replace(target.config, dense_until=0))
-        runs["from_0"] = Run(partial(_attend, from_0, call), tensors)
+        from_0 = with_changes(target, config=replace(target.config, dense_until=0))
+        runs["from_0"] = Run(partial(attend, from_0, call), tensors)
     dense = dense_runs(inputs, target.causal)
     others = _rivals(target, inputs, call, rivals, left_out)
     everyone = {**runs, **dense, **others}
@@ -267,7 +281,8 @@ def _time(
     )
 
 
-def _attend(target: TargetAttention, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attend(target: TargetAttention, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The target on q, k and v."""
     found: Tensor = target(q, k, v, call)
     return found
 
@@ -309,10 +324,12 @@ def _rivals(
             elif isinstance(target, HSAAttention) and inputs.q.device.type == "cuda":
                 layer = RetrofitLayer()
                 Run(
-                    partial(_attend, target, replace(call, layer=layer)), (inputs.q, inputs.k, inputs.v)
+                    partial(attend, target, replace(call, layer=layer)), (inputs.q, inputs.k, inputs.v)
                 ).forward()
-                assert isinstance(layer.state, HSAState)
-                runs[name] = flex_run(inputs, layer.state.spans, layer.state.first, target.geometry)
+                if isinstance(layer.state, HSAState):
+                    runs[name] = flex_run(inputs, layer.state.spans, layer.state.first, target.geometry)
+                else:
+                    left_out[f"{name}, {inputs.q.shape[2]} tokens"] = "nothing is selected: all is dense"
             else:
                 left_out[name] = "only HSA on CUDA has blocks to give it"
         except BenchmarkError as error:

@@ -38,6 +38,9 @@ def bench(
         str, typer.Option(help="What else to time: flex (FlexAttention on the same blocks), nsa (fla's NSA).")
     ] = "",
     random: Annotated[bool, typer.Option("--random", help="Time independent random inputs as well.")] = False,
+    decode: Annotated[
+        int, typer.Option(help="Time one decoded token in a batch of so many rows as well, on CUDA.")
+    ] = 0,
     compare: Annotated[
         Path | None,
         typer.Option(help="An earlier result, as --json printed it, to compare with.", show_default=False),
@@ -70,10 +73,12 @@ def bench(
         backward=backward,
         rivals=[name.strip() for name in rivals.split(",") if name.strip()],
         random=random,
+        decode=decode,
     )
     document = {"model": model, **found.to_dict()}
     notes = [f"{name} left out: {reason}" for name, reason in found.left_out.items()]
-    return Shown(document, [_table(found, earlier), *notes], f"retrofit report {model}")
+    tables = [_table(found, earlier), *([_decoding(found)] if found.decoding else [])]
+    return Shown(document, [*tables, *notes], f"retrofit report {model}")
 
 
 def _table(found: Any, earlier: Any) -> Table:
@@ -120,6 +125,16 @@ def _table(found: Any, earlier: Any) -> Table:
         if earlier:
             row.append(_shown(_before(earlier, timing)))
         table.add_row(*row)
+    return table
+
+
+def _decoding(found: Any) -> Table:
+    table = Table(title=f"one token, batch {found.decoding[0].batch}, in a CUDA graph", title_justify="left")
+    for column in ("tokens before", "dense µs", "converted µs", "speed-up", "first of a block µs"):
+        table.add_column(column, justify="right")
+    for row in found.decoding:
+        numbers = (row.dense_us, row.target_us, row.speedup, row.first_us)
+        table.add_row(f"{row.length:,}", *(f"{number:,.1f}" for number in numbers))
     return table
 
 

@@ -10,6 +10,7 @@ import typer
 from rich.console import RenderableType
 
 from retrofit.cli.options import (
+    Data,
     Device,
     Dtype,
     Kind,
@@ -46,15 +47,25 @@ def convert(
             show_default=False,
         ),
     ] = None,
+    tune: Annotated[
+        bool,
+        typer.Option(
+            "--tune", help="Measure from which position on HSA pays on DEVICE, and stay dense before."
+        ),
+    ] = False,
+    data: Data = "pydoc_data.topics",
     dtype: Dtype = "float32",
     device: Device = "cpu",
     trust_remote_code: TrustRemoteCode = False,
 ) -> Shown:
     """Rewrite the attention of MODEL, verify every site, and save the converted model in OUTPUT."""
+    if tune and (config is None and target != "hsa"):
+        raise ConfigError(f"--tune is for the target hsa, got {target!r}; leave it out")
     wanted = _read(config) if config else config_from_dict({"target": target, **assignments(set_)})
 
     from retrofit.api import convert as convert_model
     from retrofit.api import sites
+    from retrofit.data import check
     from retrofit.loading import load_model
     from retrofit.saving import check_folder, save_pretrained
 
@@ -62,6 +73,8 @@ def convert(
     check_folder(output)
     if Path(model).exists() and output.resolve() == Path(model).resolve():
         raise OutputError(f"{output} is the model itself; give another folder")
+    if tune:
+        check(data)
     loaded = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     if trained := [
         path for path, site in sites(loaded.model) if any(True for _ in site.retrofit.parameters())
@@ -71,6 +84,11 @@ def convert(
             "own that converting again would drop; convert the original, or go on with retrofit distill"
         )
     done = convert_model(loaded.model, wanted, where=where, kind=kind, skip=skip or (), progress=count)
+    tuned = None
+    if tune:
+        from retrofit.bench import tune as tune_model
+
+        tuned = tune_model(loaded.model, tokenizer=loaded.tokenizer, source=data)
     save_pretrained(loaded.model, output, tokenizer=loaded.tokenizer)
     document = {
         "model": model,
@@ -78,8 +96,13 @@ def convert(
         "config": _plain(wanted),
         "coverage": done.coverage,
         **plain(done),
+        **({} if tuned is None else {"tuning": tuned.to_dict()}),
     }
-    return Shown(document, _screen(done, output), f"retrofit eval {output} --against {model}")
+    return Shown(
+        document,
+        [*_screen(done), *_tuning(tuned), f"saved in {output}"],
+        f"retrofit eval {output} --against {model}",
+    )
 
 
 def _read(path: Path) -> TargetConfig | dict[str, TargetConfig]:
@@ -100,7 +123,7 @@ def _plain(config: TargetConfig | dict[str, TargetConfig]) -> dict[str, Any]:
     return config_to_dict(config)
 
 
-def _screen(done: Any, output: Path) -> list[RenderableType]:
+def _screen(done: Any) -> list[RenderableType]:
     """Returns the lines of the summary; sites left for one reason share a line."""
     checked = done.verification
     targets = Counter(site.target for site in done.converted)
@@ -121,4 +144,16 @@ def _screen(done: Any, output: Path) -> list[RenderableType]:
     ]
     if left:
         lines += ["left as they are:", *reasons(left, whole)]
-    return [*lines, f"saved in {output}"]
+    return lines
+
+
+def _tuning(tuned: Any) -> list[str]:
+    """Returns a line for each shape of sites that was tuned."""
+    if tuned is None:
+        return []
+    return [
+        f"dense up to position {group.dense_until:,}: {len(group.sites)} sites like {group.sites[0]}; times of HSA "
+        "over dense "
+        + ", ".join(f"{group.hsa_ms[n] / group.dense_ms[n]:.2f} at {n:,}" for n in sorted(group.dense_ms))
+        for group in tuned.tuned
+    ]

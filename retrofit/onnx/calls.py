@@ -11,16 +11,18 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from retrofit.cache import RetrofitLayer
 from retrofit.configs import HSAConfig, MAHAConfig
 from retrofit.errors import ExportError
+from retrofit.exchange import sites
 
 FIRST_SIZES = {"batch": 3, "sequence": 150, "past": 210}
 """Sizes of the example: none of them 0 or 1, which tracing would take for constants, and no two equal."""
@@ -173,8 +175,21 @@ class CallModel(torch.nn.Module):
 
     def _run(self, tokens: int, batch: int = 2) -> Any:
         ids = torch.ones(batch, tokens, dtype=torch.int64, device=self.device)
-        with torch.no_grad():
+        with torch.no_grad(), _states_kept(self.model):
             return self.model(input_ids=ids, attention_mask=torch.ones_like(ids))
+
+
+@contextmanager
+def _states_kept(model: nn.Module) -> Iterator[None]:
+    """Inside, every target keeps its state from the first token on."""
+    targets = [site.retrofit for _, site in sites(model)]
+    for target in targets:
+        target.keeps_state = True
+    try:
+        yield
+    finally:
+        for target in targets:
+            target.keeps_state = False
 
 
 def _tensor_names(layer: Any) -> list[str]:

@@ -38,9 +38,12 @@ class TargetAttention(nn.Module):
     Attributes:
         observer: If set, receives per forward ``{"keys": [B, Hkv, T], "nodes": [B, Hkv, T],
             "valid": bool [B, T]}``: keys executed and nodes scored by each query.
+        keeps_state: Whether a cache layer gets its state with the first token, though nothing needs it yet: an
+            exported model takes it as an input.
     """
 
     observer: Callable[[Mapping[str, Tensor]], None] | None = None
+    keeps_state: bool = False
 
     def __init__(
         self,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from retrofit.configs import HSAConfig
 from retrofit.errors import CacheError, ConfigError
 from retrofit.kernels.hsa.account import count
+from retrofit.kernels.hsa.decode import can_decode, hsa_decode
 from retrofit.kernels.hsa.geometry import MAX_POSITIONS, Geometry
 from retrofit.kernels.hsa.ops import hsa_attention
 from retrofit.kernels.hsa.selector import sample_positions, selector_loss
@@ -96,7 +97,7 @@ class HSAAttention(TargetAttention):
         if layer is not None:
             k, v = layer.update(k, v)
             state = layer.state
-            if state is None and k.shape[2] != new:
+            if state is None and k.shape[2] - new > g.dense_end:
                 raise CacheError(
                     f"the cache layer holds {k.shape[2] - new} tokens but not what this site selected for them; "
                     "fill the cache through the converted model, or start from an empty one"
@@ -106,6 +107,12 @@ class HSAAttention(TargetAttention):
                 f"a row must have at most {MAX_POSITIONS:,} tokens for HSA, got {k.shape[2]:,}; leave the sites out "
                 "with where=… or give them DenseConfig()"
             )
+        if state is not None and self._decodes(q, k, v, call):
+            return self._decode(q, k, v, call, state)
+        if state is None:
+            new = k.shape[2]  # what came before attended densely: nothing has been pooled yet
+        else:
+            state = state.narrowed(k.shape[2] - new)
         # Nothing flows back through a selection; summaries are made of the nodes themselves.
         scored = k.detach() if self.gate is None and k.requires_grad else k
         nodes = self._pool_keys(scored, call.start, new, state)
@@ -134,14 +141,57 @@ class HSAAttention(TargetAttention):
         if layer is not None:
             layer.state = HSAState(tuple(nodes), spreads, tuple(value_nodes), spans, first, g)
         if self.observer is not None:
-            self.observer(self._counts(spans, first, new, k.shape[2], call))
+            self.observer(self._counts(spans, first, q.shape[2], k.shape[2], call))
         return out
 
     def _needs_no_search(self, k: Tensor, call: AttentionCall) -> bool:
-        """Whether every query of the call attends densely and nothing has to be kept for a later one."""
-        if call.layer is not None or self.gate is not None or torch.compiler.is_exporting():
+        """Whether every query so far attends densely; then nothing has to be kept but keys and values."""
+        if self.gate is not None or self.keeps_state or torch.compiler.is_exporting():
             return False
-        return k.shape[2] <= self.geometry.dense_end
+        past = 0
+        if call.layer is not None:
+            if call.layer.state is not None:
+                return False
+            past = call.layer.get_seq_length()
+        return past + k.shape[2] <= self.geometry.dense_end
+
+    def _decodes(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> bool:
+        """Whether the state can be brought up to date in place, by the kernels for a few tokens."""
+        if self.implementation not in ("auto", "triton") or not self.rules(call).plain:
+            return False
+        if torch.compiler.is_compiling() or self.config.pooling == "attention":
+            return False
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *self.key_pooling)):
+            return False
+        return can_decode(
+            q,
+            v,
+            causal=self.causal,
+            sliding_window=self.sliding_window,
+            gate=self.gate,
+            geometry=self.geometry,
+        )
+
+    def _decode(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, state: HSAState) -> Tensor:
+        """Attention of a few new tokens."""
+        assert call.layer is not None
+        state = call.layer.state = state.with_room(call.layer.room)
+        out = hsa_decode(
+            q,
+            k,
+            v,
+            state,
+            start=call.start,
+            length=call.length,
+            weights=list(self.key_pooling),
+            scale=self.scale,
+            pooling=self.config.pooling,
+            padded=call.padded,
+        )
+        if self.observer is not None:
+            known = state.narrowed(k.shape[2])
+            self.observer(self._counts(known.spans, known.first, q.shape[2], k.shape[2], call))
+        return out
 
     def layer_loss(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
         """Divergence of what the search would find from where the dense model's attention lies.

@@ -1,0 +1,154 @@
+"""Hierarchical sparse attention of the last few tokens of each row by Triton kernels, in place.
+
+    k, v  →  nodes, spreads of what the tokens complete  →  spans, first  →  out
+
+Nothing is read back from the device. Where tokens end is read there as well, if the call says ``ending``: it can be
+captured in a CUDA graph and replayed after new tokens have been written and ``length`` has been raised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from retrofit.kernels.hsa import triton_parts as parts
+from retrofit.kernels.hsa.geometry import Geometry
+from retrofit.kernels.hsa.triton import (
+    CHOOSE,
+    KEYS,
+    PROGRAMS,
+    SMALL,
+    is_large,
+    keep_spans,
+    processors,
+    score_keys,
+    spread_strides,
+    strides,
+)
+from retrofit.kernels.hsa.triton_call import Call, power
+from retrofit.kernels.hsa.triton_select import WHOLE
+from retrofit.kernels.pyramid import triton as pyramid
+
+MOST_PARTS = 16
+"""Parts of what a query sees, at most."""
+
+
+def hsa_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Tensor,
+    length: Tensor,
+    nodes: Sequence[Tensor],
+    spreads: Tensor | None,
+    spans: Tensor,
+    first: Tensor,
+    weights: Sequence[Tensor | None],
+    *,
+    scale: float,
+    pooling: str,
+    padded: bool,
+    ending: bool,
+    geometry: Geometry,
+) -> Tensor:
+    """Returns the output [B, Hq, T, Dv], and brings nodes, spreads, spans and first up to date.
+
+    Arguments are as in ``ops.hsa_decode``.
+    """
+    g = geometry
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    call = Call.of(q, k, v, g, padded=padded, ending=ending, total_blocks=spans.shape[2])
+    if _may_complete(call, g.node, g.sink):
+        pyramid.extend_in_place(
+            k, nodes, spreads, start, length,
+            new=call.tokens, ratios=g.ratios, offset=g.sink, pooling=pooling, weights=weights,
+        )  # fmt: skip
+    ordered = counts = length  # not read where nothing is sparse
+    if not call.is_dense:
+        if _may_complete(call, g.query_block, 1):  # the token behind a block begins the next one
+            keep_spans(call, q, nodes, start, length, spans, scale)
+        ordered, counts = _choose(call, q, k, nodes[0], spreads, start, length, spans, first, scale)
+    return _attend(call, q, k, v, start, length, ordered, counts, scale)
+
+
+def _choose(
+    call: Call,
+    q: Tensor,
+    k: Tensor,
+    nodes: Tensor,
+    spreads: Tensor | None,
+    start: Tensor,
+    length: Tensor,
+    spans: Tensor,
+    first: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The leaf step: lowers ``first``, and returns the list as ``Call.list_blocks`` does."""
+    g, width = call.geometry, power(call.geometry.leaf_width)
+    pairs = -(-g.leaf_width // (2 * g.fanout))
+    each = -(-pairs // _parts(q.device, call.blocks * call.rows, pairs))
+    shape = (call.rows, call.blocks)
+    votes = torch.empty(*shape, g.query_block, width + g.fanout, dtype=torch.int16, device=q.device)
+    parts.vote_parts[(call.blocks, call.rows, -(-pairs // each))](
+        q, k, nodes, spreads, start, length, spans, votes, *strides(q, k), *nodes.stride()[:2],
+        *spread_strides(spreads), *call.extent, call.total_blocks, nodes.shape[2] // g.nodes_in_span(0), each,
+        scale, g.spread, PER_LEAF=g.nodes_in_span(0), GROUP=call.group, HEADS=call.tile_heads,
+        KEYS=score_keys(call), **call.product, **call.shared, **call.leaves,
+        **(CHOOSE if is_large(call) else SMALL),
+    )  # fmt: skip
+    ordered = torch.empty(*shape, call.list_width, dtype=torch.int32, device=q.device)
+    counts = torch.empty(*shape, g.query_block, dtype=torch.int32, device=q.device)
+    parts.settle_parts[(call.blocks, call.rows)](
+        start, length, spans, first, votes, ordered, counts, *call.extent, call.total_blocks, g.least_vote,
+        CHOICES=g.leaves_per_query, LIST=call.list_width, **call.shared, **call.leaves, num_warps=4,
+    )  # fmt: skip
+    return ordered, counts
+
+
+def _attend(
+    call: Call,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Tensor,
+    length: Tensor,
+    ordered: Tensor,
+    counts: Tensor,
+    scale: float,
+) -> Tensor:
+    """Attends to what is listed, by parts of it."""
+    g, rows = call.geometry, max(16, power(call.group))
+    keys = max(g.block, KEYS if max(call.dim, call.value_dim) * call.bytes <= 256 else KEYS // 2)
+    split = power(_parts(q.device, call.tokens * call.rows, MOST_PARTS))
+    sums = torch.empty(
+        call.tokens, call.rows, split, call.group, call.value_dim, dtype=torch.float32, device=q.device
+    )
+    totals, tops = torch.empty(2, *sums.shape[:-1], dtype=torch.float32, device=q.device).unbind()
+    parts.attend_parts[(call.tokens, call.rows, split)](
+        q, k, v, start, length, ordered, counts, sums, totals, tops, *strides(q, k, v), *call.extent, scale,
+        LIST=call.list_width, GROUP=call.group, ROWS=rows, KEYS=keys,
+        **call.product, **call.values, **call.shared, num_warps=4, num_stages=3,
+    )  # fmt: skip
+    out = torch.empty(*q.shape[:3], call.value_dim, dtype=q.dtype, device=q.device)
+    parts.join_parts[(call.tokens, call.rows)](
+        start, length, sums, totals, tops, out, *call.extent[:2], KV_HEADS=call.kv_heads, GROUP=call.group,
+        ROWS=rows, PARTS=split, LAYOUT=call.layout, **call.values, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def _may_complete(call: Call, size: int, offset: int) -> bool:
+    """Whether the new tokens may complete a group of ``size`` tokens, counted from position ``offset``.
+
+    The host knows that where rows have all slots.
+    """
+    if call.layout != WHOLE.value:
+        return True
+    return (call.slots - offset) // size > (call.slots - call.tokens - offset) // size
+
+
+def _parts(device: torch.device, tiles: int, most: int) -> int:
+    """Into how many parts the work on each of so many tiles is cut, for about two programs a multiprocessor."""
+    return max(1, min(most, PROGRAMS * processors(device) // tiles))

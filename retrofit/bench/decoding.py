@@ -1,0 +1,158 @@
+"""Times of one decoded token, selection included, against dense attention to the same keys, inside CUDA graphs."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from retrofit.bench.inputs import Inputs
+from retrofit.bench.rivals import dense_runs
+from retrofit.cache import RetrofitLayer
+from retrofit.errors import BenchmarkError
+from retrofit.kernels.hsa.decode import can_decode, hsa_decode
+from retrofit.kernels.hsa.state import HSAState
+from retrofit.site import AttentionCall
+from retrofit.targets.hsa import HSAAttention
+
+SHIFT = 997
+"""Tokens by which each row of a batch is the one before, turned around."""
+IN_A_GRAPH, REPLAYS = 10, 30
+TOLERANCE = 3e-2
+"""Relative difference from the same token in one call, of bfloat16."""
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Times of one token in a batch, in microseconds.
+
+    Attributes:
+        batch: Rows.
+        length: Tokens of each row before it.
+        dense_us: The fastest dense backend.
+        dense_backends_us: All of them.
+        target_us: The converted attention, mean over the tokens of a query block.
+        first_us: The first token of a query block, with which its coarse steps are done.
+        error: Relative difference from what one call over all tokens gives.
+    """
+
+    batch: int
+    length: int
+    dense_us: float
+    dense_backends_us: Mapping[str, float]
+    target_us: float
+    first_us: float
+    error: float
+
+    @property
+    def speedup(self) -> float:
+        """Dense time over converted time."""
+        return self.dense_us / self.target_us
+
+
+@torch.no_grad()
+def decoding(target: HSAAttention, inputs: Inputs, batch: int) -> Decoding:
+    """Times one token behind all but the last query block of ``inputs``.
+
+    Args:
+        target: A causal HSA target.
+        inputs: Of one row, on CUDA.
+        batch: Rows to make of it: the same tokens, turned around by ``SHIFT`` more for each.
+
+    Raises:
+        BenchmarkError: If its kernels do not take the inputs, or the result differs from one call over all tokens.
+    """
+    g = target.geometry
+    length = inputs.q.shape[2] // g.query_block * g.query_block - g.query_block
+    q, k, v = (_rows(x, batch) for x in (inputs.q, inputs.k, inputs.v))
+    zero = torch.zeros(batch, dtype=torch.int64, device=q.device)
+    kinds: dict[str, Any] = {"causal": True, "sliding_window": target.sliding_window, "gate": target.gate}
+    if not can_decode(q[:, :, :1], v, geometry=g, **kinds) or length <= g.dense_end:
+        raise BenchmarkError(
+            f"decoding is timed on CUDA and behind the dense start of {g.dense_end} tokens, got {q.device.type} and "
+            f"{length} tokens"
+        )
+    layer = RetrofitLayer()
+    past = tuple(x[:, :, :length] for x in (q, k, v))
+    target(*past, AttentionCall(zero, zero + length, layer, padded=False))
+    assert isinstance(layer.state, HSAState)
+    state = layer.state.with_room(k)
+
+    def step(at: int) -> Callable[[], Tensor]:
+        token, ends = q[:, :, at : at + 1].contiguous(), zero + at + 1
+        return partial(
+            hsa_decode, token, k, v, state, start=zero, length=ends, scale=target.scale, ending=True
+        )
+
+    error = _error(target, step, (q, k, v), length)
+    first = _graph_us(step(length))
+    later = _graph_us(step(length + g.query_block // 2))
+    token, keys, values = (
+        x[:, :, :end].contiguous() for x, end in ((q, 1), (k, length + 1), (v, length + 1))
+    )
+    runs = dense_runs(Inputs(token, keys, values, inputs.scale), causal=False)
+    dense = {name: _graph_us(run.forward) for name, run in runs.items()}
+    return Decoding(
+        batch,
+        length,
+        min(dense.values()),
+        dense,
+        (first + (g.query_block - 1) * later) / g.query_block,
+        first,
+        error,
+    )
+
+
+def _rows(x: Tensor, batch: int) -> Tensor:
+    return torch.cat([x.roll(SHIFT * row, 2) for row in range(batch)])
+
+
+def _error(
+    target: HSAAttention,
+    step: Callable[[int], Callable[[], Tensor]],
+    tensors: tuple[Tensor, Tensor, Tensor],
+    length: int,
+) -> float:
+    """Decodes the last query block, and compares it with one call over all tokens."""
+    size = target.geometry.query_block
+    end = length + size
+    found = torch.cat([step(at)() for at in range(length, end)], 2).double()
+    q, k, v = (x[:, :, :end] for x in tensors)
+    zero = torch.zeros(q.shape[0], dtype=torch.int64, device=q.device)
+    call = AttentionCall(zero, zero + end, padded=False)
+    expected = target(q, k, v, call)[:, :, length:].double()
+    error = float((found - expected).norm() / expected.norm())
+    if not error <= TOLERANCE:
+        raise BenchmarkError(
+            f"decoded tokens differ from one call by {error:.2e}, at most {TOLERANCE:.0e} is allowed; nothing was timed"
+        )
+    return error
+
+
+def _graph_us(run: Callable[[], Any]) -> float:
+    """Median time of ``run`` within a CUDA graph of several, in microseconds."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(IN_A_GRAPH):
+            run()
+    graph.replay()
+    times = []
+    for _ in range(REPLAYS):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3 / IN_A_GRAPH)
+    return statistics.median(times)

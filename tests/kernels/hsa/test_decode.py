@@ -1,0 +1,178 @@
+"""One or a few new tokens on a GPU: the same as in one call, the same state, and nothing that moves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from retrofit.errors import ConfigError
+from retrofit.kernels.hsa.decode import hsa_decode
+from retrofit.kernels.hsa.geometry import Geometry
+from retrofit.kernels.hsa.state import HSAState
+from retrofit.kernels.pyramid.ops import extend_spreads
+
+pytest.importorskip("triton")
+
+
+@pytest.fixture
+def implementation() -> str:
+    return "triton"
+
+
+def after(case: Any, tokens: int) -> tuple[Tensor, HSAState]:
+    """The output for, and the state after, the first ``tokens`` index slots."""
+    g, done = case.geometry, case.run(0, tokens)
+    k = case.k[:, :, :tokens]
+    nodes = case.pool(k)
+    spreads = extend_spreads(k, nodes[0], None, case.start, new=tokens, ratio=g.node, offset=g.sink)
+    return done.out, HSAState(tuple(nodes), spreads, (), done.spans, done.first, g)
+
+
+def decoded(case: Any, begin: int, steps: list[int]) -> tuple[Tensor, HSAState]:
+    """The output of the tokens from ``begin`` on, so many in each call, and the state after them."""
+    _, state = after(case, begin)
+    state = state.with_room(case.k)
+    outs = []
+    for step in steps:
+        end = begin + step
+        outs.append(
+            hsa_decode(
+                case.q[:, :, begin:end],
+                case.k[:, :, :end],
+                case.v[:, :, :end],
+                state,
+                start=case.start,
+                length=torch.minimum(case.length, end - case.start).clamp(min=0),
+                scale=case.scale,
+                padded=case.padded,
+            )
+        )
+        begin = end
+    return torch.cat(outs, 2), state
+
+
+def same_state(case: Any, actual: HSAState, expected: HSAState) -> None:
+    """Compares what has a meaning to the bit: the selection, and the cells that each row's tokens complete."""
+    g = case.geometry
+    assert torch.equal(actual.spans, expected.spans)
+    assert torch.equal(actual.first, expected.first)
+    assert actual.spreads is not None and expected.spreads is not None
+    for row, length in enumerate(case.length.tolist()):
+        counts = [max(0, length - g.sink) // size for size in g.node_sizes]
+        for level, count in enumerate(counts):
+            found, wanted = (x.nodes[level][row, :, :count] for x in (actual, expected))
+            assert torch.equal(found, wanted), (row, level)
+        found, wanted = (x.spreads[row, :, : counts[0]] for x in (actual, expected))
+        torch.testing.assert_close(
+            found, wanted, rtol=0 if found.is_cuda else 1e-6, atol=0 if found.is_cuda else 1e-7
+        )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        {"tokens": 111},
+        {"tokens": 130, "beam": 2, "fanout": 2, "nodes_per_span": 8},
+        {"tokens": 118, "batch": 3, "start": [0, 44, 9], "length": [118, 74, 101], "heads": 6, "kv_heads": 2},
+    ],
+    ids=["plain", "levels", "padded"],
+)
+def test_interpreted_tokens_equal_the_whole(build: Callable[..., Any], inputs: dict[str, Any]) -> None:
+    case = build(**{"heads": 2, "kv_heads": 1, **inputs})
+    steps = [1, 1, 3, 8, 1]
+    begin = case.tokens - sum(steps)
+    out, state = decoded(case, begin, steps)
+    expected, whole = after(replace(case, implementation="blocked"), case.tokens)
+    torch.testing.assert_close(out, expected[:, :, begin:], rtol=1e-5, atol=1e-5)
+    same_state(case, state, whole)
+
+
+def test_a_state_without_room_is_refused(build: Callable[..., Any]) -> None:
+    case = replace(build(110, heads=2, kv_heads=1), implementation="blocked")
+    _, state = after(case, 109)
+    options = {"start": case.start, "length": case.length, "scale": 1.0}
+    with pytest.raises(ConfigError, match=r"room for the 110 slots.*state.with_room\(k\)"):
+        hsa_decode(case.q[:, :, 109:], case.k, case.v, replace(state, spans=state.spans[:, :, :3]), **options)
+
+
+DEFAULT = Geometry(
+    window=128,
+    sink=32,
+    budget=480,
+    block=32,
+    node=4,
+    fanout=8,
+    nodes_per_span=16,
+    beam=31,
+    query_block=32,
+    dense_until=0,
+    threshold=0.002,
+    spread=1.4,
+)
+
+
+def on_gpu(case: Any, dtype: torch.dtype) -> Any:
+    tensors = {name: getattr(case, name).to("cuda", dtype) for name in ("q", "k", "v")}
+    rows = {name: getattr(case, name).to("cuda") for name in ("start", "length")}
+    return replace(case, geometry=DEFAULT, **tensors, **rows)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        {"tokens": 3001, "heads": 9, "kv_heads": 3, "dim": 64},
+        {"tokens": 2500, "heads": 8, "kv_heads": 2, "dim": 128},
+        {"tokens": 2049, "heads": 16, "kv_heads": 1, "dim": 80},
+        {"tokens": 10240, "heads": 4, "kv_heads": 4, "dim": 32},
+        {"tokens": 2300, "batch": 3, "start": [0, 1900, 7], "length": [2300, 400, 2290], "dim": 64},
+    ],
+    ids=["smollm2", "llama", "wide group", "long", "padded"],
+)
+def test_on_a_gpu_tokens_equal_the_whole(
+    build: Callable[..., Any], inputs: dict[str, Any], dtype: torch.dtype
+) -> None:
+    case = on_gpu(build(**inputs), dtype)
+    steps = [1] * 40 + [7, 16, 1]
+    begin = case.tokens - sum(steps)
+    out, state = decoded(case, begin, steps)
+    expected, whole = after(case, case.tokens)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(out, expected[:, :, begin:], rtol=tolerance, atol=tolerance)
+    same_state(case, state, whole)
+
+
+@pytest.mark.gpu
+def test_a_graph_is_replayed_for_later_tokens(build: Callable[..., Any]) -> None:
+    case = on_gpu(build(2600, dim=64), torch.bfloat16)
+    begin, count = 2500, 100
+    expected, whole = after(case, case.tokens)
+    _, state = after(case, begin)
+    state = state.with_room(case.k)
+    q, length = case.q[:, :, begin : begin + 1].clone(), case.length.clone()
+    # What comes later is not read.
+    k, v = case.k.clone(), case.v.clone()
+    k[:, :, begin:], v[:, :, begin:] = torch.nan, torch.nan
+
+    def step() -> Tensor:
+        return hsa_decode(q, k, v, state, start=case.start, length=length, scale=case.scale, ending=True)
+
+    graph, out = torch.cuda.CUDAGraph(), torch.empty(0)
+    for at in range(begin, begin + count):
+        q.copy_(case.q[:, :, at : at + 1])
+        k[:, :, at], v[:, :, at] = case.k[:, :, at], case.v[:, :, at]
+        length.fill_(at + 1)
+        if at == begin:
+            step()  # compiles; it may be done twice
+            with torch.cuda.graph(graph):
+                out = step()
+        graph.replay()
+        torch.testing.assert_close(out, expected[:, :, at : at + 1], rtol=1e-2, atol=1e-2)
+    same_state(case, state, whole)
