@@ -12,7 +12,8 @@ LAYERS, SECONDS, MEGABYTES = 32, 60, 500
 # In a process of its own: what was allocated before cannot hide what the conversion needs. Processor time, as the
 # machine may have other work.
 SCRIPT = f"""
-import resource, time
+import re, time
+from pathlib import Path
 import psutil, torch
 from transformers import LlamaConfig, LlamaForCausalLM
 import retrofit
@@ -28,12 +29,15 @@ captures, capture = [], plan.capture
 plan.capture = lambda *args, **options: captures.append(1) or capture(*args, **options)
 before, start = psutil.Process().memory_info().rss, time.process_time()
 report = retrofit.convert(model, HSAConfig())
-seconds, peak = time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+seconds = time.process_time() - start
+# Not getrusage, whose peak a new process takes over from the one that started it.
+peak = int(re.search(r'VmHWM:\\s*(\\d+)', Path('/proc/self/status').read_text())[1]) * 1024
 print(len(report.converted), len(captures), seconds, (peak - before) / 2**20)
 """
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of its memory from /proc")
 def test_a_deep_model_is_converted_in_a_minute_and_little_memory() -> None:
     result = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
