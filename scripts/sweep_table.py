@@ -1,0 +1,91 @@
+"""Writes the results of the sweep as Markdown: a page for each family, and one that sums them up.
+
+python scripts/sweep_table.py benchmarks/results
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from sweep_families import FAMILIES
+
+NOT_SWEPT = ("not built", "not run", "no attention", "timed out")
+"""Verdicts that say nothing about the attention."""
+
+MADE_BY = (
+    "Tiny random models, float32, CPU. Made by `scripts/sweep_transformers.py` and `scripts/sweep_table.py`; the raw\n"
+    "results are in the JSON file beside this one."
+)
+
+
+def page(family: str, result: dict[str, Any]) -> str:
+    """Returns the rows of one family: the totals, then one line for each architecture."""
+    rows = result["rows"]
+    lines = [
+        f"# {FAMILIES[family][0]} of transformers",
+        "",
+        f"{_versions(result)} {MADE_BY}",
+        "",
+        _totals(rows),
+        "",
+        "| architecture | sites | converted | verdict | why |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        why = row.get("crash") or row.get("error") or "; ".join(row.get("refused", {}))
+        cells = [row["architecture"], row.get("sites", ""), row.get("convertible", ""), row["verdict"], why]
+        lines.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def summary(results: dict[str, dict[str, Any]]) -> str:
+    """Returns one line for each family."""
+    kinds = ("converted", "in part", "refused", "failed", "crashed", "missed")
+    lines = [
+        "# Architectures of transformers",
+        "",
+        MADE_BY.replace("file beside this one", "files beside this one"),
+        "",
+        "| family | architectures | with attention that ran | " + " | ".join(kinds) + " |",
+        "| --- " * (len(kinds) + 3) + "|",
+    ]
+    for family, result in results.items():
+        totals = Counter(row["verdict"] for row in result["rows"])
+        cells = [f"[{FAMILIES[family][0]}](sweep-{family}.md)", len(result["rows"]), swept(result["rows"])]
+        lines.append("| " + " | ".join(map(str, [*cells, *(totals[kind] for kind in kinds)])) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def swept(rows: list[dict[str, Any]]) -> int:
+    """Returns how many architectures have attention that could be built and run."""
+    return sum(row["verdict"] not in NOT_SWEPT for row in rows)
+
+
+def _totals(rows: list[dict[str, Any]]) -> str:
+    totals = Counter(row["verdict"] for row in rows).most_common()
+    counts = ", ".join(f"{count} {verdict}" for verdict, count in totals)
+    return f"{len(rows)} architectures, {swept(rows)} with attention that could be built and run offline: {counts}."
+
+
+def _versions(result: dict[str, Any]) -> str:
+    return f"transformers {result['transformers']}, torch {result['torch']}."
+
+
+def main() -> None:
+    """Writes the pages beside the JSON files of a folder."""
+    folder = Path(sys.argv[1])
+    results = {}
+    for family in FAMILIES:
+        path = folder / f"sweep-{family}.json"
+        if path.exists():
+            results[family] = json.loads(path.read_text())
+            path.with_suffix(".md").write_text(page(family, results[family]))
+    (folder / "sweep.md").write_text(summary(results))
+
+
+if __name__ == "__main__":
+    main()
