@@ -26,7 +26,7 @@ OUTPUT = Path("demo-output")
 
 # About a third of the default's keys, so that there is something to win back in a few minutes.
 CONFIG = retrofit.HSAConfig(
-    window=128, sink=32, budget=96, block=32, node=4, nodes_per_span=16, beam=8, query_block=32
+    window=64, sink=32, budget=64, block=32, node=4, nodes_per_span=16, beam=8, query_block=32
 )
 DISTILLATION = retrofit.DistillConfig(
     stage="2", trainable="lora", steps=12, length=768, learning_rate_2=1e-3, save_every=0
