@@ -24,6 +24,7 @@ from retrofit.capture.call import CACHE_NAMES, is_cache, lookup, spelled
 from retrofit.capture.export import expanded
 from retrofit.capture.site_plan import SitePlan, compiled
 from retrofit.capture.standin import is_tensor_slot
+from retrofit.capture.unread import unread_parameters
 from retrofit.cross import as_scores, keys_and_values
 from retrofit.dropout import check_trainable, dropout_of
 from retrofit.errors import CaptureError
@@ -151,6 +152,7 @@ class RetrofittedAttention(nn.Module):
     def _compile(self) -> None:
         plan = self.plan
         vars(self)["_run"] = compiled(plan.source)
+        vars(self)["_unread"] = unread_parameters(self.original)
         vars(self)["_run_keys"] = None if plan.keys is None else compiled(plan.keys)
         vars(self)["_run_training"] = None if plan.training is None else compiled(plan.training)
 
@@ -205,6 +207,8 @@ class RetrofittedAttention(nn.Module):
     def _check_rest(self, values: Mapping[str, Any]) -> None:
         plan = self.plan
         for path, recorded in plan.known:
+            if path[0] in self._unread:
+                continue
             if recorded is None and path[0] in plan.signature.names and path != plan.mask_argument:
                 value = lookup(values, path)
                 if isinstance(value, Tensor) and path not in plan.inputs:

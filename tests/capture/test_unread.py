@@ -1,0 +1,84 @@
+"""A tensor in place of a recorded None is taken only where the code never reads it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import retrofit
+from retrofit.capture.unread import unread_parameters
+from retrofit.errors import CaptureError
+
+
+class Attention(nn.Module):
+    """Rotates by what it is given; subclasses differ in what they do with ``position_ids``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(32, 32) for _ in range(3))
+
+    def attend(self, x: Tensor, scale: Any) -> Tensor:
+        q, k, v = (m(x).unflatten(-1, (2, 16)).transpose(1, 2) for m in (self.q, self.k, self.v))
+        return F.scaled_dot_product_attention(q * scale, k, v, is_causal=True).transpose(1, 2).flatten(2)
+
+
+class Leaves(Attention):
+    def forward(self, x: Tensor, position_embeddings: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        return self.attend(x, position_embeddings)
+
+
+class Reads(Attention):
+    def forward(self, x: Tensor, position_embeddings: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        if position_ids is not None:
+            position_embeddings = position_embeddings * torch.log1p(position_ids.float())[:, None, :, None]
+        return self.attend(x, position_embeddings)
+
+
+class ReadsWithin(Attention):
+    def forward(self, x: Tensor, position_embeddings: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        def scale() -> Tensor:
+            return position_embeddings if position_ids is None else position_embeddings * 2
+
+        return self.attend(x, scale())
+
+
+class Looks(Attention):
+    def forward(self, x: Tensor, position_embeddings: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        given = locals()["position_ids"] is not None
+        return self.attend(x, position_embeddings * (2 if given else 1))
+
+
+class Model(nn.Module):
+    def __init__(self, attention: Attention) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, x: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        angles = torch.cos(torch.arange(x.shape[1]).float())[:, None]
+        found: Tensor = self.attention(x, angles, position_ids=position_ids)
+        return found
+
+
+def test_only_what_is_never_read_is_unread() -> None:
+    assert unread_parameters(Leaves()) == {"position_ids"}
+    for kind in (Reads, ReadsWithin, Looks):
+        assert "position_ids" not in unread_parameters(kind())
+
+
+def test_what_is_not_read_may_be_given_later() -> None:
+    model, x, positions = Model(Leaves()).eval(), torch.randn(2, 21, 32), torch.arange(21).expand(2, -1)
+    expected = model(x, positions)
+    retrofit.convert(model, retrofit.DenseConfig(), (x,))
+    torch.testing.assert_close(model(x, positions), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [Reads, ReadsWithin, Looks])
+def test_what_may_be_read_is_refused(kind: type[Attention]) -> None:
+    model, x, positions = Model(kind()).eval(), torch.randn(2, 21, 32), torch.arange(21).expand(2, -1)
+    retrofit.convert(model, retrofit.DenseConfig(), (x,))
+    with pytest.raises(CaptureError, match="captured with position_ids=None, got a tensor"):
+        model(x, positions)
