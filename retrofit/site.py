@@ -204,7 +204,10 @@ class RetrofittedAttention(nn.Module):
 
     def _check_rest(self, values: Mapping[str, Any]) -> None:
         plan = self.plan
+        rotated = any(path[0] == "position_embeddings" for path in plan.inputs)
         for path, recorded in plan.known:
+            if rotated and path[0] == "position_ids":
+                continue  # what they say came in as sines and cosines
             if recorded is None and path[0] in plan.signature.names and path != plan.mask_argument:
                 value = lookup(values, path)
                 if isinstance(value, Tensor) and path not in plan.inputs:
