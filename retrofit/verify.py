@@ -206,11 +206,14 @@ class ModelCheck:
             (relative_error(a, b, None) for a, b in zip(steps, self.steps, strict=True)), default=None
         )
         tolerance = max(MODEL_TOLERANCE, 32 * torch.finfo(got[0].dtype).eps)
-        for name, error in ((f"output ({worst})", prefill), (f"cached decode ({self.steps_of})", decode)):
+        for name, probe, error in (
+            ("output", worst, prefill),
+            ("cached decode", self.steps_of, decode),
+        ):
             if error is not None and not error <= tolerance:
                 raise VerificationError(
-                    f"the whole model's {name} differs from the original by {error:.1e} relative after "
-                    f"rewriting, at most {tolerance:.0e} is allowed"
+                    f"the whole model's {name} differs from the original by {error:.1e} relative ({probe}) "
+                    f"after rewriting, at most {tolerance:.0e} is allowed"
                 )
         return prefill, decode
 
