@@ -62,8 +62,8 @@ def check(name: str, config_class: type, model_class: type) -> dict[str, Any]:
         model = built(name, config_class, model_class)
     except Exception as error:
         return {**row, "verdict": "not built", "error": _line(error)}
-    inputs = example(model)
     try:
+        inputs = example(model)
         counted = _counted(built(name, config_class, model_class), inputs)
         with torch.no_grad():
             before = _first(model, inputs)

@@ -94,10 +94,13 @@ def _totals(rows: list[dict[str, Any]]) -> str:
 
 
 def _versions(result: dict[str, Any]) -> str:
-    return (
-        f"transformers {result['transformers']}, torch {result['torch']}, retrofit at {result['commit']}, "
-        f"{result['date']}."
+    made = f"transformers {result['transformers']}, torch {result['torch']}, retrofit at {result['commit']}, "
+    renewed = Counter((row["commit"], row["torch"]) for row in result["rows"] if "commit" in row)
+    later = "".join(
+        f" {count} of the rows were renewed at {commit} with torch {torch}."
+        for (commit, torch), count in renewed.items()
     )
+    return f"{made}{result['date']}.{later}"
 
 
 def main() -> None:
