@@ -30,6 +30,10 @@ from retrofit.site import RetrofittedAttention, build_target
 
 KEPT_DENSE = "kept dense by skip"
 ONLY_DENSE = "cross-attention takes DenseConfig() alone and keeps its own attention"
+ONLY_DENSE_POOLED = (
+    "attention whose queries and keys are not the same tokens (one is pooled from the other) takes DenseConfig() "
+    "alone and keeps its own attention"
+)
 
 
 def inspect(
@@ -143,7 +147,8 @@ def _convert(
             elif isinstance(item.plan, Refused):
                 skipped[item.path] = item.plan.reason
             elif item.plan.kind == "cross" and not isinstance(target, DenseConfig):
-                skipped[item.path] = ONLY_DENSE
+                pooled = set(item.plan.key_inputs) <= set(item.plan.inputs)
+                skipped[item.path] = ONLY_DENSE_POOLED if pooled else ONLY_DENSE
             else:
                 chosen.append((item, item.plan, _worth(item.plan, target)))
         if not chosen:

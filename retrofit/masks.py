@@ -347,7 +347,7 @@ def enable(model: nn.Module) -> None:
     sites = [module for module in model.modules() if isinstance(module, RetrofittedAttention)]
     for config in _configs(model, sites):
         original = config._attn_implementation_internal or "eager"
-        dense = [module for module in _masked(model) if getattr(module, "config", None) is config]
+        dense = [module for module in _masked(model) if _config_of(model, module) is config]
         for module in dense:
             _keep_dense(module, config)
         vars(config)[_ORIGINAL] = original
@@ -361,7 +361,11 @@ def restore(model: nn.Module) -> None:
         hook = vars(module).pop("_retrofit_mask_hook", None)
         if hook is not None:
             hook.remove()
-            vars(module)["config"] = vars(module).pop("_retrofit_config")
+            own = vars(module).pop("_retrofit_config")
+            if own is None:
+                del vars(module)["config"]
+            else:
+                vars(module)["config"] = own
     for module in model.modules():
         config: Any = getattr(module, "config", None)
         original = vars(config).pop(_ORIGINAL, None) if hasattr(config, "__dict__") else None
@@ -381,6 +385,21 @@ def _configs(model: nn.Module, sites: list[Any]) -> list[Any]:
         if around:
             found[id(around[-1].config)] = around[-1].config
     return list(found.values())
+
+
+def _config_of(model: nn.Module, module: nn.Module) -> Any:
+    """The configuration of ``module``: its own, or if it keeps none that of the innermost model around it."""
+    from transformers import PreTrainedModel
+
+    own = getattr(module, "config", None)
+    if own is not None:
+        return own
+    around = [
+        above
+        for above in model.modules()
+        if isinstance(above, PreTrainedModel) and any(child is module for child in above.modules())
+    ]
+    return around[-1].config if around else None
 
 
 def _wants_a_mask(model: nn.Module, config: Any) -> bool:
@@ -407,7 +426,7 @@ def _masked(model: nn.Module) -> Iterator[nn.Module]:
 
 def _keep_dense(module: nn.Module, config: Any) -> None:
     """Gives a module a configuration of its own, with the original implementation, and the hook for its mask."""
-    vars(module)["_retrofit_config"] = config
+    vars(module)["_retrofit_config"] = vars(module).get("config")
     vars(module)["config"] = copy.copy(config)
     vars(module)["_retrofit_mask_hook"] = module.register_forward_pre_hook(_rebuild, with_kwargs=True)
 

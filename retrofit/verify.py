@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from retrofit.capture.analyse import Found, evaluating
 from retrofit.capture.call import is_cache
 from retrofit.capture.observe import ProbedCall
-from retrofit.capture.probes import Probe
+from retrofit.capture.probes import Probe, same_draws
 from retrofit.errors import VerificationError
 from retrofit.site import RetrofittedAttention
 
@@ -197,22 +197,30 @@ class ModelCheck:
             VerificationError: If one is above the tolerance of the dtype.
         """
         with torch.no_grad(), evaluating(model):
-            got = [first_tensor(model(*probe.args, **probe.kwargs)) for probe in self.probes]
-        prefill = max(
-            relative_error(a, b, keep) for a, b, keep in zip(got, self.outputs, self.keep, strict=True)
-        )
+            got = [first_tensor(_called(model, probe)) for probe in self.probes]
+        errors = [relative_error(a, b, keep) for a, b, keep in zip(got, self.outputs, self.keep, strict=True)]
+        prefill = max(errors)
+        worst = self.probes[errors.index(prefill)].name
         steps = cached_steps(model, self.probes, self.steps_of) if self.steps else []
         decode = max(
             (relative_error(a, b, None) for a, b in zip(steps, self.steps, strict=True)), default=None
         )
         tolerance = max(MODEL_TOLERANCE, 32 * torch.finfo(got[0].dtype).eps)
-        for name, error in (("output", prefill), ("cached decode", decode)):
+        for name, probe, error in (
+            ("output", worst, prefill),
+            ("cached decode", self.steps_of, decode),
+        ):
             if error is not None and not error <= tolerance:
                 raise VerificationError(
-                    f"the whole model's {name} differs from the original by {error:.1e} relative after "
-                    f"rewriting, at most {tolerance:.0e} is allowed"
+                    f"the whole model's {name} differs from the original by {error:.1e} relative ({probe}) "
+                    f"after rewriting, at most {tolerance:.0e} is allowed"
                 )
         return prefill, decode
+
+
+def _called(model: nn.Module, probe: Probe) -> Any:
+    with same_draws():
+        return model(*probe.args, **probe.kwargs)
 
 
 def cached_steps(model: nn.Module, probes: Sequence[Probe], name: str) -> list[Tensor]:

@@ -65,6 +65,28 @@ def swept(rows: list[dict[str, Any]]) -> int:
     return sum(row["verdict"] not in NOT_SWEPT for row in rows)
 
 
+def ran(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the architectures that could be built and run, with attention or without."""
+    return [row for row in rows if row["verdict"] not in ("not built", "not run", "timed out")]
+
+
+def settled(row: dict[str, Any]) -> bool:
+    """Whether every attention of an architecture is converted or has a reason why it is not."""
+    if row["verdict"] == "no attention":
+        return True
+    if row["verdict"] not in ("converted", "in part", "refused"):
+        return False
+    left = row["sites"] - row["convertible"]
+    return sum(row["refused"].values()) == left and all(map(specific, row["refused"]))
+
+
+def specific(reason: str) -> bool:
+    """Whether a reason says what it is about the attention, not only that a comparison failed."""
+    return bool(reason) and not any(
+        vague in reason for vague in ("the whole model's", "the whole model fails")
+    )
+
+
 def _totals(rows: list[dict[str, Any]]) -> str:
     totals = Counter(row["verdict"] for row in rows).most_common()
     counts = ", ".join(f"{count} {verdict}" for verdict, count in totals)
@@ -72,7 +94,13 @@ def _totals(rows: list[dict[str, Any]]) -> str:
 
 
 def _versions(result: dict[str, Any]) -> str:
-    return f"transformers {result['transformers']}, torch {result['torch']}."
+    made = f"transformers {result['transformers']}, torch {result['torch']}, retrofit at {result['commit']}, "
+    renewed = Counter((row["commit"], row["torch"]) for row in result["rows"] if "commit" in row)
+    later = "".join(
+        f" {count} of the rows were renewed at {commit} with torch {torch}."
+        for (commit, torch), count in renewed.items()
+    )
+    return f"{made}{result['date']}.{later}"
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
@@ -64,12 +65,14 @@ class Results:
     def add(self, task: Task, row: dict[str, Any]) -> None:
         """Puts a row in the place of the one that its architecture had."""
         self.rows[task.family][task.name] = row
-        rows = self.rows[task.family]
+        rows = [row for _, row in sorted(self.rows[task.family].items())]
         result = {
             "transformers": transformers.__version__,
             "torch": torch.__version__.split("+")[0],
             "commit": self.commit,
-            "rows": [rows[name] for name in sorted(rows)],
+            "date": datetime.now(timezone.utc).date().isoformat(),
+            "summary": dict(Counter(row["verdict"] for row in rows).most_common()),
+            "rows": rows,
         }
         path = self._path(task.family)
         partial = path.with_suffix(".partial")
@@ -171,12 +174,15 @@ def main() -> None:
     ]
     totals: Counter[str] = Counter()
     for task, row in run(tasks, given.jobs, given.limit, deadline):
+        trace = row.pop("trace", "")
         results.add(task, row)
         totals[row["verdict"]] += 1
         why = row.get("crash") or row.get("error") or row.get("refused") or ""
         print(
             task.family, task.name, row["verdict"], row.get("seconds", ""), why, file=sys.stderr, flush=True
         )
+        if trace:
+            print(trace, file=sys.stderr, flush=True)
     print(f"{totals.total()} of {len(tasks)}: {dict(totals)}")
 
 

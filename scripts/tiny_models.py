@@ -5,6 +5,7 @@ LlamaConfig  →  the same with 64 channels, 2 layers, 4 heads, 512 tokens  → 
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -94,6 +95,10 @@ SIZES = {
     "chunk_size": 16,
     "image_size": 32,
     "patch_size": 8,
+    "out_hidden_size": 64,
+    "text_hidden_size": 64,
+    "audio_hidden_size": 64,
+    "num_queries": 10,
     "hidden_size_per_layer_input": 8,
     "vocab_size_per_layer_input": 512,
 }
@@ -129,9 +134,28 @@ def tiny_config(cls: type, overrides: dict[str, Any] | None = None) -> Any:
     for name in getattr(cls, "sub_configs", {}):
         sub = given.get(name)
         if hasattr(sub, "to_dict"):
-            kwargs[name] = tiny_config(type(sub)).to_dict()
-    kwargs.update(overrides or {})
+            of_part = (overrides or {}).get(name)
+            kwargs[name] = tiny_config(type(sub), of_part if isinstance(of_part, dict) else None).to_dict()
+    if "mrope_section" in getattr(cls, "ignore_keys_at_rope_validation", ()):
+        kwargs["rope_parameters"] = _rope(given, kwargs)
+    parts = getattr(cls, "sub_configs", {})
+    kwargs.update(
+        {
+            name: value
+            for name, value in (overrides or {}).items()
+            if name not in parts or not isinstance(value, dict)
+        }
+    )
     return cls(**{name: value for name, value in kwargs.items() if value is not ...})
+
+
+def _rope(given: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Rotary sections of time, height and width that fill the heads."""
+    rope = dict(given.get("rope_parameters") or PLAIN_ROPE)
+    width = kwargs.get("head_dim") or kwargs["hidden_size"] // kwargs["num_attention_heads"]
+    half = int(width * rope.get("partial_rotary_factor", 1.0)) // 2
+    side = 3 * half // 8
+    return {**rope, "mrope_section": [half - 2 * side, side, side]}
 
 
 def _settable(cls: type, default: Any) -> list[str]:
@@ -154,7 +178,52 @@ def _read(config: Any, name: str) -> Any:
         return None
 
 
+PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+
+AS_IT_IS: dict[str, Any] = dict.fromkeys(SIZES, ...)
+"""For a part whose default sizes depend on each other."""
+
 OVERRIDES: dict[str, dict[str, Any]] = {
+    "chmv2": {"backbone_config": ...},
+    "convnext": AS_IT_IS,
+    "convnextv2": AS_IT_IS,
+    "csm": {"codec_config": AS_IT_IS},
+    "d_fine": {"backbone_config": ..., "encoder_layers": ...},
+    "deimv2": {"backbone_config": ..., "encoder_layers": ...},
+    "depth_anything": {"backbone_config": ..., "patch_size": ...},
+    "donut-swin": {**AS_IT_IS, "depths": [1, 1, 2, 1]},
+    "ernie4_5_vl_moe": {"text_config": {"rope_parameters": {**PLAIN_ROPE, "mrope_section": [3, 3, 2]}}},
+    "esm": {"vocab_size": 512, "pad_token_id": 1, "mask_token_id": 2},
+    "fun_asr_nano": {"adaptor_config": {"intermediate_size": 16}},
+    "funnel": {"num_hidden_layers": ..., "block_sizes": [1, 1, 1]},
+    "hunyuan_vl": {"text_config": {"head_dim": 16}},
+    "kyutai_speech_to_text": {"codec_config": AS_IT_IS},
+    "levit": AS_IT_IS,
+    "mask2former": {"backbone_config": ...},
+    "maskformer": {"backbone_config": ...},
+    "mobilevit": AS_IT_IS,
+    "mobilevitv2": AS_IT_IS,
+    "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
+    "pocket_tts_audio_tokenizer": AS_IT_IS,
+    "pp_doclayout_v2": {"backbone_config": ..., "encoder_layers": ...},
+    "pp_doclayout_v3": {"backbone_config": ..., "encoder_layers": ...},
+    "pp_doclayout_v4": {"backbone_config": ..., "encoder_layers": ...},
+    "paddleocr_vl": {"text_config": {"rope_parameters": {**PLAIN_ROPE, "mrope_section": [2, 3, 3]}}},
+    "prompt_depth_anything": {"backbone_config": ..., "patch_size": ...},
+    "pvt": {"image_size": ..., "patch_size": ...},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 7},
+    "rt_detr": {"backbone_config": ..., "encoder_layers": ...},
+    "rt_detr_v2": {"backbone_config": ..., "encoder_layers": ...},
+    "shieldgemma2": {"yes_token_index": 5, "no_token_index": 6},
+    "step3p7": {"text_config": {"sliding_window": 24}},
+    "swin": {**AS_IT_IS, "depths": [1, 1, 2, 1]},
+    "swin2sr": {**AS_IT_IS, "depths": [2, 2], "num_heads": [6, 6]},
+    "swinv2": {**AS_IT_IS, "depths": [1, 1, 2, 1]},
+    "tipsv2_dpt": {"backbone_config": ...},
+    "wav2vec2-bert": {"vocab_size": 512},
+    "wav2vec2-conformer": {"vocab_size": 512},
+    "yolos": {"image_size": [64, 64]},
+    "zoedepth": {"backbone_config": ...},
     "bamba": {"attn_layer_indices": [1]},
     "big_bird": {"attention_type": "original_full"},  # the other one is for texts of 700 tokens and more
     "bigbird_pegasus": {"attention_type": "original_full"},
@@ -184,34 +253,84 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 def built(name: str, config_class: type, model_class: Any) -> Any:
     """Returns a random model of the architecture ``name``."""
     config = tiny_config(config_class, OVERRIDES.get(name))
-    if not isinstance(config, model_class.config_class or object):
-        config = config.get_text_config(decoder=True)
     torch.manual_seed(0)
-    return model_class(config).eval()
+    model = model_class(_part(config, model_class)).eval()
+    generation = getattr(model, "generation_config", None)
+    if generation is not None and generation.decoder_start_token_id is generation.bos_token_id is None:
+        generation.decoder_start_token_id = 1
+    return model
+
+
+def _part(config: Any, model_class: Any) -> Any:
+    """The part of a configuration that a model is made from: the whole, or that of its text or its images."""
+    parts = [config, config.get_text_config(decoder=True), getattr(config, "vision_config", None)]
+    wanted = model_class.config_class or object
+    return next((part for part in parts if isinstance(part, wanted)), config)
 
 
 def example(model: Any) -> dict[str, torch.Tensor]:
     """Returns what ``model`` takes: token ids, an image, a waveform or its features, or text with an image."""
     config, generator = model.config, torch.Generator().manual_seed(0)
     name = getattr(model, "main_input_name", "input_ids")
+    taken = inspect.signature(model.forward).parameters
     inputs: dict[str, torch.Tensor] = {}
-    if name == "input_ids" or hasattr(config, "text_config"):
-        inputs["input_ids"] = torch.randint(10, 500, (2, 21), generator=generator)
-    if name == "pixel_values" or "text_model" in dict(model.named_children()):
+    if name == "input_ids" or (hasattr(config, "text_config") and "input_ids" in taken):
+        rows = 2 * config.num_codebooks if config.model_type in WITH_CODEBOOKS else 2
+        inputs["input_ids"] = torch.randint(10, 500, (rows, 21), generator=generator)
+    pictured = name == "pixel_values" or "text_model" in dict(model.named_children())
+    if pictured or name == "pixel_values_videos" or config.model_type in WITH_IMAGE:
         vision = getattr(config, "vision_config", config)
-        image = getattr(vision, "image_size", 32)
-        height, width = image if isinstance(image, (tuple, list)) else (image, image)
-        channels = getattr(vision, "num_channels", 3)
-        inputs["pixel_values"] = torch.randn(2, channels, height, width, generator=generator)
+        image = getattr(vision, "image_size", 128)
+        size = list(image) if isinstance(image, (tuple, list)) else [image, image]
+        size = [getattr(vision, "num_channels", 3), *size]
+        if name == "pixel_values_videos" or config.model_type in ("timesformer", "videomae", "vivit"):
+            name = name if name.startswith("pixel_values") else "pixel_values_videos"
+            size = [getattr(vision, "num_frames", getattr(vision, "frames_per_clip", 8)), *size]
+        if config.model_type.startswith("siglip2"):
+            size = [vision.num_patches, vision.patch_size**2 * vision.num_channels]
+            side = int(vision.num_patches**0.5)
+            inputs["pixel_attention_mask"] = torch.ones(2, vision.num_patches, dtype=torch.long)
+            inputs["spatial_shapes"] = torch.full((2, 2), side)
+        name = name if name.startswith("pixel_values") else "pixel_values"
+        inputs[name] = torch.randn(2, *size, generator=generator)
     if name == "input_values":
         bins = getattr(config, "num_mel_bins", None)
         size = [8000] if bins is None else [config.max_length, bins]
+        if config.model_type in WITH_CHANNEL:
+            size = [1, *size]
         inputs["input_values"] = torch.randn(2, *size, generator=generator)
     if name == "input_features":
-        bins = getattr(config, "num_mel_bins", None) or getattr(config, "feature_projection_input_dim", 80)
-        frames = 2 * getattr(config, "max_source_positions", 32)
-        first = [bins, frames] if hasattr(config, "max_source_positions") else [frames, bins]
-        inputs["input_features"] = torch.randn(2, *first, generator=generator)
-    if getattr(config, "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = torch.randint(10, 500, (2, 9), generator=generator)
+        inputs["input_features"] = torch.randn(2, *_features(config), generator=generator)
+    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in taken:
+        books = getattr(getattr(config, "decoder", None), "num_codebooks", 1)
+        inputs["decoder_input_ids"] = torch.randint(10, 500, (2 * books, 9), generator=generator)
     return inputs
+
+
+WITH_IMAGE = ("git", "vilt")
+"""Models of text that are nothing without an image."""
+
+WITH_CODEBOOKS = ("musicgen_decoder", "musicgen_melody_decoder")
+"""Models of audio tokens, a row for each codebook."""
+
+WITH_CHANNEL = (
+    "dac",
+    "pocket_tts_audio_tokenizer",
+    "higgs_audio_v2_tokenizer",
+    "vibevoice_acoustic_tokenizer",
+)
+"""Models of waveforms [B, 1, T]."""
+
+
+def _features(config: Any) -> list[int]:
+    """The shape of a spectrogram: [bins, frames] for what is built as Whisper is, else [frames, bins]."""
+    encoder = getattr(config, "encoder_config", config)
+    names = ("num_mel_bins", "input_dim", "feature_projection_input_dim", "input_feat_per_channel")
+    bins = next((size for name in names for size in [getattr(encoder, name, None)] if size), 80)
+    if hasattr(config, "feature_projection_input_dim"):
+        return [64, config.feature_projection_input_dim]
+    if config.model_type == "speech_to_text":
+        return [64, bins]
+    if hasattr(config, "max_source_positions"):
+        return [bins, 2 * config.max_source_positions]
+    return [64, bins]

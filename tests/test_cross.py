@@ -255,3 +255,14 @@ def test_a_cache_without_a_place_for_its_keys_is_refused() -> None:
         site(x, key_value_states=y, past_key_values=DynamicCache())
     with pytest.raises(CaptureError, match="needs key_value_states for its keys, got None"):
         site(x)
+
+
+def test_keys_pooled_from_the_same_tokens_are_no_cross_attention(tiny_hsa: HSAConfig) -> None:
+    from transformers import SegformerConfig, SegformerModel
+
+    sizes = dict(depths=[1], hidden_sizes=[16], num_attention_heads=[2], sr_ratios=[4], mlp_ratios=[2])
+    model = SegformerModel(
+        SegformerConfig(num_encoder_blocks=1, patch_sizes=[7], strides=[4], **sizes)
+    ).eval()
+    with pytest.raises(NoAttentionFound, match=r"one is pooled from the other\) takes DenseConfig\(\) alone"):
+        retrofit.convert(model, tiny_hsa, {"pixel_values": torch.randn(2, 3, 64, 64)})

@@ -310,3 +310,28 @@ def test_compiled_models_check_packing_when_they_run(converted: Any) -> None:
     )
     with pytest.raises(RuntimeError, match="packed sequences"):
         compiled(ids, position_ids=torch.arange(20)[None] % 11, use_cache=False)
+
+
+SIDE = {"layers": 2, "attention_heads": 4, "ffn_dim": 48}
+
+
+def test_attention_left_dense_may_keep_no_configuration() -> None:
+    from transformers import MvpConfig, MvpForConditionalGeneration
+
+    torch.manual_seed(0)
+    sizes = {f"{side}_{name}": size for side in ("encoder", "decoder") for name, size in SIDE.items()}
+    model = MvpForConditionalGeneration(MvpConfig(vocab_size=64, d_model=32, use_cache=True, **sizes)).eval()
+    ids = torch.randint(5, 60, (2, 12))
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids[:, :7]}
+    with torch.no_grad():
+        before = model(**inputs).logits
+        report = retrofit.convert(model, retrofit.DenseConfig(), kind="encoder")
+        after = model(**inputs).logits
+    assert len(report.converted) == SIDE["layers"]
+    torch.testing.assert_close(after, before, atol=1e-5, rtol=0)
+    retrofit.revert(model)
+    assert "config" not in vars(model.model.decoder.layers[0].self_attn)
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, before)

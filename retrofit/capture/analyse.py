@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from retrofit.capture.observe import ProbedCall
 from retrofit.capture.plan import Planner
-from retrofit.capture.probes import ExampleInputs, Probe, is_transformers, make_probes
+from retrofit.capture.probes import ExampleInputs, Probe, is_transformers, make_probes, same_draws
 from retrofit.capture.record import OwnerCall, Recording, record
 from retrofit.capture.site_plan import Refused, SitePlan
 from retrofit.errors import CaptureError, RetrofitError
@@ -197,7 +197,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def _recorded(model: nn.Module, probe: Probe) -> Recording:
     try:
-        return record(model, probe.args, probe.kwargs)
+        with same_draws():
+            return record(model, probe.args, probe.kwargs)
     except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CaptureError(

@@ -6,7 +6,8 @@ example inputs           →  those; with token ids among them also padded
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,14 @@ class Probe:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     keep: Tensor | None
+
+
+@contextmanager
+def same_draws() -> Iterator[None]:
+    """Random numbers that are the same each time: a masked autoencoder chooses its patches by them."""
+    with torch.random.fork_rng(list(range(torch.cuda.device_count()))):
+        torch.manual_seed(0)
+        yield
 
 
 def is_transformers(model: nn.Module) -> bool:
@@ -138,12 +147,15 @@ def _length(model: nn.Module, config: Any) -> int:
             window = getattr(module, name, None)
             if isinstance(window, int):
                 windows.append(window)
-    chunk = getattr(config, "attention_chunk_size", None)
-    if isinstance(chunk, int) and "chunked_attention" in (getattr(config, "layer_types", None) or ()):
-        windows.append(chunk)
-    window = getattr(config, "sliding_window", None)
-    if isinstance(window, int) and getattr(config, "use_sliding_window", True):
-        windows.append(window)
+    # Where layers differ, the configuration of a model refuses to be asked for all of them.
+    layers = config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config]
+    for layer in layers:
+        chunk = getattr(layer, "attention_chunk_size", None)
+        if isinstance(chunk, int) and "chunked_attention" in (getattr(layer, "layer_types", None) or ()):
+            windows.append(chunk)
+        window = getattr(layer, "sliding_window", None)
+        if isinstance(window, int) and getattr(layer, "use_sliding_window", True):
+            windows.append(window)
     length = max(TOKENS, max(windows) + BEYOND_WINDOW)
     sizes = {size for parameter in model.parameters() for size in parameter.shape}
     most = getattr(config, "max_position_embeddings", None)
