@@ -38,6 +38,12 @@ class AttentionCall:
     mask: Tensor | None = None
 
 
+def unpadded(k: Tensor, layer: RetrofitLayer | None = None) -> AttentionCall:
+    """A call in which every row of the keys k [B, Hkv, N, D], the cached ones included, has all N slots."""
+    zero = torch.zeros(k.shape[0], dtype=torch.int64, device=k.device)
+    return AttentionCall(start=zero, length=zero + k.shape[2], layer=layer, padded=False)
+
+
 def call_of(
     of_site: MaskClass, q: Tensor, k: Tensor, layer: RetrofitLayer | None, mask: Tensor | None
 ) -> AttentionCall:

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from retrofit.attention_call import AttentionCall as AttentionCall
-from retrofit.attention_call import call_of
+from retrofit.attention_call import AttentionCall, call_of
 from retrofit.capture.call import CACHE_NAMES, is_cache, lookup, spelled
 from retrofit.capture.export import expanded
 from retrofit.capture.site_plan import SitePlan, compiled

@@ -187,22 +187,18 @@ def _choose_leaves(
     choose[(programs,)](
         q, k, nodes, spreads, start, length, spans, first, shift, scratch, *strides(q, k), *nodes.stride()[:2],
         *spread_strides(spreads), *call.extent, call.total_blocks, leaves, tiles, scale, g.spread, g.least_vote,
-        PER_LEAF=g.nodes_in_span(0), CHOICES=g.leaves_per_query,
-        GROUP=call.group, HEADS=call.tile_heads,
-        KEYS=score_keys(call), **call.product, **call.shared, **call.leaves, **(CHOOSE if is_large(call) else SMALL),
+        CHOICES=g.leaves_per_query, **scoring(call),
     )  # fmt: skip
     return shift
 
 
 def _execution(call: Call) -> dict[str, Any]:
     """Constants of the kernels that attend."""
-    g = call.geometry
-    keys = KEYS if max(call.dim, call.value_dim) * call.bytes <= 256 else KEYS // 2
     return {
         "LIST": call.list_width,
         "GROUP": call.group,
         "HEADS": call.tile_heads,
-        "KEYS": max(g.block, keys),
+        "KEYS": attended_keys(call),
         **call.product,
         **call.values,
         **call.shared,
@@ -210,9 +206,27 @@ def _execution(call: Call) -> dict[str, Any]:
     }
 
 
-def score_keys(call: Call) -> int:
-    """Keys of one step of the kernels that only score."""
-    return max(16, KEYS if call.dim * call.bytes <= 256 else KEYS // 2)
+def scoring(call: Call) -> dict[str, Any]:
+    """Constants of the kernels that vote for leaves."""
+    return {
+        "PER_LEAF": call.geometry.nodes_in_span(0),
+        "GROUP": call.group,
+        "HEADS": call.tile_heads,
+        "KEYS": max(16, _step_keys(call, call.dim)),
+        **call.product,
+        **call.shared,
+        **call.leaves,
+        **(CHOOSE if is_large(call) else SMALL),
+    }
+
+
+def attended_keys(call: Call) -> int:
+    """Keys of one step of the kernels that attend, a leaf or more."""
+    return max(call.geometry.block, _step_keys(call, max(call.dim, call.value_dim)))
+
+
+def _step_keys(call: Call, dim: int) -> int:
+    return KEYS if dim * call.bytes <= 256 else KEYS // 2
 
 
 def is_large(call: Call) -> bool:

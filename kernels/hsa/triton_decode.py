@@ -16,14 +16,11 @@ from torch import Tensor
 from retrofit.kernels.hsa import triton_parts as parts
 from retrofit.kernels.hsa.geometry import Geometry
 from retrofit.kernels.hsa.triton import (
-    CHOOSE,
-    KEYS,
     PROGRAMS,
-    SMALL,
-    is_large,
+    attended_keys,
     keep_spans,
     processors,
-    score_keys,
+    scoring,
     spread_strides,
     strides,
 )
@@ -94,9 +91,7 @@ def _choose(
     parts.vote_parts[(call.blocks, call.rows, -(-pairs // each))](
         q, k, nodes, spreads, start, length, spans, votes, *strides(q, k), *nodes.stride()[:2],
         *spread_strides(spreads), *call.extent, call.total_blocks, nodes.shape[2] // g.nodes_in_span(0), each,
-        scale, g.spread, PER_LEAF=g.nodes_in_span(0), GROUP=call.group, HEADS=call.tile_heads,
-        KEYS=score_keys(call), **call.product, **call.shared, **call.leaves,
-        **(CHOOSE if is_large(call) else SMALL),
+        scale, g.spread, **scoring(call),
     )  # fmt: skip
     ordered = torch.empty(*shape, call.list_width, dtype=torch.int32, device=q.device)
     counts = torch.empty(*shape, g.query_block, dtype=torch.int32, device=q.device)
@@ -119,8 +114,7 @@ def _attend(
     scale: float,
 ) -> Tensor:
     """Attends to what is listed, by parts of it."""
-    g, rows = call.geometry, max(16, power(call.group))
-    keys = max(g.block, KEYS if max(call.dim, call.value_dim) * call.bytes <= 256 else KEYS // 2)
+    rows = max(16, power(call.group))
     split = power(_parts(q.device, call.tokens * call.rows, MOST_PARTS))
     sums = torch.empty(
         call.tokens, call.rows, split, call.group, call.value_dim, dtype=torch.float32, device=q.device
@@ -128,7 +122,7 @@ def _attend(
     totals, tops = torch.empty(2, *sums.shape[:-1], dtype=torch.float32, device=q.device).unbind()
     parts.attend_parts[(call.tokens, call.rows, split)](
         q, k, v, start, length, ordered, counts, sums, totals, tops, *strides(q, k, v), *call.extent, scale,
-        LIST=call.list_width, GROUP=call.group, ROWS=rows, KEYS=keys,
+        LIST=call.list_width, GROUP=call.group, ROWS=rows, KEYS=attended_keys(call),
         **call.product, **call.values, **call.shared, num_warps=4, num_stages=3,
     )  # fmt: skip
     out = torch.empty(*q.shape[:3], call.value_dim, dtype=q.dtype, device=q.device)

@@ -53,8 +53,17 @@ def has_bias(mask: Tensor) -> bool:
     """Whether an additive mask does anything but hide."""
     if not mask.is_floating_point() or mask.dim() != 4:
         return False
-    hidden = mask <= max(torch.finfo(mask.dtype).min / 2, HIDDEN)
-    return bool(((mask != 0) & ~hidden & ~(mask <= -1e4)).any())
+    return adds(mask)
+
+
+def adds(mask: Tensor) -> bool:
+    """The same of a mask that is floating-point, of any rank."""
+    return bool(((mask != 0) & ~hidden_by(mask) & ~(mask <= -1e4)).any())
+
+
+def hidden_by(mask: Tensor) -> Tensor:
+    """What an additive mask hides for certain, whatever bias it adds, bool."""
+    return mask <= max(torch.finfo(mask.dtype).min / 2, HIDDEN)
 
 
 def _slopes(mask: Tensor, visible: Tensor, sample: MaskSample) -> Tensor | str:

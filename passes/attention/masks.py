@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from retrofit.passes.attention.bias import kind_of_bias, without_bias
+from retrofit.passes.attention.bias import adds, hidden_by, kind_of_bias, without_bias
 
 
 @dataclass(frozen=True)
@@ -145,9 +145,8 @@ def visible_keys(mask: Tensor) -> Tensor | str:
         return mask
     if not mask.is_floating_point():
         return f"a mask of dtype {mask.dtype}"
-    hidden = mask <= max(torch.finfo(mask.dtype).min / 2, -1e30)
-    if bool(((mask != 0) & ~hidden & ~(mask <= -1e4)).any()):
-        return f"the mask adds a bias to the scores, {kind_of_bias(mask, hidden)}"
+    if adds(mask):
+        return f"the mask adds a bias to the scores, {kind_of_bias(mask, hidden_by(mask))}"
     return mask == 0
 
 

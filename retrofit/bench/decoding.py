@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from retrofit.attention_call import unpadded
 from retrofit.bench.inputs import Inputs
 from retrofit.bench.rivals import dense_runs
 from retrofit.cache import RetrofitLayer
 from retrofit.errors import BenchmarkError
 from retrofit.kernels.hsa.decode import can_decode, hsa_decode
 from retrofit.kernels.hsa.state import HSAState
-from retrofit.site import AttentionCall
 from retrofit.targets.hsa import HSAAttention
 
 SHIFT = 997
@@ -79,7 +79,7 @@ def decoding(target: HSAAttention, inputs: Inputs, batch: int) -> Decoding:
         )
     layer = RetrofitLayer()
     past = tuple(x[:, :, :length] for x in (q, k, v))
-    target(*past, AttentionCall(zero, zero + length, layer, padded=False))
+    target(*past, unpadded(past[1], layer))
     assert isinstance(layer.state, HSAState)
     state = layer.state.with_room(k)
 
@@ -123,9 +123,7 @@ def _error(
     end = length + size
     found = torch.cat([step(at)() for at in range(length, end)], 2).double()
     q, k, v = (x[:, :, :end] for x in tensors)
-    zero = torch.zeros(q.shape[0], dtype=torch.int64, device=q.device)
-    call = AttentionCall(zero, zero + end, padded=False)
-    expected = target(q, k, v, call)[:, :, length:].double()
+    expected = target(q, k, v, unpadded(k))[:, :, length:].double()
     error = float((found - expected).norm() / expected.norm())
     if not error <= TOLERANCE:
         raise BenchmarkError(

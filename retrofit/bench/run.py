@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from retrofit.attention_call import AttentionCall, unpadded
 from retrofit.bench.decoding import Decoding, decoding
 from retrofit.bench.inputs import Inputs, record
 from retrofit.bench.measure import environment, medians, peak_memory
@@ -20,7 +21,6 @@ from retrofit.data import DEFAULT_SOURCE, Source
 from retrofit.errors import BenchmarkError
 from retrofit.kernels.hsa.state import HSAState
 from retrofit.progress import track
-from retrofit.site import AttentionCall
 from retrofit.targets.base import TargetAttention
 from retrofit.targets.hsa import HSAAttention
 
@@ -235,12 +235,6 @@ def with_changes(target: TargetAttention, **changes: Any) -> TargetAttention:
         copied.load_state_dict(target.state_dict())
     parameter = next(target.parameters(), None)
     return (copied if parameter is None else copied.to(parameter.device, parameter.dtype)).eval()
-
-
-def unpadded(q: Tensor) -> AttentionCall:
-    """A call without padding and without a cache."""
-    zero = torch.zeros(1, dtype=torch.int64, device=q.device)
-    return AttentionCall(start=zero, length=zero + q.shape[2], padded=False)
 
 
 def _time(

@@ -17,10 +17,11 @@ from typing import Any
 
 from torch import nn
 
+from retrofit.attention_call import unpadded
 from retrofit.bench.inputs import Inputs, record
 from retrofit.bench.measure import environment, medians
 from retrofit.bench.rivals import Run, dense_runs
-from retrofit.bench.run import attend, unpadded, with_changes
+from retrofit.bench.run import attend, with_changes
 from retrofit.configs import HSAConfig
 from retrofit.data import DEFAULT_SOURCE, Source
 from retrofit.errors import BenchmarkError

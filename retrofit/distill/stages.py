@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from retrofit.api import dense
+from retrofit.attention_call import AttentionCall
 from retrofit.configs import DenseConfig, HSAConfig, TargetConfig
 from retrofit.distill.config import DistillConfig
 from retrofit.distill.taps import Collector, tapped
@@ -23,7 +24,7 @@ from retrofit.distill.teacher import Lesson, Teacher, pieces
 from retrofit.errors import ConfigError
 from retrofit.evaluate.logits import Outputs, run, run_without_logits
 from retrofit.evaluate.perplexity import in_evaluation_mode
-from retrofit.site import AttentionCall, RetrofittedAttention
+from retrofit.site import RetrofittedAttention
 
 Sites = list[tuple[str, RetrofittedAttention]]
 

@@ -13,7 +13,8 @@ from functools import partial
 from torch import Tensor, nn
 
 from retrofit.api import sites
-from retrofit.site import AttentionCall, RetrofittedAttention
+from retrofit.attention_call import AttentionCall
+from retrofit.site import RetrofittedAttention
 
 Listener = Callable[[str, RetrofittedAttention, Tensor, Tensor, Tensor, AttentionCall, Tensor], None]
 """Gets a site's path and module, its q, k, v and call, and its attention's output [B, Hq, T, Dv]."""

@@ -15,8 +15,8 @@ from retrofit.errors import ConfigError
 from retrofit.kernels.dense.scores import ScoreRules
 
 if TYPE_CHECKING:
+    from retrofit.attention_call import AttentionCall
     from retrofit.configs import TargetConfig
-    from retrofit.site import AttentionCall
 
 
 class TargetAttention(nn.Module):

@@ -11,7 +11,7 @@ from torch import Tensor
 from retrofit.targets.base import TargetAttention
 
 if TYPE_CHECKING:
-    from retrofit.site import AttentionCall
+    from retrofit.attention_call import AttentionCall
 
 
 class CrossAttention(TargetAttention):

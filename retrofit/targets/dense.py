@@ -11,7 +11,7 @@ from retrofit.kernels.dense.ops import dense_attention
 from retrofit.targets.base import TargetAttention
 
 if TYPE_CHECKING:
-    from retrofit.site import AttentionCall
+    from retrofit.attention_call import AttentionCall
 
 
 class DenseAttention(TargetAttention):

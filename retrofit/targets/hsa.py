@@ -24,7 +24,7 @@ from retrofit.targets.base import TargetAttention
 from retrofit.targets.dense import attend_densely
 
 if TYPE_CHECKING:
-    from retrofit.site import AttentionCall
+    from retrofit.attention_call import AttentionCall
 
 SAMPLES = 64
 """Queries of a row that ``layer_loss`` looks at."""

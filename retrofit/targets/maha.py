@@ -23,7 +23,7 @@ from retrofit.targets.base import TargetAttention
 from retrofit.targets.dense import attend_densely
 
 if TYPE_CHECKING:
-    from retrofit.site import AttentionCall
+    from retrofit.attention_call import AttentionCall
 
 EFFICIENT = MAHAConfig(scales=4, ratio=2, widths=(144, 1, 1), sink=8)
 """The paper's four scales of ratio 2 with at least 81% fewer FLOPs than dense causal attention at 4,096 tokens."""

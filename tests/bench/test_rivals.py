@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from retrofit.attention_call import AttentionCall
 from retrofit.bench.inputs import Inputs
 from retrofit.bench.rivals import dense_runs, flex_mask
 from retrofit.cache import RetrofitLayer
 from retrofit.configs import HSAConfig
 from retrofit.kernels.hsa.state import HSAState
-from retrofit.site import AttentionCall
 from retrofit.targets.hsa import HSAAttention
 
 CONFIG = HSAConfig(

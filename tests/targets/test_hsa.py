@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from retrofit.attention_call import AttentionCall
 from retrofit.cache import RetrofitLayer
 from retrofit.configs import POOLINGS, HSAConfig
 from retrofit.errors import CacheError, ConfigError
-from retrofit.site import AttentionCall
 from retrofit.targets.hsa import HSAAttention, geometry_of
 
 SHAPE: dict[str, Any] = {

@@ -6,12 +6,12 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
+from retrofit.attention_call import AttentionCall
 from retrofit.cache import RetrofitLayer
 from retrofit.configs import MAHAConfig
 from retrofit.errors import CacheError, ConfigError
 from retrofit.kernels.dense.ops import dense_attention
 from retrofit.kernels.maha.account import mean_keys
-from retrofit.site import AttentionCall
 from retrofit.targets.maha import EFFICIENT, MAHAAttention, bands_of
 
 

@@ -64,6 +64,12 @@ class Case:
     def scale(self) -> float:
         return self.q.shape[3] ** -0.5
 
+    def to(self, device: str, dtype: torch.dtype) -> Case:
+        """The same on another device and in another dtype."""
+        tensors = {name: getattr(self, name).to(device, dtype) for name in ("q", "k", "v")}
+        rows = {name: getattr(self, name).to(device) for name in ("start", "length")}
+        return replace(self, **tensors, **rows)
+
     def pool(self, x: Tensor) -> list[Tensor]:
         g = self.geometry
         return extend_pyramid(

@@ -118,9 +118,7 @@ DEFAULT = Geometry(
 
 
 def on_gpu(case: Any, dtype: torch.dtype) -> Any:
-    tensors = {name: getattr(case, name).to("cuda", dtype) for name in ("q", "k", "v")}
-    rows = {name: getattr(case, name).to("cuda") for name in ("start", "length")}
-    return replace(case, geometry=DEFAULT, **tensors, **rows)
+    return replace(case, geometry=DEFAULT).to("cuda", dtype)
 
 
 @pytest.mark.gpu

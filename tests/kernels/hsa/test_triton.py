@@ -75,12 +75,6 @@ def implementation() -> str:
     return "triton"
 
 
-def on(case: Any, device: str, dtype: torch.dtype = torch.float32) -> Any:
-    tensors = {name: getattr(case, name).to(device, dtype) for name in ("q", "k", "v")}
-    rows = {name: getattr(case, name).to(device) for name in ("start", "length")}
-    return replace(case, **tensors, **rows)
-
-
 def both(case: Any) -> tuple[Any, Any]:
     return case.run(), replace(case, implementation="blocked").run()
 
@@ -184,9 +178,9 @@ def test_on_a_gpu_equals_blocked(
     inputs = dict(inputs)
     geometry = inputs.pop("geometry", None)
     case = build(inputs.pop("tokens"), **inputs)
-    case = on(replace(case, geometry=geometry or case.geometry), "cuda", dtype)
+    case = replace(case, geometry=geometry or case.geometry).to("cuda", dtype)
     actual, expected = both(case)
-    exact = on(replace(case, implementation="blocked"), "cuda", torch.float64).run()
+    exact = replace(case, implementation="blocked").to("cuda", torch.float64).run()
     assert (actual.first == expected.first).all(-1).float().mean() > 0.999
     error, bound = ((x.out.double() - exact.out).norm() / exact.out.norm() for x in (actual, expected))
     assert error <= 1.5 * bound + 1e-6
@@ -200,7 +194,7 @@ def test_on_a_gpu_equals_blocked(
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_on_a_gpu_rows_beyond_the_range_are_done_again(build: Callable[..., Any], dtype: torch.dtype) -> None:
-    case = on(outweighed(replace(build(1500, dim=64), geometry=DEFAULT)), "cuda", dtype)
+    case = outweighed(replace(build(1500, dim=64), geometry=DEFAULT)).to("cuda", dtype)
     out = case.run().out[:, :, 900:]
     value = case.v.repeat_interleave(2, 1)[:, :, 12:13]
     assert (out - value).abs().max() < 1e-2
@@ -208,7 +202,7 @@ def test_on_a_gpu_rows_beyond_the_range_are_done_again(build: Callable[..., Any]
 
 @pytest.mark.gpu
 def test_on_a_gpu_no_bit_depends_on_later_tokens(build: Callable[..., Any]) -> None:
-    case = on(replace(build(3000, dim=64), geometry=DEFAULT), "cuda", torch.bfloat16)
+    case = replace(build(3000, dim=64), geometry=DEFAULT).to("cuda", torch.bfloat16)
     before = case.run().out
     for at in (1500, 2047, 2048, 2999):
         q, k, v = (x.clone() for x in (case.q, case.k, case.v))
@@ -220,7 +214,7 @@ def test_on_a_gpu_no_bit_depends_on_later_tokens(build: Callable[..., Any]) -> N
 
 @pytest.mark.gpu
 def test_a_call_is_captured_in_a_graph(build: Callable[..., Any]) -> None:
-    case = on(replace(build(2000, dim=64), geometry=DEFAULT), "cuda", torch.bfloat16)
+    case = replace(build(2000, dim=64), geometry=DEFAULT).to("cuda", torch.bfloat16)
     past = case.run(0, 1999)
     expected = case.run(1999, 2000, past).out
     graph = torch.cuda.CUDAGraph()
