@@ -272,7 +272,8 @@ def _kind_of(
 ) -> str:
     """Returns the kind of a mask function of transformers, after probing that it is that and nothing else.
 
-    Every query is asked about keys at distances 1, 4, 16, … from it on both sides. Packed sequences, chunks
+    transformers' own causal function is known and not probed: nothing is then read back from the device. With any
+    other, every query is asked about keys at distances 1, 4, 16, … from it on both sides. Packed sequences, chunks
     and bidirectional blocks all differ there from the plain patterns.
 
     Raises:
@@ -288,7 +289,7 @@ def _kind_of(
     )
     if use_vmap:
         raise MaskError(message)
-    if function is None:
+    if function is None or (made == "causal" and _is_plain_causal(function)):
         return made
     edges = [] if window is None else [window - 1, window, window + 1]  # where chunks differ from windows
     distance = torch.tensor(
@@ -309,6 +310,12 @@ def _kind_of(
     elif not bool(same):
         raise MaskError(message)
     return made
+
+
+def _is_plain_causal(function: Callable[..., Any]) -> bool:
+    from transformers.masking_utils import causal_mask_function
+
+    return function is causal_mask_function
 
 
 def _attend(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

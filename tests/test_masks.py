@@ -301,6 +301,15 @@ def test_registering_twice_changes_nothing() -> None:
     assert before["sdpa"] is after["sdpa"]
 
 
+def test_a_plain_causal_mask_reads_nothing_from_the_device() -> None:
+    from transformers.masking_utils import causal_mask_function
+
+    sizes: dict[str, Any] = {"batch_size": 2, "q_length": 1, "kv_length": 9, "q_offset": 8, "device": "meta"}
+    assert masks._make(**sizes, mask_function=causal_mask_function) is None
+    with pytest.raises(RuntimeError):
+        masks._make(**sizes, mask_function=lambda *at: causal_mask_function(*at))
+
+
 def test_compiled_models_check_packing_when_they_run(converted: Any) -> None:
     compiled = torch.compile(converted.model, backend="eager")
     ids = torch.randint(1, 128, (1, 20))
