@@ -5,6 +5,7 @@
     measure   median times, peak memory, and where they were taken
     run       correctness check  →  times by length  →  a report
     decoding  times of one token in a CUDA graph
+    scaling   times by length    →  the exponent with which they grow
     tuning    times by length    →  dense_until of each site
 
 The cost of a selection depends on the data: queries that stand together choose much the same leaves, independent

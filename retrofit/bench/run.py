@@ -15,6 +15,7 @@ from retrofit.bench.decoding import Decoding, decoding
 from retrofit.bench.inputs import Inputs, record
 from retrofit.bench.measure import environment, medians, peak_memory
 from retrofit.bench.rivals import Run, dense_runs, flex_run, nsa_run
+from retrofit.bench.scaling import Scaling, time_scaling
 from retrofit.cache import RetrofitLayer
 from retrofit.configs import HSAConfig, config_to_dict
 from retrofit.data import DEFAULT_SOURCE, Source
@@ -70,7 +71,10 @@ class Timing:
 
 @dataclass(frozen=True)
 class BenchmarkReport:
-    """What was timed, where, and with what result; ``left_out`` says why a rival is missing."""
+    """What was timed, where, and with what result; ``left_out`` says why a rival is missing.
+
+    ``scaling`` is None where it was not asked for.
+    """
 
     site: str
     config: dict[str, Any]
@@ -79,6 +83,7 @@ class BenchmarkReport:
     error: float
     timings: list[Timing]
     decoding: list[Decoding]
+    scaling: Scaling | None
     left_out: dict[str, str]
     environment: dict[str, Any]
 
@@ -105,6 +110,7 @@ def benchmark(
     rivals: Sequence[str] = (),
     random: bool = False,
     decode: int = 0,
+    scaling: Sequence[int] = (),
 ) -> BenchmarkReport:
     """Times one site of a converted model, the whole op with selection, against dense attention.
 
@@ -126,6 +132,7 @@ def benchmark(
             and ``nsa`` (fla's native sparse attention).
         random: Whether to time independent random inputs as well, which share no selection.
         decode: Rows of the batches in which to time one decoded token as well, for HSA on CUDA; 0 for none.
+        scaling: Lengths at which to time the converted attention alone, for the exponent with which its time grows.
 
     Returns:
         The times, with hardware, versions and date.
@@ -140,6 +147,8 @@ def benchmark(
         raise BenchmarkError(f"repeats must be at least 1, got {repeats}")
     if unknown := set(rivals) - {"flex", "nsa"}:
         raise BenchmarkError(f"rivals must be among flex and nsa, got {', '.join(sorted(unknown))}")
+    if scaling and len(set(scaling)) < 2:
+        raise BenchmarkError(f"scaling needs at least two lengths, got {scaling[0]:,} alone")
     found = dict(sites(model))
     if not found:
         raise BenchmarkError("the model has no converted site; convert it first")
@@ -151,7 +160,7 @@ def benchmark(
         raise BenchmarkError(
             f"{path} caps its scores or has attention sinks, which no rival does; choose another site"
         )
-    inputs = record(model, path, tokenizer, source, max(*lengths, CHECK_LENGTH), target.scale)
+    inputs = record(model, path, tokenizer, source, max(*lengths, *scaling, CHECK_LENGTH), target.scale)
     if shape is not None:
         inputs = inputs.shaped(*shape)
         heads, kv_heads, dim = shape
@@ -177,6 +186,7 @@ def benchmark(
                 left_out[f"decoding behind {length} tokens"] = "what comes next is dense"
             else:
                 decoded.append(decoding(target, inputs.first(length), decode))
+    grown = time_scaling(target, inputs, scaling, repeats) if scaling else None
     q, k = inputs.q, inputs.k
     return BenchmarkReport(
         site=path,
@@ -186,6 +196,7 @@ def benchmark(
         error=error,
         timings=timings,
         decoding=decoded,
+        scaling=grown,
         left_out=left_out,
         environment=environment(q.device),
     )

@@ -41,6 +41,14 @@ def bench(
     decode: Annotated[
         int, typer.Option(help="Time one decoded token in a batch of so many rows as well, on CUDA.")
     ] = 0,
+    scaling: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LENGTHS",
+            help="Lengths at which to time the converted attention alone, for the exponent of its time.",
+            show_default=False,
+        ),
+    ] = None,
     compare: Annotated[
         Path | None,
         typer.Option(help="An earlier result, as --json printed it, to compare with.", show_default=False),
@@ -74,10 +82,14 @@ def bench(
         rivals=[name.strip() for name in rivals.split(",") if name.strip()],
         random=random,
         decode=decode,
+        scaling=() if scaling is None else whole_numbers("--scaling", scaling),
     )
     document = {"model": model, **found.to_dict()}
     notes = [f"{name} left out: {reason}" for name, reason in found.left_out.items()]
     tables = [_table(found, earlier), *([_decoding(found)] if found.decoding else [])]
+    if found.scaling:
+        tables.append(_growth(found.scaling))
+        notes.insert(0, f"converted attention's time grows as length^{found.scaling.exponent:.3f}")
     return Shown(document, [*tables, *notes], f"retrofit report {model}")
 
 
@@ -135,6 +147,15 @@ def _decoding(found: Any) -> Table:
     for row in found.decoding:
         numbers = (row.dense_us, row.target_us, row.speedup, row.first_us)
         table.add_row(f"{row.length:,}", *(f"{number:,.1f}" for number in numbers))
+    return table
+
+
+def _growth(scaling: Any) -> Table:
+    table = Table(title="converted attention alone", title_justify="left")
+    for column in ("tokens", "converted ms", "keys"):
+        table.add_column(column, justify="right")
+    for length, milliseconds in scaling.target_ms.items():
+        table.add_row(f"{length:,}", _shown(milliseconds), f"{scaling.keys[length]:,.0f}")
     return table
 
 

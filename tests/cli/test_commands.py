@@ -103,6 +103,15 @@ def test_bench_and_report_work_together(retrofit: Run, converted_folder: Path, t
     assert "Forward time" in page.read_text()
 
 
+def test_bench_says_how_the_time_grows(retrofit: Run, converted_folder: Path) -> None:
+    sizes = ("--lengths", "128", "--scaling", "256,512,1024", "--repeats", 1)
+    document = _document(retrofit("bench", converted_folder, *sizes, "--json"))
+    assert list(document["scaling"]["target_ms"]) == ["256", "512", "1024"]
+    assert document["scaling"]["keys"]["256"] < document["scaling"]["keys"]["1024"] < 256
+    shown = retrofit("bench", converted_folder, *sizes)
+    assert "time grows as length^" in shown.stdout
+
+
 @pytest.mark.slow
 def test_export_writes_a_model_that_was_compared(retrofit: Run, tiny_folder: Path, tmp_path: Path) -> None:
     assert retrofit("convert", tiny_folder, tmp_path / "dense", "--target", "dense").exit_code == 0
