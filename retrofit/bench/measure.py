@@ -43,6 +43,32 @@ def medians(runs: Mapping[str, Callable[[], Any]], repeats: int, device: torch.d
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def median_ms(run: Callable[[], Any], repeats: int, device: torch.device) -> float:
+    """Returns the median time of something long, in milliseconds, after one run that is not counted.
+
+    On CUDA by events, and more often than ``repeats`` as long as that takes less than ``CUDA_MS``.
+    """
+    run()
+    times: list[float] = []
+    while len(times) < repeats or (device.type == "cuda" and sum(times) < CUDA_MS):
+        times.append(_once_ms(run, device))
+    return statistics.median(times)
+
+
+def _once_ms(run: Callable[[], Any], device: torch.device) -> float:
+    if device.type != "cuda":
+        started = time.perf_counter()
+        run()
+        return (time.perf_counter() - started) * 1e3
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize(device)
+    begin.record()
+    run()
+    end.record()
+    torch.cuda.synchronize(device)
+    return float(begin.elapsed_time(end))
+
+
 def peak_memory(run: Callable[[], Any], device: torch.device) -> int:
     """Runs ``run`` and returns the bytes it needed at its peak beyond what was held before.
 
