@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ):
         if part in options.parts:
             jobs |= {(part, batch, length): {} for batch in batches for length in lengths}
-    text = _text(options.text, loaded.tokenizer, max(n + SHIFT * (batch - 1) for _, batch, n in jobs))
+    text = text_of(options.text, loaded.tokenizer, max(n + SHIFT * (batch - 1) for _, batch, n in jobs))
     trained = model.config.max_position_embeddings
     longest = max(length for _, _, length in jobs) + WARM_UP + max(options.tokens, IN_A_GRAPH) + 1
     model.config.max_position_embeddings = max(trained, longest)
@@ -151,18 +151,18 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--device", default="cpu")
     add("--output", type=Path)
     options = parser.parse_args(arguments)
-    if options.dense_until and not isinstance(_config(options.config), HSAConfig):
+    if options.dense_until and not isinstance(config_of(options.config), HSAConfig):
         parser.error("--dense-until is an option of HSA")
     return options
 
 
-def _config(path: Path | None) -> TargetConfig:
+def config_of(path: Path | None) -> TargetConfig:
     return HSAConfig() if path is None else config_from_dict(json.loads(path.read_text()))
 
 
 def _configs(options: argparse.Namespace) -> dict[str, TargetConfig]:
     """What to convert to, by name."""
-    config = _config(options.config)
+    config = config_of(options.config)
     if not isinstance(config, HSAConfig) or not options.dense_until:
         return {"converted": config}
     return {
@@ -170,7 +170,7 @@ def _configs(options: argparse.Namespace) -> dict[str, TargetConfig]:
     }
 
 
-def _text(files: Sequence[Path], tokenizer: Any, needed: int) -> Tensor:
+def text_of(files: Sequence[Path], tokenizer: Any, needed: int) -> Tensor:
     """Token ids of the manual and then of ``files``, [N]."""
     sources: list[str | Path] = [DEFAULT_SOURCE, *files]
     stream = torch.cat([tokens(source, tokenizer, limit=needed) for source in sources])

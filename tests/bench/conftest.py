@@ -13,8 +13,9 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture
-def script() -> Callable[[str], ModuleType]:
-    """Imports a script by its name."""
+def script(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Imports a script by its name; its neighbours are found as when it is run."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
 
     def load(name: str) -> ModuleType:
         spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
