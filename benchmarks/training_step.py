@@ -67,13 +67,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = replace(config, dense_until=options.dense_until)
     text = text_of(options.text, loaded.tokenizer, max(options.lengths))
     build = partial(widened if options.weights == "smollm2" else untrained, loaded.model, options)
-    rows = []
-    with shown():
-        for length in track(options.lengths, "train"):
-            ids = text[None, :length].to(device)
-            row = _row(build, config, ids, options)
-            rows.append({"length": length, **row, **_ratios(row)})
-            print(_lines(rows[-1]), flush=True)
     record = {
         "environment": {**environment(device), "transformers": transformers.__version__},
         "weights": options.weights,
@@ -81,10 +74,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "config": config_to_dict(config),
         "learning_rate": LEARNING_RATE,
         "chunk": options.chunk,
-        "rows": rows,
     }
     output = options.output or RESULTS / f"training-step-{options.weights}.json"
-    output.write_text(json.dumps(record, indent=1) + "\n")
+    rows: list[dict[str, Any]] = []
+    with shown():
+        for length in track(options.lengths, "train"):
+            row = _row(build, config, text[None, :length].to(device), options)
+            rows.append({"length": length, **row, **_ratios(row)})
+            print(_lines(rows[-1]), flush=True)
+            output.write_text(json.dumps({**record, "rows": rows}, indent=1) + "\n")
     return int(any("error" in values for row in rows for values in row.values() if isinstance(values, dict)))
 
 

@@ -83,14 +83,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     longest = max(length for _, _, length in jobs) + WARM_UP + max(options.tokens, IN_A_GRAPH) + 1
     model.config.max_position_embeddings = max(trained, longest)
 
+    configs = _configs(options)
+    record = {
+        "environment": {**environment(device), "transformers": transformers.__version__},
+        "model": options.model,
+        "dtype": options.dtype,
+        "text": [DEFAULT_SOURCE, *(file.name for file in options.text)],
+        "trained_positions": trained,
+        "configs": {name: config_to_dict(config) for name, config in configs.items()},
+    }
+    output = options.output or RESULTS / f"whole-model-{'-'.join(options.parts)}.json"
+
     def measure(name: str, only: Callable[[str], bool] = lambda part: True) -> None:
         for (part, batch, length), found in track([*jobs.items()], name):
             if only(part):
                 ids = torch.stack([text[SHIFT * row :][:length] for row in range(batch)]).to(device)
                 found[name] = attempt(partial(MEASURES[part], model, ids, options))
                 print(_line(name, part, batch, length, found), flush=True)
+        output.write_text(json.dumps({**record, "rows": _rows(jobs)}, indent=1) + "\n")
 
-    configs = _configs(options)
     with shown():
         measure("original")
         if "graph" in options.parts:
@@ -99,7 +110,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, config in configs.items():
             retrofit.convert(model, config)
             measure(name)
-    rows = [
+    if longest > trained:
+        print(f"beyond {trained:,} positions, for which {options.model} was trained, for timing only")
+    return int(any("error" in found[name] for found in jobs.values() for name in found))
+
+
+def _rows(jobs: Jobs) -> list[Measured]:
+    return [
         {
             "part": part,
             "batch": batch,
@@ -110,20 +127,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         }
         for (part, batch, length), found in jobs.items()
     ]
-    record = {
-        "environment": {**environment(device), "transformers": transformers.__version__},
-        "model": options.model,
-        "dtype": options.dtype,
-        "text": [DEFAULT_SOURCE, *(file.name for file in options.text)],
-        "trained_positions": trained,
-        "configs": {name: config_to_dict(config) for name, config in configs.items()},
-        "rows": rows,
-    }
-    output = options.output or RESULTS / f"whole-model-{'-'.join(options.parts)}.json"
-    output.write_text(json.dumps(record, indent=1) + "\n")
-    if longest > trained:
-        print(f"beyond {trained:,} positions, for which {options.model} was trained, for timing only")
-    return int(any("error" in found[name] for found in jobs.values() for name in found))
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
