@@ -125,8 +125,8 @@ def _only_for(softmax: Node, product: Product, steps: Sequence[Step]) -> None:
         for user in node.users:
             if user in path or user.target in SIZE_ONLY or _is_for_neutral(user, steps):
                 continue
-            if is_call(user, aten.type_as.default) and user.args[0] is not node:
-                continue  # only for its dtype
+            if _for_its_dtype(user, node):
+                continue
             if user.op == "output" or results_of([user]):
                 raise Named(user, f"the scores are used elsewhere, by {user.name}")
 
@@ -270,5 +270,9 @@ def results_of(nodes: Sequence[Node]) -> list[Node]:
         seen.add(node)
         if any(user.op == "output" for user in node.users):
             found.append(node)
-        pending.extend(user for user in node.users if user.op != "output")
+        pending.extend(user for user in node.users if user.op != "output" and not _for_its_dtype(user, node))
     return found
+
+
+def _for_its_dtype(user: Node, node: Node) -> bool:
+    return is_call(user, aten.type_as.default) and user.args[0] is not node
