@@ -10,7 +10,7 @@ captured graph on itself; mask and cache go around the graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -205,6 +205,13 @@ class RetrofittedAttention(nn.Module):
 
     def _check_rest(self, values: Mapping[str, Any]) -> None:
         plan = self.plan
+        for path, sizes in plan.sizes:
+            tensor = lookup(values, path) if path[0] not in self._unread else None
+            if isinstance(tensor, Tensor) and not _fits(tensor, sizes):
+                raise CaptureError(
+                    f"{self.path} was captured with {spelled(path)} of shape {_shape(sizes)}, got "
+                    f"{list(tensor.shape)}; convert with an example of such a shape"
+                )
         for path, recorded in plan.known:
             if path[0] in self._unread:
                 continue
@@ -303,6 +310,18 @@ class RetrofittedAttention(nn.Module):
         call = AttentionCall(start, start + k.shape[2], dropout=dropout_of(self), mask=mask)
         out: Tensor = self.retrofit(q, k, v, call)
         return out
+
+
+def _fits(tensor: Tensor, sizes: Sequence[int | None]) -> bool:
+    """Whether ``tensor`` has the given sizes, where they are given."""
+    return tensor.dim() == len(sizes) and all(
+        size is None or size == own for size, own in zip(sizes, tensor.shape, strict=True)
+    )
+
+
+def _shape(sizes: Sequence[int | None]) -> str:
+    """``[*, *, 64]``, with a star where any size will do."""
+    return f"[{', '.join('*' if size is None else str(size) for size in sizes)}]"
 
 
 def _same(a: Any, b: Any) -> bool:

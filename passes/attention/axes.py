@@ -189,14 +189,10 @@ def backward(node: Node, axes: Sequence[Axis]) -> list[Axis] | None:
 
 
 def _divides(part: Any, whole: Any) -> bool:
+    """Whether the quotient is a sum of whole multiples, of whatever a size is made of: a symbol, a floor, a remainder."""
     quotient = sympy.cancel(whole / part)
-    return sympy.fraction(quotient)[1] == 1 and all(
-        coefficient.is_integer for coefficient in sympy.Poly(quotient, *_symbols(quotient)).coeffs()
-    )
-
-
-def _symbols(quotient: Any) -> list[Any]:
-    return sorted(quotient.free_symbols, key=str) or [sympy.Symbol("unused")]
+    terms = sympy.expand(quotient).as_coefficients_dict()
+    return sympy.fraction(quotient)[1] == 1 and all(number.is_integer for number in terms.values())
 
 
 def _quotient(whole: Any, part: Any) -> Any:

@@ -75,6 +75,22 @@ def depends_on(node: Any, other: Node) -> bool:
     return False
 
 
+def _way(node: Node, scores: Node) -> str:
+    """What feature makes ``node`` depend on ``scores``; empty if it has no name."""
+    pending, seen = [node], {scores}
+    while pending:
+        current = pending.pop()
+        if current in seen or not depends_on(current, scores):
+            continue
+        if current.op == "call_module":
+            return f"its child {current.target} ({current.meta['module_class'].__name__})"
+        if current.target in _NAMED:
+            return _NAMED[current.target]
+        seen.add(current)
+        pending.extend(current.all_input_nodes)
+    return ""
+
+
 def follow_scores(softmax: Node) -> tuple[Product, list[Step]]:
     """Walks from the softmax up; returns the product and the steps after it, in their order.
 
@@ -88,9 +104,11 @@ def follow_scores(softmax: Node) -> tuple[Product, list[Step]]:
         if product is not None:
             for step in steps:
                 others = [item for item in step.node.all_input_nodes if item is not step.source]
-                if step.role in ("mask", "row") and any(depends_on(item, product.node) for item in others):
+                dependent = next((item for item in others if depends_on(item, product.node)), None)
+                if step.role in ("mask", "row") and dependent is not None:
                     what = "mask" if step.role == "mask" else "factor on the scores"
-                    raise Reject(step.node, f"the {what} depends on the scores")
+                    way = _way(dependent, product.node)
+                    raise Reject(step.node, f"the {what} depends on the scores{way and f', through {way}'}")
             _only_for(softmax, product, steps)
             return product, steps[::-1]
         if is_call(current, *PRODUCTS):
@@ -107,8 +125,8 @@ def _only_for(softmax: Node, product: Product, steps: Sequence[Step]) -> None:
         for user in node.users:
             if user in path or user.target in SIZE_ONLY or _is_for_neutral(user, steps):
                 continue
-            if is_call(user, aten.type_as.default) and user.args[0] is not node:
-                continue  # only for its dtype
+            if _for_its_dtype(user, node):
+                continue
             if user.op == "output" or results_of([user]):
                 raise Named(user, f"the scores are used elsewhere, by {user.name}")
 
@@ -252,5 +270,9 @@ def results_of(nodes: Sequence[Node]) -> list[Node]:
         seen.add(node)
         if any(user.op == "output" for user in node.users):
             found.append(node)
-        pending.extend(user for user in node.users if user.op != "output")
+        pending.extend(user for user in node.users if user.op != "output" and not _for_its_dtype(user, node))
     return found
+
+
+def _for_its_dtype(user: Node, node: Node) -> bool:
+    return is_call(user, aten.type_as.default) and user.args[0] is not node

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -59,6 +60,19 @@ class Captured:
     same: Mapping[LeafPath, LeafPath]
     rows: tuple[LeafPath, ...]
 
+    def sizes(self) -> dict[LeafPath, tuple[int | None, ...]]:
+        """The sizes that the graph is made for, of each input, also where it reads nothing else of it.
+
+        None stands for any size. One is taken for a broadcast, and two may be the rows of the example.
+        """
+        return {
+            self.inputs[node.name]: tuple(
+                size if isinstance(size, int) and size > 2 else None for size in node.meta["val"].shape
+            )
+            for node in self.graph.nodes
+            if node.op == "placeholder"
+        }
+
 
 class _FlatCall(nn.Module):
     """Calls the module from a flat list of tensors and returns a flat list."""
@@ -69,15 +83,18 @@ class _FlatCall(nn.Module):
         values: dict[str, Any],
         paths: list[LeafPath],
         same: Mapping[LeafPath, LeafPath],
+        alone: bool,
     ) -> None:
         super().__init__()
         self.site = site
-        object.__setattr__(self, "_call", (values, paths, same))
+        object.__setattr__(self, "_call", (values, paths, same, alone))
 
     def forward(self, *tensors: Tensor) -> list[Tensor]:
-        values, paths, same = self.__dict__["_call"]
+        values, paths, same, alone = self.__dict__["_call"]
         for place, dim in _batches(tensors):
             torch._check(tensors[place].shape[dim] == tensors[0].shape[dim])
+        for place in _keys_of_queries(tensors) if alone else ():
+            torch._check(tensors[place].shape[2] == tensors[0].shape[2])
         given = dict(zip(paths, tensors, strict=True))
         given.update({path: given[first] for path, first in same.items()})
         found, spec = pytree.tree_flatten(self.site(**rebuild(values, given)))
@@ -99,7 +116,7 @@ def capture(module: nn.Module, call: OwnerCall, *, training: bool = False) -> Ca
         raise CaptureError(f"{type(module).__name__} was called without tensors")
     same = same_tensors(values)
     paths = [path for path in tensors if path not in same]
-    flat = _FlatCall(module, values, paths, same)
+    flat = _FlatCall(module, values, paths, same, call.alone)
     rows = tuple(path for path in paths if _is_one_row(tensors[path], tensors[paths[0]]))
     example = tuple(
         expanded(tensors[path].detach(), tensors[paths[0]]) if path in rows else tensors[path].detach()
@@ -171,6 +188,10 @@ def _dynamic(example: tuple[Tensor, ...]) -> tuple[dict[int, Any], ...]:
     batch = first.shape[0]
     lengths = {first.shape[2] if first.dim() == 4 else first.shape[1] if first.dim() > 1 else 0}
     lengths |= {example[place].shape[1 - dim] for place, dim in _batches(example)}
+    lengths |= {tensor.shape[2] for tensor in example if tensor.dim() == first.dim() == 4}
+    lengths |= {sum(pair) for pair in combinations(lengths, 2)}  # of sequences that attend as one
+    # A sequence [B, N, C] of as many tokens as channels has no second length.
+    square = first.shape if first.dim() == 3 and first.shape[1] == first.shape[2] else None
     auto = torch.export.Dim.AUTO
     return tuple(
         {
@@ -179,7 +200,7 @@ def _dynamic(example: tuple[Tensor, ...]) -> tuple[dict[int, Any], ...]:
             if size > 1
             and (
                 (size == batch and (dim == 0 or size > 2))
-                or size in lengths
+                or (size in lengths and not (dim == 2 and tensor.shape == square))
                 or (dim == 0 and tensor.dim() > 2 and size % batch == 0)  # (batch heads) …
             )
         }
@@ -197,6 +218,13 @@ def _batches(tensors: tuple[Tensor, ...]) -> list[tuple[int, int]]:
             if len(same) == 1:
                 found.append((place, same[0]))
     return found
+
+
+def _keys_of_queries(tensors: tuple[Tensor, ...]) -> list[int]:
+    """Which tensors [B, H, N, D] are as long as the first one, of a call that is handed ready-made q, k and v."""
+    if len(tensors) < 3 or any(tensor.dim() != 4 for tensor in tensors[:3]):
+        return []
+    return [place for place in (1, 2) if _hint(tensors[place].shape[2]) == _hint(tensors[0].shape[2])]
 
 
 def _hint(size: int | torch.SymInt) -> int | None:

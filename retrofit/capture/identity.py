@@ -33,7 +33,7 @@ def identity(module: nn.Module, call: OwnerCall, signature: Signature) -> Any:
         if path[0] not in CACHE_NAMES and not is_cache(leaf)
     )
     same = tuple(same_tensors(signature.bind(call.args, call.kwargs)).items())
-    return tuple(parts), arguments, same
+    return tuple(parts), arguments, same, call.alone
 
 
 def _plain_attributes(module: nn.Module) -> tuple[tuple[str, Any], ...]:

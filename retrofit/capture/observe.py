@@ -56,18 +56,21 @@ class Normalized:
 
 
 def kind_of(attention: Node) -> str:
-    """``self`` where queries and keys come from the same tokens, else ``cross``."""
+    """``self`` where queries and keys come from the same tokens, else ``cross``.
+
+    Of a module that is handed both ready-made, their lengths say so: capture makes those of the same tokens one.
+    """
     q, k = attention.args[0], attention.args[1]
     assert isinstance(q, Node)
     assert isinstance(k, Node)
     q_shape, k_shape = shape(q), shape(k)
     if q_shape is None or k_shape is None or str(q_shape[2]) != str(k_shape[2]):
         return "cross"
-    if q.op == "placeholder":
+    before, earlier = (ancestors(node, through_sizes=False) for node in (q, k))
+    if not any(node.op in ("call_module", "get_attr") for node in before | earlier):
         return "self"
-    first = [node for node in ancestors(q, through_sizes=False) if node.op == "placeholder"]
+    first = [node for node in before if node.op == "placeholder"]
     hidden = max(first, key=lambda node: len(shape(node) or ()), default=None)
-    earlier = ancestors(k, through_sizes=False)
     lead = min(first, key=lambda node: list(q.graph.nodes).index(node), default=None)
     return "self" if lead is None or lead in earlier or hidden in earlier else "cross"
 

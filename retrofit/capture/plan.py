@@ -258,6 +258,7 @@ def _plan(
         training=None if training.reason or trained is None else trained.code,
         untrainable=training.reason,
         inputs=tuple(captured.inputs[name] for name in source.inputs),
+        sizes=tuple((path, sizes) for path, sizes in captured.sizes().items() if path != argument),
         same=tuple(captured.same.items()),
         rows=captured.rows,
         signature=signature,

@@ -39,6 +39,7 @@ class OwnerCall:
     Attributes:
         written: The layers of the key-value cache that hold more tokens after the call.
         flops: Of its attention: the products of queries and keys, and of weights and values.
+        alone: Whether the module around it was handed one sequence, so that queries and keys are the same tokens.
     """
 
     args: tuple[Any, ...]
@@ -49,6 +50,7 @@ class OwnerCall:
     children: list[ChildCall] = field(default_factory=list)
     written: tuple[int, ...] = ()
     flops: int = 0
+    alone: bool = False
 
 
 @dataclass
@@ -117,7 +119,9 @@ def record(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
     finished: dict[str, list[OwnerCall]] = {}
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        stack.append(_Frame(module, OwnerCall(args, kwargs)))
+        around = stack[-1].call if stack else OwnerCall((), {})
+        alone = len(_sequences(around.args, around.kwargs)) == 1
+        stack.append(_Frame(module, OwnerCall(args, kwargs, alone=alone)))
 
     def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         frame = stack.pop()
@@ -154,6 +158,15 @@ def _child_call(parent: nn.Module, child: nn.Module, args: Any, kwargs: Any, out
         outputs=results if plain and path and tensors else (),
         output=spec,
     )
+
+
+def _sequences(args: Any, kwargs: Any) -> set[int]:
+    """The tensors [B, N, C] among the arguments of a call that have as many rows as the first."""
+    leaves = torch.utils._pytree.tree_leaves((args, kwargs))
+    found = [
+        leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() == 3
+    ]
+    return {id(leaf) for leaf in found if leaf.shape[0] == found[0].shape[0]}
 
 
 def _exchanged(before: Mapping[nn.Module, str], model: nn.Module) -> dict[str, tuple[str, str]]:

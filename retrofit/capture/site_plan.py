@@ -21,6 +21,7 @@ class SitePlan:
         keys: Of cross-attention, the source of a function from ``key_inputs`` to keys and values; None elsewhere.
         key_inputs: Where its tensors are found in a call.
         inputs: Where the tensors are found in a call.
+        sizes: The sizes that the graph is made for, of tensors in a call; None where it takes any.
         signature: The original's parameters.
         same: Arguments that must be the same tensor as another one.
         rows: Inputs that are expanded to the rows of the first.
@@ -40,6 +41,7 @@ class SitePlan:
     keys: str | None
     key_inputs: tuple[LeafPath, ...]
     inputs: tuple[LeafPath, ...]
+    sizes: tuple[tuple[LeafPath, tuple[int | None, ...]], ...]
     same: tuple[tuple[LeafPath, LeafPath], ...]
     rows: tuple[LeafPath, ...]
     signature: Signature

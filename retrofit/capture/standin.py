@@ -67,6 +67,9 @@ class _StandIn(nn.Module):
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_standin"][1], name)
 
+    def __bool__(self) -> bool:
+        return bool(self.__dict__["_standin"][1])  # without it, __len__ would be asked
+
     def __len__(self) -> int:
         return len(self.__dict__["_standin"][1])
 

@@ -174,7 +174,7 @@ NEAR_MISSES: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "two attentions in one module": (Differential, "2 attentions in one module"),
     "a selection of the largest scores": (
         lambda: Site(softmax_of(lambda site, s: s.masked_fill(s < s.topk(2).values[..., -1:], -torch.inf))),
-        "depends on the scores",
+        "depends on the scores, through a selection of the largest scores",
     ),
     "a clamp": (lambda: Site(softmax_of(lambda site, s: s.clamp(-5, 5))), "the scores are clamped"),
     "a mask before a tanh": (lambda: Site(softmax_of(_mask_before_tanh)), "wrong side of a tanh"),

@@ -161,6 +161,18 @@ class WithWeights(nn.Module):
         return self.site.proj((weights @ v).transpose(1, 2).flatten(2)), weights.mean(dim=1)
 
 
+class TypedWeights(WithWeights):
+    """As protein models have it: the weights in the type of the output, rotary embeddings where there are any."""
+
+    def forward(self, x):
+        q, k, v = (p.unflatten(-1, (HEADS, DIM)).transpose(1, 2) for p in self.site.qkv(x).chunk(3, dim=-1))
+        if self.norm:
+            q, k = self.norm(q), self.norm(k)
+        weights = torch.softmax(q @ k.mT * SCALE, dim=-1)
+        y = self.site.proj((weights @ v).transpose(1, 2).flatten(2))
+        return y, weights.type_as(y).transpose(1, 0).mean(dim=0)
+
+
 class Torch(nn.Module):
     """nn.MultiheadAttention, called as self-attention."""
 
@@ -224,6 +236,7 @@ SPELLINGS: dict[str, Callable[[], nn.Module]] = {
     "nanoGPT": FusedChunk,
     "timm": FusedUnbind,
     "weights returned": WithWeights,
+    "weights returned in the type of the output, and a child asked whether it is there": TypedWeights,
     "nn.MultiheadAttention": lambda: Torch(batch_first=True),
     "nn.MultiheadAttention, weights": lambda: Torch(batch_first=True, weights=True),
     "nn.MultiheadAttention, length first": Torch,
