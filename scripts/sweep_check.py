@@ -216,9 +216,10 @@ def _all_generated(model: Any, prompts: dict[str, dict[str, torch.Tensor]]) -> d
 
 def _generated(model: Any, prompt: dict[str, torch.Tensor]) -> torch.Tensor:
     torch.manual_seed(0)
-    return model.generate(
+    result = model.generate(
         **prompt, max_new_tokens=6, min_new_tokens=6, do_sample=False, num_beams=1, pad_token_id=0
     )
+    return getattr(result, "sequences", result)
 
 
 def counted_calls(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Counter[str]:
