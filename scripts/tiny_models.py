@@ -217,6 +217,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "paddleocr_vl": {"text_config": {"rope_parameters": {**PLAIN_ROPE, "mrope_section": [2, 3, 3]}}},
     "prompt_depth_anything": {"backbone_config": ..., "patch_size": ...},
     "pvt": {"image_size": ..., "patch_size": ...},
+    "qwen2_5_omni_thinker": {"vision_start_token_id": 7},
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 7},
     "rt_detr": {"backbone_config": ..., "encoder_layers": ...},
     "rt_detr_v2": {"backbone_config": ..., "encoder_layers": ...},
