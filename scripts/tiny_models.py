@@ -228,6 +228,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "swinv2": {**AS_IT_IS, "depths": [1, 1, 2, 1]},
     "tipsv2_dpt": {"backbone_config": ...},
     "vision-encoder-decoder": {"decoder": {"is_decoder": True, "add_cross_attention": True}},
+    # By default it has 8,192 tokens, more than the budget of HSA's dense limit.
+    "vjepa2": {"crop_size": 32, "frames_per_clip": 8},
     "wav2vec2-bert": {"vocab_size": 512},
     "wav2vec2-conformer": {"vocab_size": 512},
     "yolos": {"image_size": [64, 64]},
