@@ -151,7 +151,8 @@ class RetrofittedAttention(nn.Module):
     def _compile(self) -> None:
         plan = self.plan
         vars(self)["_run"] = compiled(plan.source)
-        vars(self)["_unread"] = unread_parameters(self.original)
+        unread = unread_parameters(self.original)
+        vars(self)["_unread"] = unread | {"position_ids"} if plan.any_positions else unread
         vars(self)["_run_keys"] = None if plan.keys is None else compiled(plan.keys)
         vars(self)["_run_training"] = None if plan.training is None else compiled(plan.training)
 

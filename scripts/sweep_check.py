@@ -61,21 +61,21 @@ def check(name: str, config_class: type, model_class: type) -> dict[str, Any]:
     try:
         model = built(name, config_class, model_class)
     except Exception as error:
-        return {**row, "verdict": "not built", "error": _line(error)}
+        return {**row, "verdict": "not built", "error": line(error)}
     try:
         inputs = example(model)
-        counted = _counted(built(name, config_class, model_class), inputs)
+        counted = counted_calls(built(name, config_class, model_class), (), inputs)
         with torch.no_grad():
             before = _first(model, inputs)
     except Exception as error:
-        return {**row, "verdict": "not run", "error": _line(error)}
+        return {**row, "verdict": "not run", "error": line(error)}
     given = None if _is_text(model, inputs) else inputs
     try:
         row.update(_converted(model, inputs, given, before, counted))
     except RetrofitError as error:
-        row["error"] = _line(error)
+        row["error"] = line(error)
     except Exception as error:
-        row.update(crash=_line(error), trace=traceback.format_exc()[-1500:])
+        row.update(crash=line(error), trace=traceback.format_exc()[-1500:])
     return {**row, "verdict": verdict(row)}
 
 
@@ -118,7 +118,7 @@ def _converted(
         report = retrofit.convert(model, DENSE_LIMIT, given)
     except REFUSALS as error:
         return _refused(retrofit.inspect(model, given), counted, error)
-    row = _found((*report.converted, *report.left), counted, report.skipped)
+    row = found((*report.converted, *report.left), counted, report.skipped)
     row["coverage"] = report.coverage
     row["site_error"] = max(report.verification.sites.values())
     row["decode_error"] = report.verification.decode
@@ -152,12 +152,12 @@ def _wrong(row: dict[str, Any]) -> str | None:
 
 def _refused(report: retrofit.InspectReport, counted: Counter[str], error: Exception) -> dict[str, Any]:
     """The row of a model of which nothing was converted."""
-    because = {site.path: _line(error) for site in report.sites if site.convertible}
-    row = _found(report.sites, counted, {site.path: site.reason or "" for site in report.sites} | because)
+    because = {site.path: line(error) for site in report.sites if site.convertible}
+    row = found(report.sites, counted, {site.path: site.reason or "" for site in report.sites} | because)
     return {**row, "convertible": 0, "coverage": 0.0}
 
 
-def _found(sites: Any, counted: Counter[str], reasons: Any) -> dict[str, Any]:
+def found(sites: Any, counted: Counter[str], reasons: Any) -> dict[str, Any]:
     """What there is, against what was counted."""
     paths = {site.path for site in sites}
     attention = [site for site in sites if site.kind != "other"]
@@ -216,16 +216,17 @@ def _all_generated(model: Any, prompts: dict[str, dict[str, torch.Tensor]]) -> d
 
 def _generated(model: Any, prompt: dict[str, torch.Tensor]) -> torch.Tensor:
     torch.manual_seed(0)
-    return model.generate(
+    result = model.generate(
         **prompt, max_new_tokens=6, min_new_tokens=6, do_sample=False, num_beams=1, pad_token_id=0
     )
+    return getattr(result, "sequences", result)
 
 
-def _counted(model: Any, inputs: dict[str, Any]) -> Counter[str]:
+def counted_calls(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Counter[str]:
     """Paths with softmax or SDPA calls, seen by a second model of the same configuration."""
     count = _Count(model)
     with torch.no_grad(), count:
-        model(**inputs)
+        model(*args, **kwargs)
     return count.seen
 
 
@@ -234,5 +235,6 @@ def _covered(path: str, found: set[str]) -> bool:
     return any(path == site or path.startswith(f"{site}.") for site in found)
 
 
-def _line(error: BaseException) -> str:
+def line(error: BaseException) -> str:
+    """The type of an error and the first line of what it says."""
     return f"{type(error).__name__}: " + (str(error).strip().splitlines() or [""])[0][:600]

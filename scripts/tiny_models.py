@@ -184,6 +184,7 @@ AS_IT_IS: dict[str, Any] = dict.fromkeys(SIZES, ...)
 """For a part whose default sizes depend on each other."""
 
 OVERRIDES: dict[str, dict[str, Any]] = {
+    "chameleon": {"vocabulary_map": {"<image>": 7, "IMGIMGAAAZ": 8}},
     "chmv2": {"backbone_config": ...},
     "convnext": AS_IT_IS,
     "convnextv2": AS_IT_IS,
@@ -191,7 +192,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "d_fine": {"backbone_config": ..., "encoder_layers": ...},
     "deimv2": {"backbone_config": ..., "encoder_layers": ...},
     "depth_anything": {"backbone_config": ..., "patch_size": ...},
+    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2}},
+    "diffusion_gemma": {"text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 48}},
     "donut-swin": {**AS_IT_IS, "depths": [1, 1, 2, 1]},
+    "emu3": {"vocabulary_map": {"<image>": 7, "<|extra_200|>": 8}},
+    "eomt": {"num_blocks": 1},
+    "eomt_dinov3": {"num_blocks": 1},
     "ernie4_5_vl_moe": {"text_config": {"rope_parameters": {**PLAIN_ROPE, "mrope_section": [3, 3, 2]}}},
     "esm": {"vocab_size": 512, "pad_token_id": 1, "mask_token_id": 2},
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": 16}},
@@ -211,6 +217,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "paddleocr_vl": {"text_config": {"rope_parameters": {**PLAIN_ROPE, "mrope_section": [2, 3, 3]}}},
     "prompt_depth_anything": {"backbone_config": ..., "patch_size": ...},
     "pvt": {"image_size": ..., "patch_size": ...},
+    "qwen2_5_omni_thinker": {"vision_start_token_id": 7},
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 7},
     "rt_detr": {"backbone_config": ..., "encoder_layers": ...},
     "rt_detr_v2": {"backbone_config": ..., "encoder_layers": ...},
@@ -220,6 +227,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "swin2sr": {**AS_IT_IS, "depths": [2, 2], "num_heads": [6, 6]},
     "swinv2": {**AS_IT_IS, "depths": [1, 1, 2, 1]},
     "tipsv2_dpt": {"backbone_config": ...},
+    "vision-encoder-decoder": {"decoder": {"is_decoder": True, "add_cross_attention": True}},
+    # By default it has 8,192 tokens, more than the budget of HSA's dense limit.
+    "vjepa2": {"crop_size": 32, "frames_per_clip": 8},
     "wav2vec2-bert": {"vocab_size": 512},
     "wav2vec2-conformer": {"vocab_size": 512},
     "yolos": {"image_size": [64, 64]},
@@ -240,7 +250,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "moshi": {
         "sliding_window": 256
     },  # as in the real one, no shorter than the positions: its mask has no window
+    "muse_spark": {"audio_config": {"num_hidden_layers": ...}},
     "nemotron": {"num_key_value_heads": 2},
+    "nemo_speechlm": {"text_config": {"n_groups": 1, "layers_block_type": ["mamba", "attention"]}},
+    "nemotron_h_omni": {
+        "text_config": {"n_groups": 1, "layers_block_type": ["mamba", "attention"]},
+        "vision_config": {"video_temporal_patch_size": 2},
+    },
     "nemotron_h": {"n_groups": 1, "layers_block_type": ["mamba", "attention"]},
     "prophetnet": {"num_hidden_layers": ...},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
@@ -256,7 +272,10 @@ def built(name: str, config_class: type, model_class: Any) -> Any:
     torch.manual_seed(0)
     model = model_class(_part(config, model_class)).eval()
     generation = getattr(model, "generation_config", None)
-    if generation is not None and generation.decoder_start_token_id is generation.bos_token_id is None:
+    if (
+        generation is not None
+        and getattr(generation, "decoder_start_token_id", 0) is generation.bos_token_id is None
+    ):
         generation.decoder_start_token_id = 1
     return model
 
@@ -279,7 +298,7 @@ def example(model: Any) -> dict[str, torch.Tensor]:
         inputs["input_ids"] = torch.randint(10, 500, (rows, 21), generator=generator)
     pictured = name == "pixel_values" or "text_model" in dict(model.named_children())
     if pictured or name == "pixel_values_videos" or config.model_type in WITH_IMAGE:
-        vision = getattr(config, "vision_config", config)
+        vision = getattr(config, "vision_config", getattr(config, "encoder", config))
         image = getattr(vision, "image_size", 128)
         size = list(image) if isinstance(image, (tuple, list)) else [image, image]
         size = [getattr(vision, "num_channels", 3), *size]

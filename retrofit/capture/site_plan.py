@@ -25,6 +25,7 @@ class SitePlan:
         signature: The original's parameters.
         same: Arguments that must be the same tensor as another one.
         rows: Inputs that are expanded to the rows of the first.
+        any_positions: Whether ``position_ids``, which the recorded call left out, make no difference.
         known: Leaves that were not tensors when the graph was made, by path.
         output: The result with ``TENSOR`` in the place of tensors.
         lost: Which of the tensors in the result become None: attention weights.
@@ -45,6 +46,7 @@ class SitePlan:
     same: tuple[tuple[LeafPath, LeafPath], ...]
     rows: tuple[LeafPath, ...]
     signature: Signature
+    any_positions: bool
     known: tuple[tuple[LeafPath, Any], ...]
     output: Any
     lost: tuple[int, ...]
