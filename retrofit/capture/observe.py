@@ -72,6 +72,30 @@ def kind_of(attention: Node) -> str:
     return "self" if lead is None or lead in earlier or hidden in earlier else "cross"
 
 
+def is_pooled(attention: Node) -> bool:
+    """Whether keys that are not the tokens of the queries are made from the same, or the queries from none."""
+    of_q, of_k = (
+        {item for item in ancestors(node, through_sizes=False) if item.op == "placeholder"}
+        for node in attention.args[:2]
+        if isinstance(node, Node)
+    )
+    return not of_q or of_k <= of_q
+
+
+def fixed_blocks(attention: Node) -> str | None:
+    """Why attention within blocks of a sequence holds for one length alone; None if it does not."""
+    first = next(node for node in attention.graph.nodes if node.op == "placeholder")
+    length = (shape(first) or ())[1:2]
+    q, k = (shape(node) or () for node in attention.args[:2])
+    if not length or isinstance(length[0], int) or not isinstance(q[2], int) or not isinstance(k[2], int):
+        return None
+    if q[2] == 1 or str(length[0]) in str(q[0]):
+        return None
+    return (
+        f"the sequence is cut into blocks of {q[2]} that see {k[2]} keys, and their number is the example's"
+    )
+
+
 def values_of(captured: Captured, call: OwnerCall, signature: Signature) -> dict[str, Any]:
     """The tensors of a call by the names of the graph's placeholders."""
     bound = signature.bind(call.args, call.kwargs)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from retrofit.capture.call import LeafPath, Signature
+from retrofit.capture.position_bias import StepBias
 from retrofit.capture.slots import Slot
 from retrofit.passes.attention.masks import MaskClass
 
@@ -30,10 +31,13 @@ class SitePlan:
         mask_argument: Where the mask is found in a call; None if there is none.
         keep_mask: Whether the graph computes the mask and hands it to the target call.
         spelling: Which rule recognised the attention.
+        pooled: Whether it is of the kind ``cross``, yet keys and queries come from the same input, or queries from none.
         training: Source of the forward in training, if it drops something out; takes and gives the same.
         untrainable: Why it cannot be trained as it is; None if it can.
         dropout: Where the probability of dropping an attention weight is read from, or the number.
         slot: Its place in the key-value cache.
+        step: How its position bias is computed for new tokens where the cache holds earlier ones; None if it has none,
+            or is handed one.
     """
 
     source: str
@@ -52,6 +56,7 @@ class SitePlan:
     mask: MaskClass
     spelling: str
     kind: str
+    pooled: bool
     heads: int
     kv_heads: int
     head_dim: int
@@ -63,6 +68,7 @@ class SitePlan:
     untrainable: str | None
     dropout: str | float
     slot: Slot
+    step: StepBias | None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SitePlan:
         """A plan never changes; copies of a model share it."""

@@ -84,12 +84,24 @@ def _without_last(site, s):
 
 
 def _distance(t):
-    return (torch.arange(t) - torch.arange(t)[:, None]).float()
+    return torch.arange(t) - torch.arange(t)[:, None]
 
 
-def _bucketed(site, s):
-    table = site.mix.flatten()[:, None]
-    return s + F.embedding((_distance(s.shape[-1]).abs().long()).clamp(max=15), table)[..., 0]
+def _relative_terms(site, q, k, v):
+    """As DeBERTa and Transformer-XL: what is added is a product of the queries and a table of distances."""
+    q, k, v = heads(q, k, v)
+    b, h, t, _ = q.shape
+    terms = q @ torch.outer(torch.arange(DIM).float(), site.sinks)
+    buckets = _distance(t).clamp(-2, 1) + 2
+    return flat(F.softmax((q @ k.mT + terms.gather(-1, buckets.expand(b, h, t, t))) * SCALE, -1) @ v)
+
+
+def _gated(site, q, k, v):
+    """As WavLM: a gate of each query on a learned bias."""
+    gate = q.mean(dim=-1).transpose(1, 2).sigmoid()[..., None]
+    q, k, v = heads(q, k, v)
+    bias = site.mix.flatten()[_distance(q.shape[2]).abs().clamp(max=15)]
+    return flat(F.softmax(q @ k.mT * SCALE + gate * bias, -1) @ v)
 
 
 def _score_dependent(site, s):
@@ -196,41 +208,13 @@ NEAR_MISSES: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: Site(lambda site, q, k, v: weights_of(_without_last)(site, q, k, v[:, :-1])),
         "0 logits are added to the scores and 1 taken",
     ),
-    "a learned slope": (
-        lambda: Site(softmax_of(lambda site, s: s + _distance(s.shape[-1]) * site.temperature)),
-        r"a learned position bias to the scores \(temperature\)",
+    "a bias of the queries by distance": (
+        lambda: Site(_relative_terms),
+        "the bias added to the scores depends on the tokens",
     ),
-    "a learned bias by distance": (
-        lambda: Site(softmax_of(_bucketed)),
-        r"a learned position bias to the scores \(mix\)",
-    ),
-    "a bias that is not in proportion to the distance": (
-        lambda: Site(softmax_of(lambda site, s: s - _distance(s.shape[-1]).abs().sqrt())),
-        "by distance, but not in proportion to it",
-    ),
-    "a bias to both sides": (
-        lambda: Site(softmax_of(lambda site, s: s - _distance(s.shape[-1]).abs())),
-        "by distance, but not in proportion to it",
-    ),
-    "a bias and sinks": (
-        lambda: Site(
-            weights_of(
-                lambda site, s: _sink(
-                    site, s.masked_fill(~causal(s.shape[-1]), -torch.inf) + _distance(s.shape[-1])
-                )
-            )
-        ),
-        "a bias by distance is added to scores beside attention sinks",
-    ),
-    "a bias and a softcap": (
-        lambda: Site(
-            softmax_of(
-                lambda site, s: (
-                    torch.tanh(s).masked_fill(~causal(s.shape[-1]), -torch.inf) + _distance(s.shape[-1])
-                )
-            )
-        ),
-        "a bias by distance is added to capped scores",
+    "a learned bias with a gate": (
+        lambda: Site(_gated),
+        "the bias added to the scores depends on the tokens",
     ),
     "a mask that depends on the scores": (
         lambda: Site(softmax_of(_score_dependent)),
