@@ -108,6 +108,14 @@ def test_an_encoder_that_is_handed_its_bias() -> None:
     assert torch.equal(model(**x).last_hidden_state, before)
 
 
+def test_a_bias_in_low_precision_is_carried() -> None:
+    model, x = build("t5").to(torch.bfloat16), text(2, 17)
+    expected = model(**x, decoder_input_ids=x["input_ids"]).logits
+    assert retrofit.convert(model, DenseConfig()).coverage == 1.0
+    got = model(**x, decoder_input_ids=x["input_ids"]).logits
+    assert float((got - expected).norm() / expected.norm()) < 0.03
+
+
 def test_other_targets_leave_it_as_it_is(tiny_hsa: HSAConfig) -> None:
     model, x = build("mpnet"), text(2, 21)
     expected = model(**x).last_hidden_state

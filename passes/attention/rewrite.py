@@ -12,6 +12,7 @@ from torch.fx import Graph, Node
 
 from retrofit.passes.attention.arguments import arguments
 from retrofit.passes.attention.canonical import ATTENTION
+from retrofit.passes.attention.merged import merge_values
 from retrofit.passes.attention.rule import PassReport, Rule, calls, remove_dead, run_rules
 from retrofit.passes.attention.spelled_eager import EagerSpelling
 from retrofit.passes.attention.spelled_mass import SinkAsFactor
@@ -33,7 +34,11 @@ def normalize(graph: Graph) -> PassReport:
     """Rewrites every spelling of attention in ``graph`` to the canonical node."""
     for check in list(calls(graph, *_CHECKS)):
         graph.erase_node(check)
-    return run_rules(graph, SPELLINGS)
+    report = run_rules(graph, SPELLINGS)
+    report.counts["merged"] = merge_values(graph)
+    remove_dead(graph)
+    graph.lint()
+    return report
 
 
 def attentions(graph: Graph) -> list[Node]:

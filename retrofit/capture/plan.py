@@ -31,14 +31,24 @@ from retrofit.capture.observe import (
     sample_of,
     selection,
 )
-from retrofit.capture.position_bias import StepBias, bias_reason, hiding, is_biased, is_mask, step_bias
+from retrofit.capture.position_bias import (
+    StepBias,
+    bias_reason,
+    dependence,
+    hiding,
+    is_biased,
+    is_mask,
+    step_bias,
+)
 from retrofit.capture.record import OwnerCall
 from retrofit.capture.site_plan import Refused, SitePlan
 from retrofit.capture.slots import Slot, slot_of
 from retrofit.capture.training import Training, training_of
 from retrofit.errors import CaptureError
 from retrofit.passes.attention.arguments import arguments, shape
+from retrofit.passes.attention.bias import ROUNDED
 from retrofit.passes.attention.masks import MaskClass, MaskSample, classify, real_tokens
+from retrofit.passes.attention.merged import differences
 from retrofit.passes.attention.rewrite import attentions, normalize
 from retrofit.passes.attention.rule import STAGES, source_line
 
@@ -167,9 +177,11 @@ class Planner:
         longer = longer_samples(module, primary, calls[0].call, Signature.of(module))
         if not biased:
             return classify([*samples, *longer])
+        if (reason := dependence(primary)) is not None:
+            return reason
         if kind == "self" and self._by_distance(module, attention, mask_paths):
             found = classify([*samples, *longer])
-            if not isinstance(found, str):
+            if not isinstance(found, str) or found.startswith(ROUNDED):
                 return found
         if (reason := bias_reason(module, primary, calls, samples, self._hides(primary))) is not None:
             return reason
@@ -218,7 +230,8 @@ def _normalized(captured: Captured) -> Normalized:
         return Normalized(captured, None, reason, kind, nearest)
     if len(found) != 1:
         names = f" (at {'; at '.join(map(_where, found))})" if found else ""
-        return Normalized(captured, None, f"{len(found)} attentions in one module{names}")
+        differing = f", which differ in {' and '.join(differences(*found[:2]))}" if found else ""
+        return Normalized(captured, None, f"{len(found)} attentions in one module{differing}{names}")
     return Normalized(captured, found[0], "")
 
 

@@ -75,6 +75,19 @@ def hiding(sample: MaskSample) -> MaskSample:
     return replace(sample, mask=mask > HIDDEN) if mask is not None and mask.is_floating_point() else sample
 
 
+def dependence(normalized: Normalized) -> str | None:
+    """By which inputs the mask depends on the tokens that queries or keys are made from; None if it does not."""
+    attention, inputs = normalized.attention, normalized.captured.inputs
+    assert attention is not None
+    q, k, mask = (_values(attention.args[place]) for place in (0, 1, 3))
+    shared = sorted(spelled(inputs[node.name]) for node in (q | k) & mask)
+    return (
+        f"the bias added to the scores depends on the tokens, by way of {', '.join(shared)}"
+        if shared
+        else None
+    )
+
+
 def bias_reason(
     module: nn.Module,
     normalized: Normalized,
@@ -97,10 +110,6 @@ def bias_reason(
     except Reject as reject:
         return reject.reason
     signature, captured = Signature.of(module), normalized.captured
-    tokens = {node for item in attention.args[:2] for node in _values(item)}
-    shared = sorted(spelled(captured.inputs[node.name]) for node in tokens & _values(bias))
-    if shared:
-        return f"the bias added to the scores depends on the tokens, by way of {', '.join(shared)}"
     for probed, sample in zip(calls, samples, strict=True):
         if sample.mask is None:
             continue

@@ -96,6 +96,14 @@ def _relative_terms(site, q, k, v):
     return flat(F.softmax((q @ k.mT + terms.gather(-1, buckets.expand(b, h, t, t))) * SCALE, -1) @ v)
 
 
+def _dynamic(site, q, k, v):
+    """As Doge: what is added to each key is made from its value, with a factor that starts at zero."""
+    b, t, h, _ = v.shape
+    bias = (site.mix.sum() * 0 * F.softplus(v.mean(dim=-1))).exp().transpose(1, 2)[:, :, None]
+    bias = bias.expand(b, h, t, t).masked_fill(~causal(t), torch.finfo(v.dtype).min)
+    return flat(F.scaled_dot_product_attention(*heads(q, k, v), attn_mask=bias))
+
+
 def _gated(site, q, k, v):
     """As WavLM: a gate of each query on a learned bias."""
     gate = q.mean(dim=-1).transpose(1, 2).sigmoid()[..., None]
@@ -150,16 +158,20 @@ def _convolved(site, s):
     return F.conv2d(s * SCALE, site.mix[..., None, None])
 
 
+def _sdpa(q, k, v, **options):
+    return flat(F.scaled_dot_product_attention(*heads(q, k, v), **options))
+
+
+def _twice(site, q, k, v):
+    return _sdpa(q, k, _sdpa(q, k, v).view_as(v))
+
+
 class Differential(nn.Module):
     """The difference of two attentions, in one module."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.site = Site(lambda site, q, k, v: self._once(q, k, v) - 0.5 * self._once(k, q, v))
-
-    @staticmethod
-    def _once(q, k, v):
-        return flat(F.scaled_dot_product_attention(*heads(q, k, v)))
+        self.site = Site(lambda site, q, k, v: _sdpa(q, k, v) - 0.5 * _sdpa(k, q, v))
 
     def forward(self, x):
         return self.site(x)
@@ -183,7 +195,15 @@ NEAR_MISSES: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: Site(softmax_of(_convolved)),
         r"a convolution over the scores \(talking heads\) stands between",
     ),
-    "two attentions in one module": (Differential, "2 attentions in one module"),
+    "two attentions in one module": (
+        Differential,
+        "2 attentions in one module, which differ in queries and keys",
+    ),
+    "an attention to what another gives": (lambda: Site(_twice), "differ in their place"),
+    "two attentions of different scale": (
+        lambda: Site(lambda site, q, k, v: _sdpa(q, k, v) - _sdpa(q, k, -v, scale=1.0)),
+        "2 attentions in one module, which differ in scale",
+    ),
     "a selection of the largest scores": (
         lambda: Site(softmax_of(lambda site, s: s.masked_fill(s < s.topk(2).values[..., -1:], -torch.inf))),
         "depends on the scores",
@@ -211,6 +231,10 @@ NEAR_MISSES: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "a bias of the queries by distance": (
         lambda: Site(_relative_terms),
         "the bias added to the scores depends on the tokens",
+    ),
+    "a bias of the values that is 1 as yet": (
+        lambda: Site(_dynamic),
+        "the bias added to the scores depends on the tokens, by way of x",
     ),
     "a learned bias with a gate": (
         lambda: Site(_gated),
