@@ -192,7 +192,8 @@ class RetrofittedAttention(nn.Module):
                 f"{list(tensors[0].shape)}; leave empty batches out"
             )
         self._check_rest(values)
-        mask = lookup(values, plan.mask_argument) if plan.mask_argument is not None else None
+        given = plan.mask_argument
+        mask = given.read(lookup(values, given.path)) if given is not None else None
         results = iter(run(self, *tensors, _Context(mask, self._layer(values), values)))
         return pytree.tree_map(lambda leaf: next(results) if is_tensor_slot(leaf) else leaf, plan.output)
 
@@ -206,10 +207,11 @@ class RetrofittedAttention(nn.Module):
 
     def _check_rest(self, values: Mapping[str, Any]) -> None:
         plan = self.plan
+        of_mask = plan.mask_argument.path if plan.mask_argument is not None else None
         for path, recorded in plan.known:
             if path[0] in self._unread:
                 continue
-            if recorded is None and path[0] in plan.signature.names and path != plan.mask_argument:
+            if recorded is None and path[0] in plan.signature.names and path != of_mask:
                 value = lookup(values, path)
                 if isinstance(value, Tensor) and path not in plan.inputs:
                     raise CaptureError(

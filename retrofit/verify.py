@@ -127,7 +127,7 @@ def _as_converted(site: RetrofittedAttention, probed: ProbedCall) -> dict[str, A
     if plan.mask_argument is not None and probed.keep is not None and plan.kind == "self":
         device = next(value.device for value in values.values() if isinstance(value, Tensor))
         whole = bool(probed.keep.all())
-        values[str(plan.mask_argument[0])] = None if whole else probed.keep.to(device)
+        values[str(plan.mask_argument.path[0])] = None if whole else probed.keep.to(device)
     return values
 
 

@@ -6,7 +6,7 @@ calls of a module on the probes  →  one graph per spelling of the call  →  c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ from retrofit.capture.call import CACHE_NAMES, LeafPath, Signature, is_cache, le
 from retrofit.capture.cross import cross_mask
 from retrofit.capture.export import Captured, capture
 from retrofit.capture.identity import identity
+from retrofit.capture.mask_argument import MaskArgument, mask_argument
 from retrofit.capture.observe import (
     Normalized,
     ProbedCall,
@@ -155,6 +156,7 @@ class Planner:
             slot,
             training,
             (hides, step),
+            partial(mask_argument, calls=calls, samples=samples, signature=signature, of_site=mask),
             managed=self.managed,
         )
 
@@ -268,6 +270,7 @@ def _plan(
     slot: Slot,
     training: Training,
     bias: tuple[str | None, StepBias | None],
+    read: Callable[[LeafPath], MaskArgument],
     *,
     managed: bool,
 ) -> SitePlan:
@@ -311,7 +314,7 @@ def _plan(
         output=captured.output,
         lost=tuple(place for place, item in enumerate(source.results) if item is None),
         constants=tuple(captured.constants.items()),
-        mask_argument=argument,
+        mask_argument=None if argument is None else read(argument),
         keep_mask=keep_mask,
         mask=mask,
         spelling=str(attention.meta.get("spelling")),

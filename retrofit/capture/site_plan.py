@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from retrofit.capture.call import LeafPath, Signature
+from retrofit.capture.mask_argument import MaskArgument
 from retrofit.capture.position_bias import StepBias
 from retrofit.capture.slots import Slot
 from retrofit.passes.attention.masks import MaskClass
@@ -28,7 +29,7 @@ class SitePlan:
         known: Leaves that were not tensors when the graph was made, by path.
         output: The result with ``TENSOR`` in the place of tensors.
         lost: Which of the tensors in the result become None: attention weights.
-        mask_argument: Where the mask is found in a call; None if there is none.
+        mask_argument: Where the mask is found in a call, and how it is read; None if there is none.
         keep_mask: Whether the graph computes the mask and hands it to the target call.
         spelling: Which rule recognised the attention.
         pooled: Whether it is of the kind ``cross``, yet keys and queries come from the same input, or queries from none.
@@ -51,7 +52,7 @@ class SitePlan:
     output: Any
     lost: tuple[int, ...]
     constants: tuple[tuple[str, Tensor], ...]
-    mask_argument: LeafPath | None
+    mask_argument: MaskArgument | None
     keep_mask: bool
     mask: MaskClass
     spelling: str
