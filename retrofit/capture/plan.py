@@ -19,6 +19,7 @@ from retrofit.capture.call import CACHE_NAMES, LeafPath, Signature, is_cache, le
 from retrofit.capture.cross import cross_mask
 from retrofit.capture.export import Captured, capture
 from retrofit.capture.identity import identity
+from retrofit.capture.ignored import ignored_arguments
 from retrofit.capture.mask_argument import MaskArgument, mask_argument
 from retrofit.capture.observe import (
     Normalized,
@@ -69,6 +70,7 @@ class Planner:
         self.captures = 0
         self._graphs: dict[Any, Normalized] = {}
         self._training: dict[int, Training] = {}
+        self._ignored: dict[int, frozenset[str]] = {}
 
     def plan(
         self, module: nn.Module, calls: Sequence[ProbedCall], every: Sequence[OwnerCall]
@@ -144,6 +146,8 @@ class Planner:
         if isinstance(slot, str):
             return _refused(primary.attention, slot, "the place in the cache", kind)
         training = self._in_training(module, calls[0].call, primary)
+        if id(primary) not in self._ignored:
+            self._ignored[id(primary)] = ignored_arguments(module, calls[0].call, primary, _normalized)
         hides = self._hides(primary)
         step = step_bias(module, primary, calls[0], hides) if mask.biased and kind == "self" else None
         return _plan(
@@ -156,6 +160,7 @@ class Planner:
             slot,
             training,
             (hides, step),
+            self._ignored[id(primary)],
             partial(mask_argument, calls=calls, samples=samples, signature=signature, of_site=mask),
             managed=self.managed,
         )
@@ -270,6 +275,7 @@ def _plan(
     slot: Slot,
     training: Training,
     bias: tuple[str | None, StepBias | None],
+    ignored: frozenset[str],
     read: Callable[[LeafPath], MaskArgument],
     *,
     managed: bool,
@@ -298,7 +304,7 @@ def _plan(
     known = tuple(
         (path, value)
         for path, value in bound.items()
-        if not isinstance(value, Tensor) and path[0] not in CACHE_NAMES and not is_cache(value)
+        if not isinstance(value, Tensor) and path[0] not in (*CACHE_NAMES, *ignored) and not is_cache(value)
     )
     return SitePlan(
         source=source.code,

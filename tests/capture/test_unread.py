@@ -1,4 +1,4 @@
-"""A tensor in place of a recorded None is taken only where the code never reads it."""
+"""A tensor in place of a recorded None is taken only where the code never reads it, or makes the same graph of it."""
 
 from __future__ import annotations
 
@@ -52,6 +52,16 @@ class Looks(Attention):
         return self.attend(x, position_embeddings * (2 if given else 1))
 
 
+class HandsOn(Attention):
+    """Hands positions on to a function that has no use for them, as to a kernel that another setting would take."""
+
+    def forward(self, x: Tensor, position_embeddings: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        return self._kernel(x, position_embeddings, position_ids=position_ids)
+
+    def _kernel(self, x: Tensor, scale: Tensor, **options: Any) -> Tensor:
+        return self.attend(x, scale)
+
+
 class Model(nn.Module):
     def __init__(self, attention: Attention) -> None:
         super().__init__()
@@ -65,12 +75,13 @@ class Model(nn.Module):
 
 def test_only_what_is_never_read_is_unread() -> None:
     assert unread_parameters(Leaves()) == {"position_ids"}
-    for kind in (Reads, ReadsWithin, Looks):
+    for kind in (Reads, ReadsWithin, Looks, HandsOn):
         assert "position_ids" not in unread_parameters(kind())
 
 
-def test_what_is_not_read_may_be_given_later() -> None:
-    model, x, positions = Model(Leaves()).eval(), torch.randn(2, 21, 32), torch.arange(21).expand(2, -1)
+@pytest.mark.parametrize("kind", [Leaves, HandsOn])
+def test_what_is_not_used_may_be_given_later(kind: type[Attention]) -> None:
+    model, x, positions = Model(kind()).eval(), torch.randn(2, 21, 32), torch.arange(21).expand(2, -1)
     expected = model(x, positions)
     retrofit.convert(model, retrofit.DenseConfig(), (x,))
     torch.testing.assert_close(model(x, positions), expected, rtol=1e-5, atol=1e-5)
