@@ -268,3 +268,37 @@ def test_keys_pooled_from_the_same_tokens_are_no_cross_attention(tiny_hsa: HSACo
         NoAttentionFound, match=r"one is pooled from the other, or learned\) takes DenseConfig\(\) alone"
     ):
         retrofit.convert(model, tiny_hsa, {"pixel_values": torch.randn(2, 3, 64, 64)})
+
+
+class Pooling(nn.Module):
+    """One learned query attends to all tokens, as the heads of SigLIP do."""
+
+    def __init__(self, attend: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.query, self.kv, self.attend = (
+            nn.Parameter(torch.randn(WIDTH)),
+            nn.Linear(WIDTH, 2 * WIDTH),
+            attend,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.query.view(1, 1, HEADS, DIM).expand(x.shape[0], -1, -1, -1).transpose(1, 2)
+        k, v = (part.unflatten(-1, (HEADS, DIM)).transpose(1, 2) for part in self.kv(x).chunk(2, dim=-1))
+        return self.attend(self, q, k, v, None).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("attend", [_eager, lambda site, q, k, v, _: F.scaled_dot_product_attention(q, k, v)])
+def test_one_learned_query(attend: Callable[..., Tensor], tiny_hsa: HSAConfig) -> None:
+    model, examples = (
+        Around(Pooling(attend)).eval(),
+        [torch.randn(*size, WIDTH) for size in ((2, 11), (1, 7), (5, 40))],
+    )
+    with torch.no_grad():
+        before = [model(x) for x in examples]
+        with pytest.raises(NoAttentionFound, match=r"or learned\) takes DenseConfig\(\) alone"):
+            retrofit.convert(model, tiny_hsa, examples[0])
+        assert len(retrofit.convert(model, DenseConfig(), examples[0]).converted) == 1
+        for x, expected in zip(examples, before, strict=True):
+            torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+        retrofit.revert(model)
+        assert all(torch.equal(model(x), expected) for x, expected in zip(examples, before, strict=True))

@@ -63,10 +63,10 @@ def mask_argument(
         truth.append(
             given.dtype != torch.bool and bool(nonzero.any()) and not bool((shown.cpu() & ~nonzero).any())
         )
-        read = nonzero if truth[-1] or given.dtype == torch.bool else ~nonzero
-        later = torch.ones(sample.length, sample.length, dtype=torch.bool).triu(1)
-        if sample.keep is not None:
-            later = later & sample.keep[:, None, None, :] & sample.keep[:, None, :, None]
-        unordered.append(bool((read & later).any()))
-    ordered = not of_site.causal or not any(unordered)
-    return MaskArgument(path, bool(truth) and all(truth), not ordered)
+        if of_site.causal:
+            read = nonzero if truth[-1] or given.dtype == torch.bool else ~nonzero
+            later = torch.ones(sample.length, sample.length, dtype=torch.bool).triu(1)
+            if sample.keep is not None:
+                later = later & sample.keep[:, None, None, :] & sample.keep[:, None, :, None]
+            unordered.append(bool((read & later).any()))
+    return MaskArgument(path, bool(truth) and all(truth), any(unordered))
