@@ -302,3 +302,53 @@ def test_one_learned_query(attend: Callable[..., Tensor], tiny_hsa: HSAConfig) -
             torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
         retrofit.revert(model)
         assert all(torch.equal(model(x), expected) for x, expected in zip(examples, before, strict=True))
+
+
+class Reduced(nn.Module):
+    """Keys and values of every other pixel of 8 × 8, as PVT has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.kv, self.reduce = (
+            nn.Linear(WIDTH, WIDTH),
+            nn.Linear(WIDTH, 2 * WIDTH),
+            nn.Conv2d(WIDTH, WIDTH, 2, 2),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        few = self.reduce(x.transpose(1, 2).reshape(x.shape[0], WIDTH, 8, 8)).flatten(2).transpose(1, 2)
+        q = self.q(x).unflatten(-1, (HEADS, DIM)).transpose(1, 2)
+        k, v = (part.unflatten(-1, (HEADS, DIM)).transpose(1, 2) for part in self.kv(few).chunk(2, dim=-1))
+        return _eager(self, q, k, v, None).transpose(1, 2).flatten(2)
+
+
+def test_keys_of_an_image_of_one_size() -> None:
+    model, images = Around(Reduced()).eval(), [torch.randn(rows, 64, WIDTH) for rows in (2, 1, 5)]
+    with torch.no_grad():
+        before = [model(x) for x in images]
+        assert len(retrofit.convert(model, DenseConfig(), images[0]).converted) == 1
+        for x, expected in zip(images, before, strict=True):
+            torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+        retrofit.revert(model)
+        assert all(torch.equal(model(x), expected) for x, expected in zip(images, before, strict=True))
+
+
+def test_blocks_of_a_sequence_need_an_example_of_several() -> None:
+    from transformers import LongT5Config, LongT5EncoderModel
+
+    torch.manual_seed(0)
+    sizes: Any = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 128}
+    model, texts = (
+        LongT5EncoderModel(LongT5Config(**sizes, local_radius=15)).eval(),
+        [torch.randint(4, 128, size) for size in ((2, 45), (2, 13), (3, 100))],
+    )
+    with torch.no_grad():
+        before = [model(ids).last_hidden_state for ids in texts]
+        with pytest.raises(
+            NoAttentionFound, match="the example is no longer than one; convert with a longer example"
+        ):
+            retrofit.convert(model, DenseConfig(), {"input_ids": texts[1]})
+        report = retrofit.convert(model, DenseConfig(), {"input_ids": texts[0]})
+        assert "cannot be told from what the mask hides" in next(iter(report.skipped.values()))
+        for ids, expected in zip(texts, before, strict=True):
+            torch.testing.assert_close(model(ids).last_hidden_state, expected, rtol=1e-5, atol=1e-5)

@@ -17,6 +17,7 @@ from retrofit.capture.evaluate import ancestors, concrete, evaluate, evaluate_fo
 from retrofit.capture.export import Captured, expanded
 from retrofit.capture.record import OwnerCall
 from retrofit.passes.attention.arguments import shape
+from retrofit.passes.attention.axes import size_of
 from retrofit.passes.attention.masks import MaskSample
 from retrofit.passes.attention.rule import Refusal
 
@@ -82,18 +83,12 @@ def is_pooled(attention: Node) -> bool:
     return not of_q or of_k <= of_q
 
 
-def fixed_blocks(attention: Node) -> str | None:
-    """Why attention within blocks of a sequence holds for one length alone; None if it does not."""
-    first = next(node for node in attention.graph.nodes if node.op == "placeholder")
-    length = (shape(first) or ())[1:2]
-    q, k = (shape(node) or () for node in attention.args[:2])
-    if not length or isinstance(length[0], int) or not isinstance(q[2], int) or not isinstance(k[2], int):
+def one_block(attention: Node) -> str | None:
+    """Why attention within blocks of a sequence cannot be read from an example of one; None if it can."""
+    heads = (shape(attention.args[0]) or ())[1]
+    if size_of(heads).is_number:
         return None
-    if q[2] == 1 or str(length[0]) in str(q[0]):
-        return None
-    return (
-        f"the sequence is cut into blocks of {q[2]} that see {k[2]} keys, and their number is the example's"
-    )
+    return "the sequence is cut into blocks, and the example is no longer than one; convert with a longer example"
 
 
 def values_of(captured: Captured, call: OwnerCall, signature: Signature) -> dict[str, Any]:

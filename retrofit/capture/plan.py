@@ -24,12 +24,12 @@ from retrofit.capture.mask_argument import MaskArgument, mask_argument
 from retrofit.capture.observe import (
     Normalized,
     ProbedCall,
-    fixed_blocks,
     is_pooled,
     kind_of,
     learned_mask,
     longer_samples,
     mask_paths_of,
+    one_block,
     sample_of,
     selection,
 )
@@ -117,7 +117,7 @@ class Planner:
                 )
             primary = primary or normalized
             kinds.add(kind_of(normalized.attention))
-            if (blocks := fixed_blocks(normalized.attention)) is not None:
+            if (blocks := one_block(normalized.attention)) is not None:
                 return _refused(normalized.attention, blocks, "the layout")
             chosen_by = selection(normalized.attention)
             if chosen_by is not None and kinds == {"self"}:

@@ -29,6 +29,7 @@ from retrofit.passes.attention.scores import HIDDEN
 
 aten = torch.ops.aten
 _INDEX = (aten.arange.default, aten.arange.start, aten.arange.start_step)
+_MIXED = "the bias added to the scores cannot be told from what the mask hides"
 _MOST_INDICES = 6
 _STEPS = (1, 3)  # tokens of the steps on which a shorter computation is tried
 
@@ -114,11 +115,14 @@ def bias_reason(
         if sample.mask is None:
             continue
         values = values_of(captured, probed.call, signature)
-        with torch.no_grad():
-            value = evaluate(graph, bias, module, values, captured.constants)
+        try:
+            with torch.no_grad():
+                value = evaluate(graph, bias, module, values, captured.constants)
+        except RuntimeError:  # without the mask its sizes do not fit
+            return _MIXED
         own, found = torch.broadcast_tensors(sample.mask, value)
         if not torch.equal(own.masked_fill(own <= HIDDEN, 0), found.masked_fill(own <= HIDDEN, 0)):
-            return "the bias added to the scores cannot be told from what the mask hides"
+            return _MIXED
     return None
 
 
