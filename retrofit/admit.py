@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from retrofit.capture.analyse import Analysis, Found, Progress
-from retrofit.errors import RetrofitError
+from retrofit.errors import RetrofitError, VerificationError
 from retrofit.exchange import dense, put_back, put_in
 from retrofit.reports import Verification
 from retrofit.site import RetrofittedAttention
@@ -125,6 +125,12 @@ def _unfit(
             put_back(model)
         except Exception as error:
             reason = _reason(error, "with it rewritten, the whole model fails")
+            probe = check.reads_padding(model, [item for item, _ in of_kind])
+            if probe is not None and isinstance(error, VerificationError):
+                reason = (
+                    f"the model reads what its attention gives at padding ({probe}), as by pooling such a row; "
+                    "a converted site gives nothing there"
+                )
             unfit |= {item.path: reason + (f"; {doubt}" if doubt else "") for item, _ in of_kind}
     if not unfit:
         raise first

@@ -28,11 +28,14 @@ from retrofit.reports import ConvertReport, InspectReport, RevertReport, SiteInf
 from retrofit.selection import Selection, attention_paths, first_match, matching, of_kind, side
 from retrofit.site import RetrofittedAttention, build_target
 
+ONLY_DENSE_BIASED = (
+    "a position bias is added to its scores, which DenseConfig() alone carries; it keeps its own attention"
+)
 KEPT_DENSE = "kept dense by skip"
 ONLY_DENSE = "cross-attention takes DenseConfig() alone and keeps its own attention"
 ONLY_DENSE_POOLED = (
-    "attention whose queries and keys are not the same tokens (one is pooled from the other) takes DenseConfig() "
-    "alone and keeps its own attention"
+    "attention whose queries and keys are not the same tokens (one is pooled from the other, or learned) takes "
+    "DenseConfig() alone and keeps its own attention"
 )
 
 
@@ -147,8 +150,9 @@ def _convert(
             elif isinstance(item.plan, Refused):
                 skipped[item.path] = item.plan.reason
             elif item.plan.kind == "cross" and not isinstance(target, DenseConfig):
-                pooled = set(item.plan.key_inputs) <= set(item.plan.inputs)
-                skipped[item.path] = ONLY_DENSE_POOLED if pooled else ONLY_DENSE
+                skipped[item.path] = ONLY_DENSE_POOLED if item.plan.pooled else ONLY_DENSE
+            elif item.plan.mask.biased and not isinstance(target, DenseConfig):
+                skipped[item.path] = ONLY_DENSE_BIASED
             else:
                 chosen.append((item, item.plan, _worth(item.plan, target)))
         if not chosen:

@@ -27,6 +27,7 @@ class AttentionCall:
         sinks: One more logit of each query head [Hq], which takes part in the softmax and has no value.
         dropout: Probability with which each attention weight is dropped.
         mask: Of cross-attention, bool or added to the scores [B or 1, Hq or 1, T or 1, N].
+        bias: What else is added to the scores, broadcast to [B, Hq, T, N].
     """
 
     start: Tensor
@@ -36,6 +37,7 @@ class AttentionCall:
     sinks: Tensor | None = None
     dropout: float = 0.0
     mask: Tensor | None = None
+    bias: Tensor | None = None
 
 
 def unpadded(k: Tensor, layer: RetrofitLayer | None = None) -> AttentionCall:

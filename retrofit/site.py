@@ -140,7 +140,7 @@ class RetrofittedAttention(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(vars(self))
-        for name in ("_run", "_run_keys", "_run_training"):
+        for name in ("_run", "_run_keys", "_run_training", "_run_step"):
             state.pop(name, None)
         return state
 
@@ -151,9 +151,9 @@ class RetrofittedAttention(nn.Module):
     def _compile(self) -> None:
         plan = self.plan
         vars(self)["_run"] = compiled(plan.source)
-        unread = unread_parameters(self.original)
-        vars(self)["_unread"] = unread | {"position_ids"} if plan.any_positions else unread
+        vars(self)["_unread"] = unread_parameters(self.original)
         vars(self)["_run_keys"] = None if plan.keys is None else compiled(plan.keys)
+        vars(self)["_run_step"] = None if plan.step is None else compiled(plan.step.source)
         vars(self)["_run_training"] = None if plan.training is None else compiled(plan.training)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RetrofittedAttention:
@@ -192,7 +192,8 @@ class RetrofittedAttention(nn.Module):
                 f"{list(tensors[0].shape)}; leave empty batches out"
             )
         self._check_rest(values)
-        mask = lookup(values, plan.mask_argument) if plan.mask_argument is not None else None
+        given = plan.mask_argument
+        mask = given.read(lookup(values, given.path)) if given is not None else None
         results = iter(run(self, *tensors, _Context(mask, self._layer(values), values)))
         return pytree.tree_map(lambda leaf: next(results) if is_tensor_slot(leaf) else leaf, plan.output)
 
@@ -206,6 +207,7 @@ class RetrofittedAttention(nn.Module):
 
     def _check_rest(self, values: Mapping[str, Any]) -> None:
         plan = self.plan
+        of_mask = plan.mask_argument.path if plan.mask_argument is not None else None
         for path, sizes in plan.sizes:
             tensor = lookup(values, path) if path[0] not in self._unread else None
             if isinstance(tensor, Tensor) and not _fits(tensor, sizes):
@@ -216,15 +218,20 @@ class RetrofittedAttention(nn.Module):
         for path, recorded in plan.known:
             if path[0] in self._unread:
                 continue
-            if recorded is None and path[0] in plan.signature.names and path != plan.mask_argument:
+            if recorded is None and path[0] in plan.signature.names and path != of_mask:
                 value = lookup(values, path)
                 if isinstance(value, Tensor) and path not in plan.inputs:
                     raise CaptureError(
                         f"{self.path} was captured with {spelled(path)}=None, got a tensor; "
                         "convert with an example that has it"
                     )
+            if plan.pooled and type(recorded) is int and lookup(values, path) != recorded:
+                raise CaptureError(
+                    f"{self.path} was captured with {spelled(path)}={recorded}, got {lookup(values, path)!r}; "
+                    "convert with an example of that size"
+                )
         for name in _MEANINGFUL:
-            if name == "position_bias" and plan.mask.slopes:
+            if name == "position_bias" and (plan.mask.slopes or (name,) in plan.inputs):
                 continue  # it was seen to be the slopes'
             if name in values and (name,) not in plan.inputs:
                 recorded = next((value for path, value in plan.known if path == (name,)), None)
@@ -252,6 +259,27 @@ class RetrofittedAttention(nn.Module):
                 return layer_for(cache, layer, self.path)
         return None
 
+    def bias_of_step(self, bias: Tensor, q: Tensor, context: _Context) -> Tensor:
+        """The position bias of the new tokens to all keys, the cached ones included.
+
+        Args:
+            bias: What the graph computed for the new tokens alone, or was handed for them.
+            q: Their queries [B, Hq, T, D].
+            context: What came around the graph.
+        """
+        past = 0 if context.layer is None else context.layer.get_seq_length()
+        step = self.plan.step
+        if step is None or not past:
+            return bias
+        tensors = []
+        for path, dims in step.inputs:
+            like = lookup(context.values, path)
+            size = [past + q.shape[2] if dim in dims else size for dim, size in enumerate(like.shape)]
+            tensors.append(like.new_zeros(()).expand(size))  # only its size is read
+        found: Tensor
+        (found,) = vars(self)["_run_step"](self, q.shape[2], *tensors)
+        return found
+
     def attend(
         self,
         q: Tensor,
@@ -260,6 +288,7 @@ class RetrofittedAttention(nn.Module):
         context: _Context,
         mask: Tensor | None = None,
         sinks: Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> Tensor:
         """What the captured graph calls in the place of attention.
 
@@ -270,6 +299,7 @@ class RetrofittedAttention(nn.Module):
             context: What came around the graph.
             mask: The mask the graph computed, where it does.
             sinks: One more logit of each query head [Hq], where there are any.
+            bias: What is added to the scores, broadcast to [B, Hq, T, N], where there is a position bias.
         """
         if k is None or v is None:
             k, v = keys_and_values(self, context.values)
@@ -278,8 +308,8 @@ class RetrofittedAttention(nn.Module):
             # As autocast does to SDPA; inside, the targets choose the width of each step themselves.
             q, k, v = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (q, k, v))
             with torch.autocast(device, enabled=False):
-                return self._attend(q, k, v, context, mask, sinks)
-        return self._attend(q, k, v, context, mask, sinks)
+                return self._attend(q, k, v, context, mask, sinks, bias)
+        return self._attend(q, k, v, context, mask, sinks, bias)
 
     def _attend(
         self,
@@ -289,16 +319,17 @@ class RetrofittedAttention(nn.Module):
         context: _Context,
         mask: Tensor | None,
         sinks: Tensor | None,
+        bias: Tensor | None,
     ) -> Tensor:
         mask = context.mask if mask is None else mask
         if self.plan.kind == "cross":
-            return self._attend_across(q, k, v, as_scores(mask))
+            return self._attend_across(q, k, v, as_scores(mask), bias)
         call = call_of(self.plan.mask, q, k, context.layer, mask)
         if self.plan.mask.slopes:
             past = context.layer.get_seq_length() if context.layer is not None else 0
             columns = vars(self)["_constants"][_SLOPES]
             q, k = with_positions(q, k, columns, call.start, past, self.path)
-        call = replace(call, sinks=sinks, dropout=dropout_of(self))
+        call = replace(call, sinks=sinks, dropout=dropout_of(self), bias=bias)
         out: Tensor = (
             attend_densely(self.retrofit, q, k, v, call) if self.dense_mode else self.retrofit(q, k, v, call)
         )
@@ -306,9 +337,11 @@ class RetrofittedAttention(nn.Module):
             self.tap(q, k, v, call, out)
         return out
 
-    def _attend_across(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    def _attend_across(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
         start = torch.zeros(k.shape[0], dtype=torch.int64, device=k.device)
-        call = AttentionCall(start, start + k.shape[2], dropout=dropout_of(self), mask=mask)
+        call = AttentionCall(start, start + k.shape[2], dropout=dropout_of(self), mask=mask, bias=bias)
         out: Tensor = self.retrofit(q, k, v, call)
         return out
 

@@ -65,7 +65,7 @@ def proof(site: RetrofittedAttention) -> str:
         f"{plan.kind} {plan.keys} {plan.key_inputs}",
         *(f"{path} {value!r}" for path, value in plan.known if isinstance(value, (bool, int, float, str))),
         repr((plan.inputs, plan.mask, plan.mask_argument, plan.keep_mask, plan.scale, plan.dropout)),
-        repr(plan.softcap),
+        repr((plan.softcap, plan.step)),
         repr((plan.heads, plan.kv_heads, plan.head_dim, plan.value_dim)),
         *(f"{name} {value.tolist()}" for name, value in plan.constants),
     ]
@@ -127,7 +127,7 @@ def _as_converted(site: RetrofittedAttention, probed: ProbedCall) -> dict[str, A
     if plan.mask_argument is not None and probed.keep is not None and plan.kind == "self":
         device = next(value.device for value in values.values() if isinstance(value, Tensor))
         whole = bool(probed.keep.all())
-        values[str(plan.mask_argument[0])] = None if whole else probed.keep.to(device)
+        values[str(plan.mask_argument.path[0])] = None if whole else probed.keep.to(device)
     return values
 
 
@@ -190,6 +190,29 @@ class ModelCheck:
             return None
         return f"the original's own cached steps differ by {error:.1e} relative from what it gives at once"
 
+    def reads_padding(self, model: nn.Module, sites: Sequence[Found]) -> str | None:
+        """The first probe in which the original's output depends on what ``sites`` give at padding; None if none does.
+
+        Args:
+            model: With its original attention.
+            sites: Modules in it.
+        """
+        for number, (probe, expected) in enumerate(zip(self.probes, self.outputs, strict=True)):
+            handles = [
+                item.module.register_forward_hook(_Blank(item.calls[number].keep))
+                for item in sites
+                if len(item.calls) == len(self.probes)
+            ]
+            try:
+                with torch.no_grad(), evaluating(model):
+                    got = first_tensor(_called(model, probe))
+            finally:
+                for handle in handles:
+                    handle.remove()
+            if relative_error(got, expected, self.keep[number]) > MODEL_TOLERANCE:
+                return probe.name
+        return None
+
     def compare(self, model: nn.Module) -> tuple[float, float | None]:
         """Returns the relative errors of the outputs and of cached steps; None for a model that takes no steps.
 
@@ -216,6 +239,24 @@ class ModelCheck:
                     f"after rewriting, at most {tolerance:.0e} is allowed"
                 )
         return prefill, decode
+
+
+class _Blank:
+    """A forward hook that sets to zero what a module gives at padding.
+
+    Args:
+        keep: bool [B, N], the real tokens; None if all are.
+    """
+
+    def __init__(self, keep: Tensor | None) -> None:
+        self.keep = keep
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        leaves, spec = pytree.tree_flatten(output)
+        place = next(place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
+        if self.keep is not None and leaves[place].shape[:2] == self.keep.shape:
+            leaves[place] = leaves[place] * self.keep.to(leaves[place].device)[..., None]
+        return pytree.tree_unflatten(leaves, spec)
 
 
 def _called(model: nn.Module, probe: Probe) -> Any:

@@ -79,6 +79,29 @@ def test_none_is_an_error_and_changes_nothing():
     assert list(model.modules()) == modules
 
 
+def test_a_model_that_reads_padding_is_refused_with_the_reason():
+    from transformers import SiglipTextConfig, SiglipTextModel
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    model = Pooled(SiglipTextModel(SiglipTextConfig(**sizes, vocab_size=128))).eval()
+    with pytest.raises(
+        VerificationError, match=r"the model reads what its attention gives at padding \(padded right\)"
+    ):
+        api.convert(model, DenseConfig(), {"input_ids": torch.randint(128, (2, 31))})
+
+
+class Pooled(nn.Module):
+    """Gives the last token alone, whatever it is."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.body, self.config = body, body.config
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.body(input_ids, attention_mask=attention_mask).pooler_output
+
+
 class Widened(nn.Module):
     """Takes the first token for real and the last for padding where a prompt is padded and cached."""
 

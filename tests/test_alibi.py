@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import retrofit
 from retrofit.configs import DenseConfig, HSAConfig, MAHAConfig
@@ -146,14 +146,3 @@ def test_export_refuses_it(tmp_path: Any) -> None:
     retrofit.convert(model, DenseConfig())
     with pytest.raises(retrofit.errors.ExportError, match="a bias by distance"):
         retrofit.export_onnx(model, tmp_path / "model.onnx")
-
-
-def test_a_learned_bias_is_refused_by_name() -> None:
-    from transformers import T5Config, T5EncoderModel
-
-    torch.manual_seed(0)
-    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 128}
-    model: nn.Module = T5EncoderModel(T5Config(**sizes)).eval()
-    reasons = [site.reason or "" for site in retrofit.inspect(model, {"input_ids": IDS}).sites]
-    assert "a learned position bias to the scores (relative_attention_bias)" in reasons[0]
-    assert "the mask adds a bias to the scores, by distance, but not in proportion to it" in reasons[1]

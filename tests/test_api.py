@@ -254,17 +254,6 @@ class Returned(NanoAttention):
         return self.c_proj(y.transpose(1, 2).reshape(b, t, c))
 
 
-class Biased(NanoAttention):
-    """Adds a bias by distance."""
-
-    def forward(self, x):
-        b, t, c = x.size()
-        q, k, v = self.c_attn(x).view(b, t, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
-        at = torch.arange(t)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=-(at[:, None] - at).abs().float())
-        return self.c_proj(y.transpose(1, 2).reshape(b, t, c))
-
-
 class Strided(NanoAttention):
     """Sees every other key only."""
 
@@ -281,7 +270,6 @@ class Strided(NanoAttention):
     [
         (Experts, "not into a product with values"),
         (Returned, "weights are used elsewhere"),
-        (Biased, "adds a bias"),
         (Strided, "the mask is none of"),
     ],
 )

@@ -39,8 +39,12 @@ def attention_weights(
     causal: bool,
     sliding_window: int = 0,
     rules: ScoreRules = PLAIN,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """What each query of q [B, Hq, T, D] gives to the keys k [B, Hkv, N, D]: [B, Hq, T, N]; padding gives nothing."""
+    """What each query of q [B, Hq, T, D] gives to the keys k [B, Hkv, N, D]: [B, Hq, T, N]; padding gives nothing.
+
+    ``bias`` is added to the scores behind a softcap, broadcast to [B, Hq, T, N].
+    """
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     seen = visible(
         q.shape[2], k.shape[2], start, length, causal=causal, sliding_window=sliding_window
@@ -48,6 +52,8 @@ def attention_weights(
     scores = q @ k.transpose(-1, -2) * scale
     if rules.softcap:
         scores = rules.softcap * torch.tanh(scores / rules.softcap)
+    if bias is not None:
+        scores = scores + bias
     scores = scores.masked_fill(~seen, float("-inf"))
     top = scores.amax(dim=-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
     if rules.sinks is not None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from retrofit.passes.attention.masks import MaskSample
 
 HIDDEN = -1e30  # a bias may well be a large negative number; what hides is near the end of the range
+ROUNDED = "the mask adds a bias to the scores, in proportion to the distance but rounded to"
 _ROUNDING = 4.0  # times the dtype's eps, relative to the largest bias
 
 
@@ -68,11 +69,6 @@ def hidden_by(mask: Tensor) -> Tensor:
 
 def _slopes(mask: Tensor, visible: Tensor, sample: MaskSample) -> Tensor | str:
     """The slope of each head, float64 [H]; a reason if the bias is not linear in the distance."""
-    if mask.dtype not in (torch.float32, torch.float64):
-        return (
-            f"the mask adds a bias to the scores that is rounded to {mask.dtype}; convert the model in float32 and "
-            "cast it afterwards"
-        )
     queries, keys = mask.shape[-2:]
     if queries not in (1, keys) or keys != sample.length:
         return "the mask adds a bias to the scores, of an unknown kind"
@@ -96,6 +92,8 @@ def _slopes(mask: Tensor, visible: Tensor, sample: MaskSample) -> Tensor | str:
     size = torch.where(real, bias.abs(), 0.0).amax()
     if not float(error) <= _ROUNDING * torch.finfo(mask.dtype).eps * float(size):
         return f"the mask adds a bias to the scores, {kind_of_bias(mask, ~visible)}"
+    if mask.dtype not in (torch.float32, torch.float64):
+        return f"{ROUNDED} {mask.dtype}; convert the model in float32 and cast it afterwards"
     return slopes
 
 

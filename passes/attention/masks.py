@@ -25,6 +25,7 @@ class MaskClass:
         slopes: What is added to the scores of each head for every position of the key, as ALiBi does; one for all
             heads, or empty.
         given: Whether the site takes any mask as it comes, as cross-attention does.
+        biased: Whether something else is added to the scores, as learned relative positions are.
     """
 
     causal: bool
@@ -32,6 +33,7 @@ class MaskClass:
     padding: bool = False
     slopes: tuple[float, ...] = ()
     given: bool = False
+    biased: bool = False
 
     def __str__(self) -> str:
         parts = ["as given"] if self.given else []
@@ -43,6 +45,8 @@ class MaskClass:
             parts.append("padding" if self.causal else "key padding")
         if self.slopes:
             parts.append("ALiBi")
+        if self.biased:
+            parts.append("position bias")
         return "+".join(parts) or "none"
 
     def expected(self, keep: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Turns the one canonical attention of a module into a call of its target.
 
-retrofit::attention(q, k, v, mask, …, sinks)   →   call_module "attend"(q, k, v, context[, mask[, sinks]])
+retrofit::attention(q, k, v, mask, …, sinks)   →   call_module "attend"(q, k, v, context[, mask[, sinks[, bias]]])
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from torch.fx import Graph, Node
 
 from retrofit.passes.attention.arguments import arguments
 from retrofit.passes.attention.canonical import ATTENTION
+from retrofit.passes.attention.merged import merge_values
 from retrofit.passes.attention.rule import PassReport, Rule, calls, remove_dead, run_rules
 from retrofit.passes.attention.spelled_eager import EagerSpelling
 from retrofit.passes.attention.spelled_mass import SinkAsFactor
@@ -19,6 +20,7 @@ from retrofit.passes.attention.spelled_sdpa import SdpaSpelling
 
 CONTEXT = "context"
 ATTEND = "attend"
+BIAS_OF_STEP = "bias_of_step"
 # What export asserts about the example's dtypes and sizes; it would tie the graph to them.
 _CHECKS = (
     torch.ops.aten._assert_tensor_metadata.default,
@@ -32,7 +34,11 @@ def normalize(graph: Graph) -> PassReport:
     """Rewrites every spelling of attention in ``graph`` to the canonical node."""
     for check in list(calls(graph, *_CHECKS)):
         graph.erase_node(check)
-    return run_rules(graph, SPELLINGS)
+    report = run_rules(graph, SPELLINGS)
+    report.counts["merged"] = merge_values(graph)
+    remove_dead(graph)
+    graph.lint()
+    return report
 
 
 def attentions(graph: Graph) -> list[Node]:
@@ -40,11 +46,14 @@ def attentions(graph: Graph) -> list[Node]:
     return list(calls(graph, ATTENTION))
 
 
-def target_call(graph: Graph, node: Node, *, keep_mask: bool, keep_keys: bool = True) -> Node:
+def target_call(
+    graph: Graph, node: Node, *, keep_mask: bool, keep_keys: bool = True, bias: Node | None = None
+) -> Node:
     """Replaces the canonical ``node`` by a call of the site's target; returns that call.
 
     The graph gets a last placeholder, ``context``: what the site passes around it. The mask's own
     computation becomes dead and is removed unless ``keep_mask``, and that of keys and values unless ``keep_keys``.
+    A ``bias`` is handed over as well, by way of ``BIAS_OF_STEP``, which knows of earlier tokens.
     """
     q, k, v, mask = node.args[:4]
     if not keep_keys:
@@ -53,10 +62,14 @@ def target_call(graph: Graph, node: Node, *, keep_mask: bool, keep_keys: bool = 
     with graph.inserting_after(last):
         context = graph.placeholder(CONTEXT)
     with graph.inserting_before(node):
-        given = (q, k, v, context, *_rest(mask if keep_mask else None, sinks_of(node)))
+        whole = None if bias is None else graph.call_module(BIAS_OF_STEP, (bias, q, context))
+        given = (q, k, v, context, *_rest(mask if keep_mask else None, sinks_of(node), whole))
         call = graph.call_module(ATTEND, given)
     call.meta = dict(node.meta)
     node.replace_all_uses_with(call)
+    if bias is not None:
+        output = next(item for item in graph.nodes if item.op == "output")
+        output.replace_input_with(bias, whole)
     graph.erase_node(node)
     _free_layout(call)
     remove_dead(graph)

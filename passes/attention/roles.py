@@ -100,7 +100,7 @@ def assign(
 def _queries(own: list[Atom], outer_axes: Sequence[Axis]) -> Axis | str:
     """The atoms among those that only the queries have that number the queries."""
     if not own:
-        return "there is no axis of queries: one query attends"
+        return ()  # one query attends
     varying = tuple(atom for atom in own if not atom.size.is_number)
     if len(varying) > 1 and not any(set(varying) <= set(axis) for axis in outer_axes):
         return "the keys are the same for every row of the batch"

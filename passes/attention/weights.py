@@ -145,16 +145,16 @@ def _same_mask(node: Node, hiding: Sequence[Step]) -> bool:
     return any(
         is_call(step.node, *FILL) == is_call(node, *FILL)
         and constant(step.node.args[2]) is not None
-        and _equal(node.args[place], step.node.args[place])
+        and same_computation(node.args[place], step.node.args[place])
         for step in hiding
         if step.role == "mask" and is_call(step.node, *FILL, *WHERE)
     )
 
 
-def _equal(a: Any, b: Any) -> bool:
+def same_computation(a: Any, b: Any) -> bool:
     """Whether two arguments are computed in the same way from the same."""
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
-        return len(a) == len(b) and all(_equal(x, y) for x, y in zip(a, b, strict=True))
+        return len(a) == len(b) and all(same_computation(x, y) for x, y in zip(a, b, strict=True))
     if not isinstance(a, Node) or not isinstance(b, Node):
         return type(a) is type(b) and a == b
     if a is b:
@@ -164,4 +164,4 @@ def _equal(a: Any, b: Any) -> bool:
     if isinstance(a.meta.get("val"), torch.SymInt) and isinstance(b.meta.get("val"), torch.SymInt):
         return str(a.meta["val"]) == str(b.meta["val"])
     same = a.op == b.op == "call_function" and a.target == b.target and a.kwargs == b.kwargs
-    return same and _equal(a.args, b.args)
+    return same and same_computation(a.args, b.args)

@@ -14,9 +14,12 @@ from torch.fx.graph_module import _format_import_block
 from torch.package.importer import sys_importer
 
 from retrofit.capture.observe import Normalized
+from retrofit.passes.attention.added import added
 from retrofit.passes.attention.bias import HIDDEN
+from retrofit.passes.attention.masks import MaskClass
 from retrofit.passes.attention.rewrite import target_call
 from retrofit.passes.attention.rule import remove_dead
+from retrofit.passes.attention.scores import HIDDEN as HIDDEN_SCORE
 
 
 @dataclass(frozen=True)
@@ -34,32 +37,44 @@ class Source:
     results: tuple[Any, ...]
 
 
-def assembled(normalized: Normalized, *, keep_mask: bool, biased: bool = False, kind: str = "self") -> Source:
+def assembled(
+    normalized: Normalized,
+    *,
+    keep_mask: bool,
+    mask: MaskClass,
+    kind: str = "self",
+    hides: str | None = None,
+) -> Source:
     """Returns the forward of a site.
 
     Args:
         normalized: The captured module; stays as it is.
         keep_mask: Whether the graph computes the mask and hands it to the target call.
-        biased: Whether the mask also has a bias, which is carried over elsewhere.
+        mask: What the mask was seen to do. A position bias is handed to the target call beside it.
         kind: ``cross`` takes the mask as it is, and leaves keys and values to a function of their own.
+        hides: The placeholder of a mask that goes around the graph, where there is a position bias besides.
     """
-    graph, attention = _copied(normalized)
-    assert normalized.attention is not None
+    graph, attention = copied(normalized)
+    bias = added(graph, attention, hides) if mask.biased else None
     if keep_mask and kind == "self":
-        _as_visible(graph, attention, normalized.attention, biased=biased)
+        floor = HIDDEN if mask.slopes else HIDDEN_SCORE if mask.biased else None
+        _as_visible(graph, attention, floor)
+    target_call(graph, attention, keep_mask=keep_mask, keep_keys=kind == "self", bias=bias)
     returned = _output(graph).args[0]
     assert isinstance(returned, tuple)
-    target_call(graph, attention, keep_mask=keep_mask, keep_keys=kind == "self")
     source = _source(graph, returned)
     return Source(source.code, source.inputs[:-1], returned)  # the last one is the context
 
 
 def assembled_keys(normalized: Normalized) -> Source:
     """Returns the function that computes the keys and values of a site alone."""
-    graph, attention = _copied(normalized)
-    results = tuple(attention.args[1:3])
-    output = _output(graph)
-    output.args = (results,)
+    graph, attention = copied(normalized)
+    return function_of(graph, tuple(attention.args[1:3]))
+
+
+def function_of(graph: Graph, results: tuple[Any, ...]) -> Source:
+    """Returns the function that computes ``results`` alone; ``graph`` becomes its graph."""
+    _output(graph).args = (results,)
     remove_dead(graph)
     for node in list(graph.nodes):
         if node.op == "placeholder" and not node.users:
@@ -68,7 +83,7 @@ def assembled_keys(normalized: Normalized) -> Source:
     return _source(graph, results)
 
 
-def _copied(normalized: Normalized) -> tuple[Graph, Node]:
+def copied(normalized: Normalized) -> tuple[Graph, Node]:
     """A copy of the graph, and its attention in it."""
     graph = Graph()
     copied: dict[Node, Node] = {}
@@ -89,11 +104,15 @@ def _source(graph: Graph, results: tuple[Any, ...]) -> Source:
     return Source(_format_import_block(code.globals, sys_importer) + "\n" + code.src, names, results)
 
 
-def _as_visible(graph: Graph, attention: Node, of_capture: Node, *, biased: bool) -> None:
-    """Turns an additive mask, known to hide and no more but for a bias, into a boolean one: whatever hides, hides all."""
-    mask, value = attention.args[3], of_capture.args[3]
-    if isinstance(value, Node) and isinstance(mask, Node) and value.meta["val"].is_floating_point():
+def _as_visible(graph: Graph, attention: Node, floor: float | None) -> None:
+    """Turns an additive mask into a boolean one.
+
+    Without a bias it is known to hide and no more, so that whatever hides, hides all; with one, what is at most
+    ``floor`` hides.
+    """
+    mask = attention.args[3]
+    if isinstance(mask, Node) and mask.meta["val"].is_floating_point():
         with graph.inserting_before(attention):
-            test = (torch.ops.aten.gt.Scalar, HIDDEN) if biased else (torch.ops.aten.eq.Scalar, 0)
+            test = (torch.ops.aten.eq.Scalar, 0) if floor is None else (torch.ops.aten.gt.Scalar, floor)
             visible = graph.call_function(test[0], (mask, test[1]))
         attention.args = (*attention.args[:3], visible, *attention.args[4:])

@@ -11,13 +11,16 @@ from retrofit.passes.attention.arguments import arguments
 from retrofit.passes.attention.masks import MaskClass, MaskSample, visible_keys
 
 
-def cross_mask(attention: Node, samples: Sequence[MaskSample], every: Sequence[OwnerCall]) -> MaskClass | str:
+def cross_mask(
+    attention: Node, samples: Sequence[MaskSample], every: Sequence[OwnerCall], *, biased: bool
+) -> MaskClass | str:
     """The class of the masks of cross-attention, or why it keeps its own attention.
 
     Args:
         attention: Its canonical node.
         samples: Its masks.
         every: All its calls.
+        biased: Whether the graph hands over a bias besides, which is no part of the masks.
     """
     given = arguments(attention)
     reason = next(
@@ -38,7 +41,6 @@ def cross_mask(attention: Node, samples: Sequence[MaskSample], every: Sequence[O
     masks = [sample.mask for sample in samples if sample.mask is not None]
     visible = [visible_keys(mask) for mask in masks]
     if any(isinstance(shown, str) or bool((shown != shown[..., :1, :]).any()) for shown in visible):
-        return MaskClass(False, given=True)
-    return MaskClass(
-        False, padding=any(not bool(shown.all()) for shown in visible if not isinstance(shown, str))
-    )
+        return MaskClass(False, given=True, biased=biased)
+    padding = any(not bool(shown.all()) for shown in visible if not isinstance(shown, str))
+    return MaskClass(False, padding=padding, biased=biased)

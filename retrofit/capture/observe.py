@@ -17,6 +17,7 @@ from retrofit.capture.evaluate import ancestors, concrete, evaluate, evaluate_fo
 from retrofit.capture.export import Captured, expanded
 from retrofit.capture.record import OwnerCall
 from retrofit.passes.attention.arguments import shape
+from retrofit.passes.attention.axes import size_of
 from retrofit.passes.attention.masks import MaskSample
 from retrofit.passes.attention.rule import Refusal
 
@@ -73,6 +74,24 @@ def kind_of(attention: Node) -> str:
     hidden = max(first, key=lambda node: len(shape(node) or ()), default=None)
     lead = min(first, key=lambda node: list(q.graph.nodes).index(node), default=None)
     return "self" if lead is None or lead in earlier or hidden in earlier else "cross"
+
+
+def is_pooled(attention: Node) -> bool:
+    """Whether keys that are not the tokens of the queries are made from the same, or the queries from none."""
+    of_q, of_k = (
+        {item for item in ancestors(node, through_sizes=False) if item.op == "placeholder"}
+        for node in attention.args[:2]
+        if isinstance(node, Node)
+    )
+    return not of_q or of_k <= of_q
+
+
+def one_block(attention: Node) -> str | None:
+    """Why attention within blocks of a sequence cannot be read from an example of one; None if it can."""
+    heads = (shape(attention.args[0]) or ())[1]
+    if size_of(heads).is_number:
+        return None
+    return "the sequence is cut into blocks, and the example is no longer than one; convert with a longer example"
 
 
 def values_of(captured: Captured, call: OwnerCall, signature: Signature) -> dict[str, Any]:

@@ -6,7 +6,8 @@ calls of a module on the probes  →  one graph per spelling of the call  →  c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,27 +17,40 @@ from torch.fx import Node
 from retrofit.capture.assemble import assembled, assembled_keys
 from retrofit.capture.call import CACHE_NAMES, LeafPath, Signature, is_cache, leaves
 from retrofit.capture.cross import cross_mask
-from retrofit.capture.export import Captured, capture, without_cache
+from retrofit.capture.export import Captured, capture
 from retrofit.capture.identity import identity
+from retrofit.capture.ignored import ignored_arguments
+from retrofit.capture.mask_argument import MaskArgument, mask_argument
 from retrofit.capture.observe import (
     Normalized,
     ProbedCall,
+    is_pooled,
     kind_of,
     learned_mask,
     longer_samples,
     mask_paths_of,
+    one_block,
     sample_of,
     selection,
+)
+from retrofit.capture.position_bias import (
+    StepBias,
+    bias_reason,
+    dependence,
+    hiding,
+    is_biased,
+    is_mask,
+    step_bias,
 )
 from retrofit.capture.record import OwnerCall
 from retrofit.capture.site_plan import Refused, SitePlan
 from retrofit.capture.slots import Slot, slot_of
 from retrofit.capture.training import Training, training_of
-from retrofit.capture.unread import takes_any_positions
 from retrofit.errors import CaptureError
 from retrofit.passes.attention.arguments import arguments, shape
-from retrofit.passes.attention.bias import has_bias
+from retrofit.passes.attention.bias import ROUNDED
 from retrofit.passes.attention.masks import MaskClass, MaskSample, classify, real_tokens
+from retrofit.passes.attention.merged import differences
 from retrofit.passes.attention.rewrite import attentions, normalize
 from retrofit.passes.attention.rule import STAGES, source_line
 
@@ -56,6 +70,7 @@ class Planner:
         self.captures = 0
         self._graphs: dict[Any, Normalized] = {}
         self._training: dict[int, Training] = {}
+        self._ignored: dict[int, frozenset[str]] = {}
 
     def plan(
         self, module: nn.Module, calls: Sequence[ProbedCall], every: Sequence[OwnerCall]
@@ -102,6 +117,8 @@ class Planner:
                 )
             primary = primary or normalized
             kinds.add(kind_of(normalized.attention))
+            if (blocks := one_block(normalized.attention)) is not None:
+                return _refused(normalized.attention, blocks, "the layout")
             chosen_by = selection(normalized.attention)
             if chosen_by is not None and kinds == {"self"}:
                 reason = f"the mask shows the keys that {chosen_by} selects, not all that are real"
@@ -114,11 +131,13 @@ class Planner:
         assert primary is not None
         assert primary.attention is not None
         (kind,) = kinds if len(kinds) == 1 else ("cross",)
-        mask = self._mask(module, primary, samples, every, mask_paths, calls[0].call, kind)
+        mask = self._mask(module, primary, samples, calls, every, mask_paths, kind)
         if isinstance(mask, str):
             return _refused(primary.attention, mask, "the mask", kind)
-        if mask.slopes and self.managed:
-            mask_paths = {path for path in mask_paths if path[0] == MASK_NAME}
+        if mask.biased:
+            samples[:] = map(hiding, samples)
+        if (mask.slopes or mask.biased) and self.managed:
+            mask_paths = set(filter(is_mask, mask_paths))
         if self.managed and len(mask_paths) > 1:
             names = ", ".join(sorted(str(path[0]) for path in mask_paths))
             reason = f"the mask is made from several inputs: {names}"
@@ -127,8 +146,11 @@ class Planner:
         if isinstance(slot, str):
             return _refused(primary.attention, slot, "the place in the cache", kind)
         training = self._in_training(module, calls[0].call, primary)
+        if id(primary) not in self._ignored:
+            self._ignored[id(primary)] = ignored_arguments(module, calls[0].call, primary, _normalized)
+        hides = self._hides(primary)
+        step = step_bias(module, primary, calls[0], hides) if mask.biased and kind == "self" else None
         return _plan(
-            module,
             primary,
             kind,
             mask,
@@ -137,6 +159,9 @@ class Planner:
             mask_paths,
             slot,
             training,
+            (hides, step),
+            self._ignored[id(primary)],
+            partial(mask_argument, calls=calls, samples=samples, signature=signature, of_site=mask),
             managed=self.managed,
         )
 
@@ -145,25 +170,47 @@ class Planner:
         module: nn.Module,
         primary: Normalized,
         samples: Sequence[MaskSample],
+        calls: Sequence[ProbedCall],
         every: Sequence[OwnerCall],
         mask_paths: set[LeafPath],
-        call: OwnerCall,
         kind: str,
     ) -> MaskClass | str:
         """The class of the mask, or why there is none that can be carried over."""
         attention = primary.attention
         assert attention is not None
+        biased = is_biased(module, attention, samples, mask_paths)
+        if kind == "cross" and not (biased and self.managed):
+            return cross_mask(attention, samples, every, biased=False)
+        longer = longer_samples(module, primary, calls[0].call, Signature.of(module))
+        if not biased:
+            return classify([*samples, *longer])
+        if (reason := dependence(primary)) is not None:
+            return reason
+        if kind == "self" and self._by_distance(module, attention, mask_paths):
+            found = classify([*samples, *longer])
+            if not isinstance(found, str) or found.startswith(ROUNDED):
+                return found
+        if (reason := bias_reason(module, primary, calls, samples, self._hides(primary))) is not None:
+            return reason
+        hidden = list(map(hiding, samples))
         if kind == "cross":
-            return cross_mask(attention, samples, every)
-        signature = Signature.of(module)
-        found = classify([*samples, *longer_samples(module, primary, call, signature)])
-        if any(sample.mask is not None and has_bias(sample.mask) for sample in samples):
-            learned = learned_mask(module, attention)
-            if learned is not None and all("mask" in str(path[0]) for path in mask_paths):
-                return f"the mask adds a learned position bias to the scores ({learned})"
-        if not isinstance(found, str) and found.slopes and (beside := _beside_a_bias(attention)):
-            return f"a bias by distance is added to {beside}"
-        return found
+            return cross_mask(attention, hidden, every, biased=True)
+        found = classify([*hidden, *map(hiding, longer)])
+        return found if isinstance(found, str) else replace(found, biased=True)
+
+    @staticmethod
+    def _by_distance(module: nn.Module, attention: Node, mask_paths: set[LeafPath]) -> bool:
+        """Whether a bias in proportion to the distance can be had in queries and keys."""
+        given = arguments(attention)
+        learned = learned_mask(module, attention) is not None and all(map(is_mask, mask_paths))
+        # A constant in a row of scores is not the same as none beside a softcap or sinks.
+        return not learned and not given["softcap"] and given["sinks"] is None
+
+    def _hides(self, normalized: Normalized) -> str | None:
+        """The placeholder of the mask that goes around the graph."""
+        inputs = normalized.captured.inputs
+        paths = set(filter(is_mask, mask_paths_of(normalized))) if self.managed else set()
+        return next((name for name, path in inputs.items() if path in paths), None)
 
     def _in_training(self, module: nn.Module, call: OwnerCall, evaluated: Normalized) -> Training:
         key = id(evaluated)
@@ -190,7 +237,8 @@ def _normalized(captured: Captured) -> Normalized:
         return Normalized(captured, None, reason, kind, nearest)
     if len(found) != 1:
         names = f" (at {'; at '.join(map(_where, found))})" if found else ""
-        return Normalized(captured, None, f"{len(found)} attentions in one module{names}")
+        differing = f", which differ in {' and '.join(differences(*found[:2]))}" if found else ""
+        return Normalized(captured, None, f"{len(found)} attentions in one module{differing}{names}")
     return Normalized(captured, found[0], "")
 
 
@@ -212,21 +260,12 @@ def _refused(attention: Node, reason: str, stage: str, kind: str = "self") -> Re
     )
 
 
-def _beside_a_bias(attention: Node) -> str | None:
-    """What an attention has with which a constant in a row of scores is not the same as none."""
-    given = arguments(attention)
-    if given["softcap"]:
-        return "capped scores"
-    return "scores beside attention sinks" if given["sinks"] is not None else None
-
-
 def _where(attention: Node) -> str:
     line = source_line(attention)
     return f"node {attention.name}, {line}" if line else f"node {attention.name}"
 
 
 def _plan(
-    module: nn.Module,
     normalized: Normalized,
     kind: str,
     mask: MaskClass,
@@ -235,6 +274,9 @@ def _plan(
     mask_paths: set[LeafPath],
     slot: Slot,
     training: Training,
+    bias: tuple[str | None, StepBias | None],
+    ignored: frozenset[str],
+    read: Callable[[LeafPath], MaskArgument],
     *,
     managed: bool,
 ) -> SitePlan:
@@ -247,7 +289,9 @@ def _plan(
     keep_mask = attention.args[3] is not None and not managed and bool(mask_paths_of(normalized))
     if kind == "cross":
         keep_mask = attention.args[3] is not None and not (managed and mask_paths)
-    write = partial(assembled, keep_mask=keep_mask, biased=bool(mask.slopes), kind=kind)
+        keep_mask = keep_mask and not mask.biased
+    hides, step = bias
+    write = partial(assembled, keep_mask=keep_mask, mask=mask, kind=kind, hides=hides)
     source = write(normalized)
     keys = assembled_keys(normalized) if kind == "cross" else None
     trained = write(training.normalized) if training.normalized is not None else None
@@ -260,7 +304,7 @@ def _plan(
     known = tuple(
         (path, value)
         for path, value in bound.items()
-        if not isinstance(value, Tensor) and path[0] not in CACHE_NAMES and not is_cache(value)
+        if not isinstance(value, Tensor) and path[0] not in (*CACHE_NAMES, *ignored) and not is_cache(value)
     )
     return SitePlan(
         source=source.code,
@@ -273,16 +317,16 @@ def _plan(
         same=tuple(captured.same.items()),
         rows=captured.rows,
         signature=signature,
-        any_positions=takes_any_positions(module, without_cache(signature.bind(call.args, call.kwargs))),
         known=known,
         output=captured.output,
         lost=tuple(place for place, item in enumerate(source.results) if item is None),
         constants=tuple(captured.constants.items()),
-        mask_argument=argument,
+        mask_argument=None if argument is None else read(argument),
         keep_mask=keep_mask,
         mask=mask,
         spelling=str(attention.meta.get("spelling")),
         kind=kind,
+        pooled=kind == "cross" and is_pooled(attention),
         heads=q[1],
         kv_heads=k[1],
         head_dim=q[3],
@@ -292,4 +336,5 @@ def _plan(
         softcap=float(attention.args[7]),  # type: ignore[arg-type]
         sinks=attention.args[8] is not None,
         slot=slot,
+        step=step,
     )

@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from retrofit.capture.call import LeafPath, Signature
+from retrofit.capture.mask_argument import MaskArgument
+from retrofit.capture.position_bias import StepBias
 from retrofit.capture.slots import Slot
 from retrofit.passes.attention.masks import MaskClass
 
@@ -25,17 +27,19 @@ class SitePlan:
         signature: The original's parameters.
         same: Arguments that must be the same tensor as another one.
         rows: Inputs that are expanded to the rows of the first.
-        any_positions: Whether ``position_ids``, which the recorded call left out, make no difference.
         known: Leaves that were not tensors when the graph was made, by path.
         output: The result with ``TENSOR`` in the place of tensors.
         lost: Which of the tensors in the result become None: attention weights.
-        mask_argument: Where the mask is found in a call; None if there is none.
+        mask_argument: Where the mask is found in a call, and how it is read; None if there is none.
         keep_mask: Whether the graph computes the mask and hands it to the target call.
         spelling: Which rule recognised the attention.
+        pooled: Whether it is of the kind ``cross``, yet keys and queries come from the same input, or queries from none.
         training: Source of the forward in training, if it drops something out; takes and gives the same.
         untrainable: Why it cannot be trained as it is; None if it can.
         dropout: Where the probability of dropping an attention weight is read from, or the number.
         slot: Its place in the key-value cache.
+        step: How its position bias is computed for new tokens where the cache holds earlier ones; None if it has none,
+            or is handed one.
     """
 
     source: str
@@ -46,16 +50,16 @@ class SitePlan:
     same: tuple[tuple[LeafPath, LeafPath], ...]
     rows: tuple[LeafPath, ...]
     signature: Signature
-    any_positions: bool
     known: tuple[tuple[LeafPath, Any], ...]
     output: Any
     lost: tuple[int, ...]
     constants: tuple[tuple[str, Tensor], ...]
-    mask_argument: LeafPath | None
+    mask_argument: MaskArgument | None
     keep_mask: bool
     mask: MaskClass
     spelling: str
     kind: str
+    pooled: bool
     heads: int
     kv_heads: int
     head_dim: int
@@ -67,6 +71,7 @@ class SitePlan:
     untrainable: str | None
     dropout: str | float
     slot: Slot
+    step: StepBias | None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SitePlan:
         """A plan never changes; copies of a model share it."""

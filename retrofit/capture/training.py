@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import Graph, Node, map_arg
+from torch.fx import Node, map_arg
 
 from retrofit.capture.call import Signature
 from retrofit.capture.export import Captured, capture, set_training, without_cache
@@ -131,19 +131,21 @@ def _same_but_for_dropout(a: Captured, b: Captured) -> bool:
     return (
         same
         and all(torch.equal(a.constants[name], b.constants[name]) for name in a.constants)
-        and _skeleton(a.graph) == _skeleton(b.graph)
+        and skeleton(a) == skeleton(b)
     )
 
 
-def _skeleton(graph: Graph) -> list[str]:
-    """What each node of ``graph`` does, by number, without dropout.
+def skeleton(captured: Captured) -> list[str]:
+    """What each node of a graph does, by number, without dropout and inputs that it does not use.
 
     Nor is a copy told from none, or a view from a reshape: that goes by the strides that a kernel returns, and a
     fused one with dropout is another.
     """
     places: dict[Node, str] = {}
     found: list[str] = []
-    for node in graph.nodes:
+    for node in captured.graph.nodes:
+        if node.op == "placeholder" and not node.users:
+            continue
         if is_call(node, _DROPOUT, *SAME):
             places[node] = places[node.args[0]]
             continue
@@ -153,5 +155,7 @@ def _skeleton(graph: Graph) -> list[str]:
         given = map_arg((args, node.kwargs), places.__getitem__)
         places[node] = f"%{len(found)}"
         target = aten.reshape.default if is_call(node, aten.view.default) else node.target
+        if node.op == "placeholder":
+            target = captured.inputs[node.name]
         found.append(f"{node.op} {target} {given}")
     return found

@@ -1,17 +1,14 @@
-"""Which parameters cannot change what a module does, because its code never reads them or makes nothing of them."""
+"""Which parameters a function never reads: what is passed for them cannot change what it does."""
 
 from __future__ import annotations
 
 import dis
 import inspect
-from collections.abc import Mapping
 from functools import cache
 from types import FunctionType
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 
 def unread_parameters(module: nn.Module) -> frozenset[str]:
@@ -39,33 +36,3 @@ def _unread(function: FunctionType) -> frozenset[str]:
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     parameters = inspect.signature(function).parameters.values()
     return frozenset(p.name for p in parameters if p.kind in kinds) - read
-
-
-def takes_any_positions(module: nn.Module, values: Mapping[str, Any]) -> bool:
-    """Whether a call gives the same, to the bit, for any ``position_ids`` as without.
-
-    Attention that hands them on to a kernel that reads them only where sequences are packed is an example.
-
-    Args:
-        module: The module.
-        values: The arguments of a call of it that leaves them out, by name and without a cache.
-    """
-    states = next(
-        (value for value in values.values() if isinstance(value, Tensor) and value.dim() == 3), None
-    )
-    if states is None or values.get("position_ids", states) is not None:
-        return False
-    rows, tokens = states.shape[:2]
-    generator = torch.Generator().manual_seed(0)
-    positions = torch.randint(tokens, (rows, tokens), generator=generator).to(states.device)
-    try:
-        with torch.no_grad():
-            plain, given = (
-                pytree.tree_leaves(module(**{**values, "position_ids": ids})) for ids in (None, positions)
-            )
-    except Exception:  # whatever it is that it makes of them, it is not nothing
-        return False
-    return all(
-        torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b
-        for a, b in zip(plain, given, strict=True)
-    )

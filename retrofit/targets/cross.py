@@ -24,9 +24,7 @@ class CrossAttention(TargetAttention):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
         """As :meth:`TargetAttention.forward`, to all N keys; nothing is cached here."""
-        mask = call.mask
-        if mask is not None and mask.is_floating_point():
-            mask = mask.to(q.dtype)
+        mask = _scores(call, q.dtype)
         if self.observer is not None:
             keys = torch.full((q.shape[0], self.kv_heads, q.shape[2]), k.shape[2], device=q.device)
             valid = torch.ones_like(keys[:, 0], dtype=torch.bool)
@@ -40,3 +38,17 @@ class CrossAttention(TargetAttention):
             scale=self.scale,
             enable_gqa=q.shape[1] != k.shape[1],
         )
+
+
+def _scores(call: AttentionCall, dtype: torch.dtype) -> Tensor | None:
+    """What is added to the scores, or which of them count; None where all do."""
+    mask, bias = call.mask, call.bias
+    if bias is not None:
+        hidden = torch.finfo(
+            dtype
+        ).min  # finite: a row that sees no key looks at all of them alike, as in SDPA
+        if mask is None:
+            mask = bias
+        else:
+            mask = torch.where(mask, bias, hidden) if mask.dtype == torch.bool else mask + bias
+    return mask.to(dtype) if mask is not None and mask.is_floating_point() else mask

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from retrofit.kernels.dense import biased
 from retrofit.kernels.dense.ops import dense_attention
 from retrofit.targets.base import TargetAttention
 
@@ -36,19 +37,16 @@ def attend_densely(target: TargetAttention, q: Tensor, k: Tensor, v: Tensor, cal
         k, v = call.layer.update(k, v)
     if target.observer is not None:
         target.observer(_counts(target, q, k, call))
-    return dense_attention(
-        q,
-        k,
-        v,
-        call.start,
-        call.length,
-        scale=target.scale,
-        causal=target.causal,
-        sliding_window=target.sliding_window,
-        padded=call.padded,
-        rules=target.rules(call),
-        dropout_p=call.dropout,
-    )
+    options: dict[str, Any] = {
+        "scale": target.scale,
+        "causal": target.causal,
+        "sliding_window": target.sliding_window,
+        "rules": target.rules(call),
+        "dropout_p": call.dropout,
+    }
+    if call.bias is not None:
+        return biased.dense_attention(q, k, v, call.start, call.length, call.bias, **options)
+    return dense_attention(q, k, v, call.start, call.length, padded=call.padded, **options)
 
 
 def _counts(target: TargetAttention, q: Tensor, k: Tensor, call: AttentionCall) -> dict[str, Tensor]:

@@ -207,6 +207,10 @@ class Distances(nn.Module):
         return F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None], mask[:, None])[:, 0]
 
 
-def test_a_bias_that_a_child_makes_from_sizes_is_named():
-    (site,) = api.inspect(nn.Sequential(Distances()).eval(), torch.randn(2, 11, 8)).sites
-    assert "adds a learned position bias to the scores (bias)" in site.reason
+def test_a_bias_that_a_child_makes_from_sizes_stays_in_the_graph():
+    model, longer = nn.Sequential(Distances()).eval(), torch.randn(3, 90, 8)
+    with torch.no_grad():
+        expected = model(longer)
+        (site,) = api.convert(model, DenseConfig(), torch.randn(2, 11, 8)).converted
+        assert site.mask == "position bias"
+        torch.testing.assert_close(model(longer), expected, rtol=1e-5, atol=1e-5)

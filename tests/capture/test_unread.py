@@ -1,4 +1,4 @@
-"""A tensor in place of a recorded None is taken only where it makes no difference."""
+"""A tensor in place of a recorded None is taken only where the code never reads it, or makes the same graph of it."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ class Looks(Attention):
 
 
 class HandsOn(Attention):
-    """To a kernel that makes nothing of them, as transformers' do but for packed sequences."""
+    """Hands positions on to a function that has no use for them, as to a kernel that another setting would take."""
 
     def forward(self, x: Tensor, position_embeddings: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        return self.kernel(x, position_embeddings, position_ids=position_ids)
+        return self._kernel(x, position_embeddings, position_ids=position_ids)
 
-    def kernel(self, x: Tensor, scale: Tensor, **kwargs: Any) -> Tensor:
+    def _kernel(self, x: Tensor, scale: Tensor, **options: Any) -> Tensor:
         return self.attend(x, scale)
 
 
@@ -80,7 +80,7 @@ def test_only_what_is_never_read_is_unread() -> None:
 
 
 @pytest.mark.parametrize("kind", [Leaves, HandsOn])
-def test_what_makes_no_difference_may_be_given_later(kind: type[Attention]) -> None:
+def test_what_is_not_used_may_be_given_later(kind: type[Attention]) -> None:
     model, x, positions = Model(kind()).eval(), torch.randn(2, 21, 32), torch.arange(21).expand(2, -1)
     expected = model(x, positions)
     retrofit.convert(model, retrofit.DenseConfig(), (x,))

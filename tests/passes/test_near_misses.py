@@ -84,12 +84,32 @@ def _without_last(site, s):
 
 
 def _distance(t):
-    return (torch.arange(t) - torch.arange(t)[:, None]).float()
+    return torch.arange(t) - torch.arange(t)[:, None]
 
 
-def _bucketed(site, s):
-    table = site.mix.flatten()[:, None]
-    return s + F.embedding((_distance(s.shape[-1]).abs().long()).clamp(max=15), table)[..., 0]
+def _relative_terms(site, q, k, v):
+    """As DeBERTa and Transformer-XL: what is added is a product of the queries and a table of distances."""
+    q, k, v = heads(q, k, v)
+    b, h, t, _ = q.shape
+    terms = q @ torch.outer(torch.arange(DIM).float(), site.sinks)
+    buckets = _distance(t).clamp(-2, 1) + 2
+    return flat(F.softmax((q @ k.mT + terms.gather(-1, buckets.expand(b, h, t, t))) * SCALE, -1) @ v)
+
+
+def _dynamic(site, q, k, v):
+    """As Doge: what is added to each key is made from its value, with a factor that starts at zero."""
+    b, t, h, _ = v.shape
+    bias = (site.mix.sum() * 0 * F.softplus(v.mean(dim=-1))).exp().transpose(1, 2)[:, :, None]
+    bias = bias.expand(b, h, t, t).masked_fill(~causal(t), torch.finfo(v.dtype).min)
+    return flat(F.scaled_dot_product_attention(*heads(q, k, v), attn_mask=bias))
+
+
+def _gated(site, q, k, v):
+    """As WavLM: a gate of each query on a learned bias."""
+    gate = q.mean(dim=-1).transpose(1, 2).sigmoid()[..., None]
+    q, k, v = heads(q, k, v)
+    bias = site.mix.flatten()[_distance(q.shape[2]).abs().clamp(max=15)]
+    return flat(F.softmax(q @ k.mT * SCALE + gate * bias, -1) @ v)
 
 
 def _score_dependent(site, s):
@@ -138,16 +158,20 @@ def _convolved(site, s):
     return F.conv2d(s * SCALE, site.mix[..., None, None])
 
 
+def _sdpa(q, k, v, **options):
+    return flat(F.scaled_dot_product_attention(*heads(q, k, v), **options))
+
+
+def _twice(site, q, k, v):
+    return _sdpa(q, k, _sdpa(q, k, v).view_as(v))
+
+
 class Differential(nn.Module):
     """The difference of two attentions, in one module."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.site = Site(lambda site, q, k, v: self._once(q, k, v) - 0.5 * self._once(k, q, v))
-
-    @staticmethod
-    def _once(q, k, v):
-        return flat(F.scaled_dot_product_attention(*heads(q, k, v)))
+        self.site = Site(lambda site, q, k, v: _sdpa(q, k, v) - 0.5 * _sdpa(k, q, v))
 
     def forward(self, x):
         return self.site(x)
@@ -171,7 +195,15 @@ NEAR_MISSES: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: Site(softmax_of(_convolved)),
         r"a convolution over the scores \(talking heads\) stands between",
     ),
-    "two attentions in one module": (Differential, "2 attentions in one module"),
+    "two attentions in one module": (
+        Differential,
+        "2 attentions in one module, which differ in queries and keys",
+    ),
+    "an attention to what another gives": (lambda: Site(_twice), "differ in their place"),
+    "two attentions of different scale": (
+        lambda: Site(lambda site, q, k, v: _sdpa(q, k, v) - _sdpa(q, k, -v, scale=1.0)),
+        "2 attentions in one module, which differ in scale",
+    ),
     "a selection of the largest scores": (
         lambda: Site(softmax_of(lambda site, s: s.masked_fill(s < s.topk(2).values[..., -1:], -torch.inf))),
         "depends on the scores, through a selection of the largest scores",
@@ -196,41 +228,17 @@ NEAR_MISSES: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: Site(lambda site, q, k, v: weights_of(_without_last)(site, q, k, v[:, :-1])),
         "0 logits are added to the scores and 1 taken",
     ),
-    "a learned slope": (
-        lambda: Site(softmax_of(lambda site, s: s + _distance(s.shape[-1]) * site.temperature)),
-        r"a learned position bias to the scores \(temperature\)",
+    "a bias of the queries by distance": (
+        lambda: Site(_relative_terms),
+        "the bias added to the scores depends on the tokens",
     ),
-    "a learned bias by distance": (
-        lambda: Site(softmax_of(_bucketed)),
-        r"a learned position bias to the scores \(mix\)",
+    "a bias of the values that is 1 as yet": (
+        lambda: Site(_dynamic),
+        "the bias added to the scores depends on the tokens, by way of x",
     ),
-    "a bias that is not in proportion to the distance": (
-        lambda: Site(softmax_of(lambda site, s: s - _distance(s.shape[-1]).abs().sqrt())),
-        "by distance, but not in proportion to it",
-    ),
-    "a bias to both sides": (
-        lambda: Site(softmax_of(lambda site, s: s - _distance(s.shape[-1]).abs())),
-        "by distance, but not in proportion to it",
-    ),
-    "a bias and sinks": (
-        lambda: Site(
-            weights_of(
-                lambda site, s: _sink(
-                    site, s.masked_fill(~causal(s.shape[-1]), -torch.inf) + _distance(s.shape[-1])
-                )
-            )
-        ),
-        "a bias by distance is added to scores beside attention sinks",
-    ),
-    "a bias and a softcap": (
-        lambda: Site(
-            softmax_of(
-                lambda site, s: (
-                    torch.tanh(s).masked_fill(~causal(s.shape[-1]), -torch.inf) + _distance(s.shape[-1])
-                )
-            )
-        ),
-        "a bias by distance is added to capped scores",
+    "a learned bias with a gate": (
+        lambda: Site(_gated),
+        "the bias added to the scores depends on the tokens",
     ),
     "a mask that depends on the scores": (
         lambda: Site(softmax_of(_score_dependent)),

@@ -117,7 +117,29 @@ def _einsum(first, second, *, swapped=False):
     return attend
 
 
+def _differential(site, q, k, v):
+    """As the Differential Transformer in two calls: the same weights for either half of the values."""
+    half = k.shape[2] // 2
+    q, k, v = heads(q, k, v)
+    first, second = (
+        F.scaled_dot_product_attention(q, k, part.repeat(1, 2, 1, 1), attn_mask=causal(q.shape[2]))
+        for part in v.split(half, dim=1)
+    )
+    return flat(first - 0.5 * second)
+
+
+def _differential_eager(site, q, k, v):
+    def weights():
+        return (q @ k.mT * SCALE).masked_fill(~causal(q.shape[2]), -torch.inf).softmax(-1)
+
+    q, k, v = heads(q, k, v)
+    first = weights() @ v
+    return flat(first - 0.5 * (weights() @ v.flip(1)[..., :4]).repeat(1, 1, 1, 2))
+
+
 SPELLINGS: dict[str, Callable[[], nn.Module]] = {
+    "two attentions of the same weights": lambda: Site(_differential),
+    "two attentions of the same weights, step by step": lambda: Site(_differential_eager),
     "bmm on (b h) t d": lambda: Site(_merged),
     "a mask in between on b h t s": lambda: Site(_merged_with_mask),
     "baddbmm": lambda: Site(_baddbmm),

@@ -1,0 +1,67 @@
+"""What a model hands to its attention as a mask is read as its attention reads it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import retrofit
+from retrofit.configs import DenseConfig, HSAConfig
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+}
+
+
+def _deberta() -> Any:
+    """Its encoder makes a mask of ones and zeros that is looked at for its truth."""
+    from transformers import DebertaV2Config, DebertaV2Model
+
+    return DebertaV2Model(DebertaV2Config(**SIZES, vocab_size=128))
+
+
+def _imagegpt() -> Any:
+    """Its mask is bidirectional, and its attention hides later keys itself."""
+    from transformers import ImageGPTConfig, ImageGPTForCausalImageModeling
+
+    sizes: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 128}
+    return ImageGPTForCausalImageModeling(ImageGPTConfig(**sizes))
+
+
+def _padded(left: int, right: int) -> dict[str, Tensor]:
+    ids, mask = torch.randint(4, 120, (2, 31), generator=torch.Generator().manual_seed(1)), torch.ones(2, 31)
+    mask[0, :left] = 0
+    mask[1, 31 - right :] = 0
+    return {"input_ids": ids, "attention_mask": mask.long()}
+
+
+@pytest.mark.parametrize("build", [_deberta, _imagegpt])
+def test_its_padding_is_understood(build: Any, tiny_hsa: HSAConfig) -> None:
+    torch.manual_seed(0)
+    model = build().eval()
+    batches = [_padded(5, 0), _padded(0, 9), _padded(3, 4), {"input_ids": _padded(0, 0)["input_ids"][:1, :7]}]
+    with torch.no_grad():
+        before = [model(**batch)[0] for batch in batches]
+        for config in (DenseConfig(), tiny_hsa):  # too short for HSA to leave anything out
+            report = retrofit.convert(model, config)
+            assert not report.skipped
+            for batch, expected in zip(batches, before, strict=True):
+                keep = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+                torch.testing.assert_close(model(**batch)[0][keep], expected[keep], rtol=1e-4, atol=1e-5)
+        retrofit.revert(model)
+        assert all(torch.equal(model(**x)[0], expected) for x, expected in zip(batches, before, strict=True))
+
+
+def test_a_step_of_generation_sees_all_earlier_keys() -> None:
+    torch.manual_seed(0)
+    model, batch = _imagegpt().eval(), _padded(5, 0)
+    options = {"max_new_tokens": 9, "do_sample": False}
+    expected = model.generate(**batch, **options)
+    retrofit.convert(model, DenseConfig())
+    assert torch.equal(model.generate(**batch, **options), expected)
