@@ -202,9 +202,18 @@ def _dynamic(example: tuple[Tensor, ...]) -> tuple[dict[int, Any], ...]:
                 (size == batch and (dim == 0 or size > 2))
                 or (size in lengths and not (dim == 2 and tensor.shape == square))
                 or (dim == 0 and tensor.dim() > 2 and size % batch == 0)  # (batch heads) …
+                or _counts_blocks(tensor, dim, lengths)
             )
         }
         for tensor in example
+    )
+
+
+def _counts_blocks(tensor: Tensor, dim: int, lengths: set[int]) -> bool:
+    """Whether a sequence in blocks, as of [B, H, blocks, 16, 48], has as many as ``tensor`` has in ``dim``."""
+    count, blocks = tensor.shape[dim], tensor.shape[dim + 1 :]
+    return tensor.dim() > 4 and any(
+        (count - 1) * block < length <= count * block for block in blocks for length in lengths
     )
 
 
