@@ -12,7 +12,7 @@ from retrofit.kernels.hsa.geometry import Geometry
 
 def count(
     spans: Tensor,
-    first: Tensor,
+    choices: Tensor,
     start: Tensor,
     length: Tensor,
     *,
@@ -32,7 +32,7 @@ def count(
 
     Args:
         spans: As the operator returns them, [B, Hkv, NB, beam].
-        first: As the operator returns it, [B, Hkv, NB, C].
+        choices: As the operator returns them, [B, Hkv, NB, E]; a leaf that rises twice is executed twice.
         start: Index of each row's first real token, int64 [B].
         length: Number of real tokens of each row, int64 [B].
         queries: Number of queries T, the last of the ``tokens`` index slots.
@@ -48,7 +48,7 @@ def count(
     blocks = _Blocks(
         block=torch.arange(skip, spans.shape[2], device=spans.device),
         spans=spans[:, :, skip:],
-        first=first[:, :, skip:],
+        choices=choices[:, :, skip:],
         length=length[:, None, None],
         causal=causal,
         sliding_window=sliding_window,
@@ -67,7 +67,7 @@ class _Blocks:
 
     block: Tensor  # [NB], their numbers
     spans: Tensor
-    first: Tensor
+    choices: Tensor
     length: Tensor  # [B, 1, 1]
     causal: bool
     sliding_window: int
@@ -83,19 +83,24 @@ class _Blocks:
         leaves = g.block_leaf_ids(self.spans, self.block, None if self.causal else self.length)
         begin = g.sink + leaves * g.block
         outside = (leaves >= 0) & self.outside_window(begin, t[:, None])
-        executed = outside & (self.first <= (row if self.causal else g.query_block - 1))
+        when, candidate, _ = g.unpacked(self.choices.to(torch.int64))
+        listed = leaves.gather(-1, candidate)
+        from_ = g.sink + listed * g.block
+        executed = self.outside_window(from_, t[:, None]) & (
+            when <= (row if self.causal else g.query_block - 1)
+        )
 
         whole_end = g.sink + whole * g.block
         window_end = end if self.causal else torch.minimum(g.window_end(t), whole_end)
         tail = 0 if self.causal else self.seen(whole_end, end, t)
         exact = self.seen(0, end.clamp(max=g.sink), t) + tail
         exact = exact + self.seen(g.window_start(t).clamp(min=g.sink), window_end, t)
-        chosen = (self.seen(begin, begin + g.block, t[:, None]) * executed).sum(-1)
+        chosen = (self.seen(from_, from_ + g.block, t[:, None]) * executed).sum(-1)
 
         scored = outside & (self.seen(begin, begin + g.block, t[:, None]) > 0)
         nodes = scored.sum(-1) * g.nodes_in_span(0) + exact + self.coarse_nodes(covered) / g.query_block
         if summaries:
-            nodes = nodes + self.cover_nodes(leaves, executed, t, covered, reach)
+            nodes = nodes + self.cover_nodes(*self.touched(listed, executed), t, covered, reach)
         dense = (t if self.causal else self.length - 1) < g.dense_end
         keys = torch.where(dense, self.seen(0, end, t), exact + chosen)
         return keys, torch.where(dense, 0.0, nodes)
@@ -121,6 +126,11 @@ class _Blocks:
             kept = candidates.clamp(max=g.beam)
             total = total + candidates * g.nodes_per_span
         return total
+
+    def touched(self, leaves: Tensor, executed: Tensor) -> tuple[Tensor, Tensor]:
+        """The executed ones of the listed leaves, ascending, and which places hold one."""
+        order = torch.where(executed, leaves, -1).sort(-1).values
+        return order, order >= 0
 
     def cover_nodes(
         self, leaves: Tensor, executed: Tensor, t: Tensor, covered: Tensor, reach: Tensor

@@ -47,7 +47,7 @@ def hsa_attention(
     value_nodes: Sequence[Tensor],
     gate: Tensor | None,
     past_spans: Tensor | None,
-    past_first: Tensor | None,
+    past_choices: Tensor | None,
     *,
     scale: float,
     causal: bool,
@@ -55,20 +55,20 @@ def hsa_attention(
     geometry: Geometry,
     rules: ScoreRules = PLAIN,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the output [B, Hq, T, Dv] and the selection (spans, first); arguments as in ``ops``."""
+    """Returns the output [B, Hq, T, Dv] and the selection (spans, choices); arguments as in ``ops``."""
     call = Call.of(q, k, start, length, scale, causal, sliding_window, geometry)
     g = geometry
-    spans, first = g.selection(k, past_spans, past_first)
+    spans, choices = g.selection(k, past_spans, past_choices)
     attend_densely = partial(
         dense.dense_attention, scale=scale, causal=causal, sliding_window=sliding_window, rules=rules
     )
     if call.is_dense and call.uniform:
-        return attend_densely(q, k, v, start, length), spans, first
+        return attend_densely(q, k, v, start, length), spans, choices
     out = q.new_zeros(*q.shape[:3], v.shape[3])
     for rows, queries, keys, *at in call.dense_parts():
         out[rows, :, queries] = attend_densely(q[rows, :, queries], k[rows, :, keys], v[rows, :, keys], *at)
     if call.is_dense:
-        return out, spans, first
+        return out, spans, choices
 
     levels = list(nodes)[: call.highest_level + 1]
     by_span = [tables.complete_rows(level, g.nodes_in_span(i)) for i, level in enumerate(levels)]
@@ -85,7 +85,7 @@ def hsa_attention(
             leaf_nodes,
             sources,
             call.pick(spans, block),
-            call.pick(first, block),
+            call.pick(choices, block),
             block,
             call.low,
             call.high,
@@ -97,10 +97,10 @@ def hsa_attention(
             rules=rules,
             scratch=scratch,
         )
-        call.put(first, call.sparse, block, chosen)
+        call.put(choices, call.sparse, block, chosen)
         call.write(out, block, part)
 
-    return out, spans, first
+    return out, spans, choices
 
 
 def block_step(
@@ -108,7 +108,7 @@ def block_step(
     nodes: Rows,
     sources: Sources,
     spans: Tensor,
-    first: Tensor,
+    choices: Tensor,
     block: Tensor,
     low: Tensor,
     high: Tensor,
@@ -133,7 +133,7 @@ def block_step(
         nodes: Level 0 of the pyramid by leaf, as from ``blocked_select.leaf_nodes``.
         sources: Tables of keys and values by position and, with summaries, of pooled ones.
         spans: Kept spans of the blocks, [B, Hkv, R, beam].
-        first: Choices of the queries before ``low``, uint8 [B, Hkv, R, C].
+        choices: Those of the queries before ``low``, int32 [B, Hkv, R, E].
         block: Number of each query block, int64 [B, R].
         low: First position of a new query in each row, int64 [B].
         high: End of the new queries in each row, int64 [B].
@@ -147,7 +147,7 @@ def block_step(
             on data. None for all at once.
 
     Returns:
-        The output, [B, Hkv, R, G·query_block, Dv], meaningless where there is no new query; and ``first``.
+        The output, [B, Hkv, R, G·query_block, Dv], meaningless where there is no new query; and ``choices``.
     """
     g = geometry
     leaves = block_leaves(spans, block, length, causal, g)
@@ -156,7 +156,7 @@ def block_step(
     exact = execute.exact_plan(
         block, length, causal=causal, sliding_window=sliding_window, geometry=g, dtype=queries.dtype
     )
-    first = select.leaf_step(
+    choices = select.leaf_step(
         queries,
         nodes,
         select.Exact(sources.keys, *exact),
@@ -164,7 +164,7 @@ def block_step(
         position,
         low,
         high,
-        first,
+        choices,
         causal=causal,
         sliding_window=sliding_window,
         geometry=g,
@@ -176,20 +176,20 @@ def block_step(
             queries,
             sources,
             exact,
-            *execute.listed(leaves, first, g),
+            execute.listed(leaves, choices, g, queries.dtype),
             block,
             scratch,
             causal=causal,
             sliding_window=sliding_window,
             geometry=g,
             rules=rules,
-        ), first
+        ), choices
     tile = executed.fetch(
         sources,
         exact,
         leaves,
         spans,
-        first,
+        choices,
         block,
         length,
         tiles=tiles,
@@ -197,7 +197,7 @@ def block_step(
         sliding_window=sliding_window,
         geometry=g,
     )
-    return executed.attend(queries, tile, sources.gate, causal=causal, geometry=g, rules=rules), first
+    return executed.attend(queries, tile, sources.gate, causal=causal, geometry=g, rules=rules), choices
 
 
 def prefix_nodes(level: Tensor, geometry: Geometry) -> Tensor:

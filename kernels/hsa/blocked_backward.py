@@ -28,7 +28,7 @@ def hsa_attention_backward(
     value_nodes: Sequence[Tensor],
     gate: Tensor | None,
     spans: Tensor,
-    first: Tensor,
+    choices: Tensor,
     *,
     scale: float,
     causal: bool,
@@ -49,7 +49,7 @@ def hsa_attention_backward(
         value_nodes: Pooled values per level.
         gate: Weight of the summaries, or None.
         spans: As the forward pass returned it.
-        first: As the forward pass returned it.
+        choices: As the forward pass returned it.
         scale: Factor on the scores.
         causal: Whether a query sees only itself and what lies before it.
         sliding_window: A query sees no keys this far or farther before it; 0 for no limit.
@@ -85,7 +85,7 @@ def hsa_attention_backward(
             grad,
             (q, k, v),
             (nodes, value_nodes, gate),
-            (spans, first),
+            (spans, choices),
             (grad_q, grad_k, grad_v),
             (grad_nodes, grad_value_nodes, grad_gate),
             rules,
@@ -114,13 +114,13 @@ def _sparse_backward(
     sums = [torch.zeros_like(rows.table, dtype=call.dtype) for rows in sources.tables]
     heads = pooled_grads[2], grad_sinks
     for block in call.chunks(call.sparse, call.chunk_size(sources.gate is not None)):
-        spans, first = (call.pick(x, block) for x in selection)
+        spans, choices = (call.pick(x, block) for x in selection)
         tile = executed.fetch(
             sources,
             execute.exact_plan(block, call.length, dtype=call.dtype, **call.rules),
             block_leaves(spans, block, call.length, call.causal, call.geometry),
             spans,
-            first,
+            choices,
             block,
             call.length,
             tiles=None,

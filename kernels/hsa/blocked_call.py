@@ -257,12 +257,12 @@ class Call:
         return Sources(keys, values, pooled, pooled_values, gate.to(self.dtype))
 
     def pick(self, x: Tensor, block: Tensor) -> Tensor:
-        """``spans`` or ``first`` of the blocks, [B, Hkv, R, ·]."""
+        """``spans`` or ``choices`` of the blocks, [B, Hkv, R, ·]."""
         index = block.clamp(max=x.shape[2] - 1)[:, None, :, None]
         return x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3]))
 
     def put(self, x: Tensor, rows: list[tuple[int, int]], block: Tensor, value: Tensor) -> None:
-        """Writes ``spans`` or ``first`` of the blocks that are in ``rows``."""
+        """Writes ``spans`` or ``choices`` of the blocks that are in ``rows``."""
         for b, (begin, (_, end)) in enumerate(zip(block[:, 0].tolist(), rows, strict=True)):
             count = min(end - begin, block.shape[1])
             if count > 0:

@@ -1,24 +1,25 @@
 """Execution of a few query blocks: which rows of keys they fetch, who sees what, and one softmax over all.
 
     exact_plan   blocks        →  rows int64 [B, R, E], bias [B, R, query_block, E·block]: sinks and window
-    plan         leaves, first →  rows int64 [B, Hkv, R, S], bias [B, Hkv, R, query_block, S·block]
+    plan         choices       →  rows int64 [B, Hkv, R, S], bias [B, Hkv, R, query_block, S·block]
     attend       queries, bias, fetched keys and values  →  [B·Hkv·R, G·query_block, Dv]
 
-The first rows are sinks and window, a fixed number. The list of leaves follows, ordered by (first choosing
-query, index), in tiles of ``LIST_TILE`` rows. Later queries only add to its end, where the earlier ones see
+The first rows are sinks and window, a fixed number. The list of leaves follows, in the order of the block's choices,
+in tiles of ``LIST_TILE`` rows. Later queries only add to its end, where the earlier ones see
 nothing: their sums go on with exact zeros, tile by tile, and change in no bit.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from retrofit.kernels.dense.scores import PLAIN, ScoreRules, share_of_keys
-from retrofit.kernels.hsa.geometry import Geometry
+from retrofit.kernels.hsa.geometry import FADE, Geometry
 
 LIST_TOKENS = 256
 """Keys in a tile of the list of leaves, at least."""
@@ -34,8 +35,8 @@ def list_tile(geometry: Geometry) -> int:
 
 
 def max_tiles(geometry: Geometry) -> int:
-    """Tiles that hold all leaf candidates of a query block."""
-    return -(-geometry.leaf_width // list_tile(geometry))
+    """Tiles that hold all choices of a query block."""
+    return -(-geometry.choices // list_tile(geometry))
 
 
 @lru_cache(maxsize=64)
@@ -61,27 +62,35 @@ def widths(geometry: Geometry, causal: bool) -> tuple[int, int]:
     return exact_rows(g, causal) * g.block, list_tile(g) * g.block
 
 
-def listed(leaves: Tensor, first: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
-    """Chosen leaves by (first choosing query, index), and how many each query of the block may see.
+class Listed(NamedTuple):
+    """The choices of query blocks, as the execution wants them.
+
+    Attributes:
+        leaves: Chosen leaves, int64 [B, Hkv, R, E].
+        share: Logarithm of how much more of its leaf each choice lets the queries see, [B, Hkv, R, E].
+        seen: How many of them each query of the block may see, int64 [B, Hkv, R, query_block].
+    """
+
+    leaves: Tensor
+    share: Tensor
+    seen: Tensor
+
+
+def listed(leaves: Tensor, choices: Tensor, geometry: Geometry, dtype: torch.dtype) -> Listed:
+    """Reads the choices.
 
     Args:
         leaves: Leaf candidates, int64 [B, Hkv, R, C].
-        first: Row that first chose each, uint8 [B, Hkv, R, C].
+        choices: Of the blocks, int32 [B, Hkv, R, E].
         geometry: The sizes.
-
-    Returns:
-        The leaves, int64 [B, Hkv, R, C], chosen ones in front; the counts, int64 [B, Hkv, R, query_block].
+        dtype: Of the shares.
     """
-    width, rows = leaves.shape[-1], geometry.query_block
-    slot = torch.arange(width, dtype=torch.int32, device=leaves.device)
-    when = torch.where(leaves >= 0, first, rows).to(torch.int32)
-    order = (when * width + slot).sort(dim=-1).values
-    limit = (torch.arange(rows, dtype=torch.int32, device=leaves.device) + 1) * width
-    if torch.compiler.is_exporting():  # ONNX has no searchsorted
-        count = (order[..., None, :] < limit[:, None]).sum(-1)
-    else:
-        count = torch.searchsorted(order, limit.expand(*order.shape[:-1], rows).contiguous())
-    return leaves.gather(-1, (order % width).to(torch.int64)), count
+    g = geometry
+    _, candidate, rise = g.unpacked(choices)
+    limit = g.before(torch.arange(1, g.query_block + 1, dtype=torch.int32, device=choices.device))
+    count = torch.searchsorted(choices, limit.expand(*choices.shape[:-1], -1).contiguous())
+    share = (rise.clamp(min=1).to(dtype) / FADE).log()
+    return Listed(leaves.gather(-1, candidate.to(torch.int64)), share, count)
 
 
 def exact_plan(
@@ -134,8 +143,7 @@ def exact_plan(
 
 def plan(
     exact: tuple[Tensor, Tensor],
-    ordered: Tensor,
-    count: Tensor,
+    chosen: Listed,
     block: Tensor,
     tiles: int,
     *,
@@ -147,8 +155,7 @@ def plan(
 
     Args:
         exact: What comes before the list, as from ``exact_plan``.
-        ordered: The list of leaves, as from ``listed``.
-        count: How many of them each query may see, as from ``listed``.
+        chosen: The list of leaves, as from ``listed``.
         block: Number of each query block, int64 [B, R].
         tiles: Tiles of the list to execute; ``max_tiles`` always suffices.
         causal: Whether a query sees only itself and what lies before it.
@@ -156,10 +163,10 @@ def plan(
         geometry: The sizes.
 
     Returns:
-        Rows of ``block`` tokens, int64 [B, Hkv, R, S], and a bias of 0 or a very negative number,
+        Rows of ``block`` tokens, int64 [B, Hkv, R, S], and a bias, very negative for what is not seen,
         [B, Hkv, R, query_block, S·block].
     """
-    g, heads, device = geometry, ordered.shape[1], ordered.device
+    g, heads, device = geometry, chosen.leaves.shape[1], block.device
     rows, exact_bias = exact
     rows = rows[:, None].expand(-1, heads, -1, -1)
     exact_bias = exact_bias[:, None].expand(-1, heads, -1, -1, -1)
@@ -167,12 +174,16 @@ def plan(
         return rows, exact_bias
 
     slots = tiles * list_tile(g)
-    chosen = F.pad(ordered, (0, max(0, slots - ordered.shape[-1])))[..., :slots]
-    if causal and not sliding_window and not torch.compiler.is_exporting():  # ONNX has no views
-        bias = list_bias(count, slots, g, exact_bias.dtype)
+    leaves, share = (
+        F.pad(x, (0, max(0, slots - x.shape[-1])))[..., :slots] for x in (chosen.leaves, chosen.share)
+    )
+    share = share.to(exact_bias.dtype).repeat_interleave(g.block, dim=-1)[..., None, :]
+    if causal and not sliding_window:
+        bias = list_bias(chosen.seen, slots, g, exact_bias.dtype) + share
     else:
-        seen = torch.arange(slots, device=device) < (count if causal else count[..., -1:])[..., None]
-        start = (g.sink + chosen * g.block)[..., None, :]
+        count = chosen.seen if causal else chosen.seen[..., -1:]
+        seen = torch.arange(slots, device=device) < count[..., None]
+        start = (g.sink + leaves * g.block)[..., None, :]
         t = _positions(block, g)[:, None, ..., None]
         if not causal:
             seen = seen & ((start < g.window_start(t)) | (start >= g.window_end(t)))
@@ -180,8 +191,8 @@ def plan(
         if sliding_window:
             within = torch.arange(g.block, device=device)
             seen = seen & ((start[..., None] + within).flatten(-2) > t - sliding_window)
-        bias = torch.where(seen, 0.0, HIDDEN).to(exact_bias.dtype)
-    rows = torch.cat([rows, chosen + g.sink // g.block], dim=-1)
+        bias = torch.where(seen, share, HIDDEN)
+    rows = torch.cat([rows, leaves + g.sink // g.block], dim=-1)
     return rows, torch.cat([exact_bias, bias], dim=-1)
 
 

@@ -1,6 +1,6 @@
 """Execution of a few lists of leaves at a time: what they need stays in the cache, in memory used again.
 
-ordered, count  →  per few lists: gather keys, product, mask, softmax, gather values, product  →  [B, Hkv, R, G·Q, Dv]
+choices  →  per few lists: gather keys, product, mask, softmax, gather values, product  →  [B, Hkv, R, G·Q, Dv]
 
 As ``blocked_tile.fetch`` and ``attend`` without summaries, for a CPU. A list is as long as its few need.
 """
@@ -22,8 +22,7 @@ def attend_lists(
     queries: Tensor,
     sources: Sources,
     exact: tuple[Tensor, Tensor],
-    ordered: Tensor,
-    count: Tensor,
+    chosen: execute.Listed,
     block: Tensor,
     scratch: Scratch,
     *,
@@ -49,13 +48,12 @@ def attend_lists(
     """
     g, dtype = geometry, queries.dtype
     tile, near = execute.list_tile(g), execute.exact_rows(g, causal)
-    tiles = (-(-count.amax(-1).flatten() // tile)).clamp(min=1)
+    tiles = (-(-chosen.seen.amax(-1).flatten() // tile)).clamp(min=1)
     slots = int(tiles.max()) * tile
     by_leaf = causal and not sliding_window  # a query sees whole leaves, the first ones of the list
     rows, bias = execute.plan(
         exact,
-        ordered,
-        count,
+        chosen,
         block,
         0 if by_leaf else slots // tile,
         causal=causal,
@@ -63,14 +61,17 @@ def attend_lists(
         geometry=g,
     )
     if by_leaf:
-        listed = F.pad(ordered[..., :slots], (0, max(0, slots - ordered.shape[-1])))
+        missing = max(0, slots - chosen.leaves.shape[-1])
+        listed, share = (F.pad(x[..., :slots], (0, missing)) for x in (chosen.leaves, chosen.share))
         rows = torch.cat([rows, listed + g.sink // g.block], dim=-1)
     tiles, order = tiles.sort()  # lists of much the same length meet
-    flat, bias, count = (x.flatten(0, 2)[order] for x in (queries, bias, count))
+    flat, bias, count = (x.flatten(0, 2)[order] for x in (queries, bias, chosen.seen))
     sinks = None if rules.sinks is None else rules.sinks[order]
     if by_leaf:
+        share = share.flatten(0, 2)[order].to(dtype)
         hidden = torch.arange(slots) >= count[..., None]
-        late = torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, execute.HIDDEN)
+        late = share[:, None].expand_as(hidden).masked_fill(hidden, execute.HIDDEN)
+        alike = torch.minimum(count[:, 0], (share == 0).to(torch.int8).cumprod(-1).sum(-1))
     tables = (sources.keys, sources.values)
     places = [x.flat(x.numbers(rows, g.block)).reshape(len(flat), -1)[order] for x in tables]
     each = places[0].shape[1] // rows.shape[-1]  # rows of the table in ``block`` tokens
@@ -95,9 +96,8 @@ def attend_lists(
         by_head = weights.view(len(query), -1, g.query_block, end, g.block)
         by_head.flatten(-2)[..., : bias.shape[-1]].add_(bias[few, None, :, : end * g.block])
         if by_leaf:
-            seen_by_all = int(count[few, 0].min())
-            seen_late = late[few, None, :, seen_by_all : end - near, None]
-            by_head[..., near + seen_by_all :, :].add_(seen_late)
+            whole = int(alike[few].min())  # leaves that every query sees whole
+            by_head[..., near + whole :, :].add_(late[few, None, :, whole : end - near, None])
         top = None if sinks is None else weights.amax(-1, keepdim=True)
         torch.softmax(weights, -1, out=weights)
         # Tile by tile: the sums of the earlier queries do not depend on how long the list gets.

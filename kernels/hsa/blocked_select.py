@@ -1,10 +1,11 @@
-"""Selection for a few query blocks at a time: the coarse spans, and who chooses which leaf first.
+"""Selection for a few query blocks at a time: the coarse spans, and who chooses which leaf.
 
     coarse_spans   [B, Hkv, R, G, D] first queries of R blocks  →  spans  int32 [B, Hkv, R, beam]
-    leaf_step      [B, Hkv, R, G·query_block, D] queries        →  first  uint8 [B, Hkv, R, C]
+    leaf_step      [B, Hkv, R, G·query_block, D] queries        →  choices int32 [B, Hkv, R, E]
 
 A span's score is that of its best node. In the coarse steps its votes are the softmax of the scores over the
-candidates, summed over the group's heads; in the leaf step its vote says how much it weighs against sinks and window.
+candidates, summed over the group's heads; in the leaf step its vote says how much it weighs against sinks and window,
+and by how much that is above the cut, how far the leaf fades in.
 Both are pure functions of tensors whose shapes depend on the geometry and on R alone. The matrix
 products have one shape however many tokens a call brings, so that prefill, chunks and single tokens see the same bits.
 """
@@ -12,6 +13,7 @@ products have one shape however many tokens a call brings, so that prefill, chun
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from math import log
 from typing import NamedTuple
 
@@ -23,7 +25,7 @@ from torch import Tensor
 from retrofit.kernels.dense.scores import PLAIN, ScoreRules
 from retrofit.kernels.hsa.blocked_rows import Rows, complete_rows
 from retrofit.kernels.hsa.blocked_scratch import Scratch
-from retrofit.kernels.hsa.geometry import MOST_VOTES, VOTE_STEPS, Geometry
+from retrofit.kernels.hsa.geometry import FADE, UNUSED, Geometry, Votes
 
 COARSE_TILE = 8
 """Query blocks whose first queries meet the top level's nodes in one product."""
@@ -117,7 +119,7 @@ def leaf_step(
     position: Tensor,
     low: Tensor,
     high: Tensor,
-    first: Tensor,
+    choices: Tensor,
     *,
     causal: bool,
     sliding_window: int,
@@ -125,7 +127,7 @@ def leaf_step(
     rules: ScoreRules = PLAIN,
     scratch: Scratch | None = None,
 ) -> Tensor:
-    """Returns ``first`` with what the new queries choose: uint8 [B, Hkv, R, C].
+    """Returns ``choices`` with those of the new queries: int32 [B, Hkv, R, E].
 
     Args:
         queries: All places of the blocks, times the scale, [B, Hkv, R, G·query_block, D]; finite.
@@ -135,7 +137,7 @@ def leaf_step(
         position: Of each place, int64 [B, R, query_block].
         low: First position of a new query in each row, int64 [B].
         high: End of the new queries in each row, int64 [B].
-        first: Choices of the queries before ``low``, uint8 [B, Hkv, R, C].
+        choices: Those of the queries before ``low``, int32 [B, Hkv, R, E].
         causal: Whether a query sees only itself and what lies before it.
         sliding_window: A query sees no keys this far or farther before it; 0 for no limit.
         geometry: The sizes.
@@ -143,16 +145,85 @@ def leaf_step(
         scratch: Memory for scoring the leaves of a few lists at a time, to stay in the cache; None for all at once,
             without a look at the data.
     """
-    g, rows = geometry, geometry.query_block
+    g = geometry
     allowed = leaf_candidates(leaves, position, causal=causal, sliding_window=sliding_window, geometry=g)
     votes = _weights(queries, nodes, exact, leaves, g, rules, scratch).reshape(allowed.shape)
-    chosen = best(votes, allowed & (votes >= g.least_vote), g.leaves_per_query)
-    chosen = (
-        chosen & ((position >= low[:, None, None]) & (position < high[:, None, None]))[:, None, ..., None]
+    new = (position >= low[:, None, None]) & (position < high[:, None, None])
+    place = torch.arange(g.query_block, device=queries.device)
+    return add_choices(
+        choices, wanted(votes, allowed, Votes.of(exact.keys.table.dtype), g), new[:, None], place, g
     )
-    place = torch.arange(rows, dtype=torch.uint8, device=queries.device)[:, None]
-    when = torch.where(chosen, place, torch.full_like(place[:1], rows)).amin(-2)
-    return torch.minimum(first, when)
+
+
+def wanted(votes: Tensor, allowed: Tensor, counted: Votes, geometry: Geometry) -> Tensor:
+    """How far the queries want each leaf to have faded in, whole numbers 0 … FADE, by their votes [..., Q, C]."""
+    cut = _cut(votes, allowed, geometry.leaves_per_query, geometry.least_vote(counted))
+    return (votes - cut).mul_(counted.parts).clamp_(0, FADE).mul_(allowed)
+
+
+def _cut(votes: Tensor, allowed: Tensor, room: int, least: int) -> Tensor | int:
+    """What votes must be above: the highest one, of at least ``least``, for which there is no room; [..., Q, 1]."""
+    width = votes.shape[-1]
+    if room >= width:
+        return least
+    counted = torch.where(allowed, votes, -torch.inf)
+    if votes.device.type == "cpu" and not torch.compiler.is_exporting():
+        cut = votes.new_full((*votes.shape[:-1], 1), least)
+        crowded = (counted > least).sum(-1, dtype=torch.int32) > room
+        if bool(crowded.any()):
+            place = width - room - 1  # NumPy selects with vector instructions, PyTorch without
+            found = np.partition(counted[crowded].detach().numpy(), place, axis=-1)[..., place, None]
+            cut[crowded] = torch.from_numpy(found)
+        return cut
+    return counted.topk(room + 1, dim=-1, sorted=False).values.amin(-1, keepdim=True).clamp(min=least)
+
+
+def add_choices(choices: Tensor, levels: Tensor, new: Tensor, row: Tensor, geometry: Geometry) -> Tensor:
+    """``choices`` with those of new queries.
+
+    Args:
+        choices: Those of the queries before, int32 [..., E].
+        levels: How far each query wants the leaves, [..., P, C].
+        new: Which of the P places hold a new query, bool, broadcastable to [..., P].
+        row: Their rows in the block, likewise.
+        geometry: The sizes.
+    """
+    g = geometry
+    past = g.risen(choices).to(levels.dtype).unsqueeze(-2)
+    reached = _running_max(torch.cat([past, levels * new[..., None]], -2))
+    rises = (reached[..., 1:, :] - reached[..., :-1, :]).flatten(-2)
+    count = (choices < UNUSED).sum(-1)
+    row = row.expand(levels.shape[:-1])
+    if levels.device.type == "cpu" and not torch.compiler.is_exporting():
+        found = choices.flatten(0, -2).clone()
+        of, at = rises.flatten(0, -2).nonzero(as_tuple=True)
+        each = of.bincount(minlength=len(found))
+        to = (count.flatten() - each.cumsum(0) + each)[of] + torch.arange(len(of))
+        of, at, to = (x[to < g.choices] for x in (of, at, to))
+        place, candidate = at // g.leaf_width, at % g.leaf_width
+        packed = g.packed(
+            row.flatten(0, -2)[of, place].int(), candidate.int(), rises.flatten(0, -2)[of, at].int()
+        )
+        found[of, to] = packed
+        return found.view_as(choices)
+    to = count[..., None] + (rises > 0).to(torch.int64).cumsum(-1) - 1
+    to = torch.where(rises > 0, to, g.choices).clamp(max=g.choices)
+    candidate = torch.arange(g.leaf_width, device=levels.device)
+    packed = g.packed(row[..., None].to(torch.int64), candidate, 0).flatten(-2) + rises.to(torch.int64)
+    return F.pad(choices, (0, 1)).scatter(-1, to, packed.to(torch.int32))[..., :-1].contiguous()
+
+
+def _running_max(x: Tensor) -> Tensor:
+    """The highest of x [..., Q, C] so far, along Q; x itself becomes it where it need not be exported."""
+    count = x.shape[-2]
+    if torch.compiler.is_exporting():
+        for i in range((count - 1).bit_length()):
+            x = torch.maximum(x, F.pad(x, (0, 0, 1 << i, 0))[..., :count, :])
+        return x
+    rows = x.unbind(-2)
+    for before, row in pairwise(rows):
+        torch.maximum(before, row, out=row)
+    return x
 
 
 def _weights(
@@ -241,12 +312,12 @@ class _Scorer(NamedTuple):
         if sinks is not None:
             total = torch.logaddexp(total, sinks)
         by_head = rules.capped_(by_leaf).sub_(total.transpose(1, 2)).unflatten(2, (-1, self.places))
-        return in_steps(by_head.amax(2).transpose(1, 2))
+        return in_steps(by_head.amax(2).transpose(1, 2), Votes.of(self.keys.table.dtype))
 
 
-def in_steps(weights: Tensor) -> Tensor:
+def in_steps(weights: Tensor, votes: Votes) -> Tensor:
     """Votes for leaves by the logarithms of what they weigh."""
-    return (weights * (VOTE_STEPS / log(2))).round().clamp(-MOST_VOTES, MOST_VOTES)
+    return (weights * (votes.steps / log(2))).round().clamp(-votes.most, votes.most)
 
 
 def _fresh(name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from retrofit.kernels.hsa.geometry import Geometry
 def cover(
     leaves: Tensor,
     spans: Tensor,
-    first: Tensor,
+    choices: Tensor,
     block: Tensor,
     length: Tensor,
     highest: int,
@@ -34,7 +34,7 @@ def cover(
     Args:
         leaves: Leaf candidates, int64 [B, Hkv, R, C].
         spans: Kept spans of level 1, [B, Hkv, R, beam].
-        first: Row that first chose each leaf candidate, uint8 [B, Hkv, R, C].
+        choices: Of the blocks, int32 [B, Hkv, R, E]; a leaf that has risen at all is not summarised.
         block: Number of each query block, int64 [B, R].
         length: Number of real tokens of each row, int64 [B].
         highest: No block's top level is higher.
@@ -52,7 +52,7 @@ def cover(
     covered = g.covered(t[..., 0]) if causal else whole
     last = g.covered(t[..., -1]) if causal else whole
     top = g.top_level(covered)
-    when = torch.where(leaves >= 0, first, g.query_block)
+    when = torch.where(leaves >= 0, g.first_rows(choices), g.query_block)
     rows = rows if causal else torch.full_like(rows, g.query_block - 1)
 
     def free(level: int, ids: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ def fetch(
     exact: tuple[Tensor, Tensor],
     leaves: Tensor,
     spans: Tensor,
-    first: Tensor,
+    choices: Tensor,
     block: Tensor,
     length: Tensor,
     *,
@@ -79,7 +79,7 @@ def fetch(
         exact: Sinks and window, as from ``execute.exact_plan``, in the dtype of the scores.
         leaves: Leaf candidates of the blocks, int64 [B, Hkv, R, C].
         spans: Kept spans of the blocks, [B, Hkv, R, beam].
-        first: Row that first chose each leaf candidate, uint8 [B, Hkv, R, C].
+        choices: Of the blocks, int32 [B, Hkv, R, E].
         block: Number of each query block, int64 [B, R].
         length: Number of real tokens of each row, int64 [B].
         tiles: Tiles of the list of leaves to execute; None for as many as the longest list needs.
@@ -88,13 +88,12 @@ def fetch(
         geometry: The sizes.
     """
     g, dtype = geometry, exact[1].dtype
-    ordered, count = execute.listed(leaves, first, g)
+    chosen = execute.listed(leaves, choices, g, dtype)
     if tiles is None:
-        tiles = -(-int(count.max()) // execute.list_tile(g))
+        tiles = -(-int(chosen.seen.max()) // execute.list_tile(g))
     rows, bias = execute.plan(
         exact,
-        ordered,
-        count,
+        chosen,
         block,
         tiles,
         causal=causal,
@@ -107,7 +106,7 @@ def fetch(
         levels = summaries.cover(
             leaves,
             spans,
-            first,
+            choices,
             block,
             length,
             len(sources.nodes) - 1,

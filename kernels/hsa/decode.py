@@ -23,7 +23,7 @@ MOST_TOKENS = 16
 _LIBRARY = torch.library.Library("retrofit", "FRAGMENT")
 _LIBRARY.define(
     "hsa_decode(Tensor q, Tensor k, Tensor v, Tensor start, Tensor length, Tensor(a!)[] nodes, "
-    "Tensor(b!)? spreads, Tensor(c!) spans, Tensor(d!) first, Tensor[] weights, *, float scale, str pooling, bool padded, bool ending, "
+    "Tensor(b!)? spreads, Tensor(c!) spans, Tensor(d!) choices, Tensor[] weights, *, float scale, str pooling, bool padded, bool ending, "
     + ", ".join(f"{field.type} {field.name}" for field in fields(Geometry))
     + ") -> Tensor"
 )
@@ -111,7 +111,7 @@ def hsa_decode(
         list(state.nodes),
         state.spreads,
         state.spans,
-        state.first,
+        state.choices,
         list(weights),
         scale=scale,
         pooling=pooling,

@@ -12,8 +12,12 @@ are row i·(nodes per span) and following of pyramid level j.
 Everything here is integer arithmetic. Methods that take positions or counts take plain ints or integer
 tensors, so that the same line serves a Python driver and an exported graph.
 
-**The order of candidates** is what ``leaf_ids`` returns, ascending with −1 in the unused places; the
-``first`` array of the operator's state is indexed by it.
+**The order of candidates** is what ``leaf_ids`` returns, ascending with −1 in the unused places.
+
+**Choices.** How much of a leaf a query block attends to only rises from one of its queries to the next. A choice is
+one such rise, ((row · C + candidate) · 2^RISE_BITS + rise), int32: by how many of ``FADE`` parts the leaf rises for
+the query in place ``row`` of the block and those after it. The list of a block's choices is ascending, UNUSED
+in the places behind; so those of the queries before any row are a prefix of it.
 
 **Summaries** of a query t with first query t0 of its block: a span is *free* if it is complete and lies wholly
 in what the query may see, behind the sinks and outside its window, and no leaf in it is executed for t.
@@ -27,7 +31,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil, log2
-from typing import TypeVar, cast
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -35,12 +39,39 @@ from torch import Tensor
 MAX_POSITIONS = 2**21
 """The longest row: it fixes the number of levels, so that they do not depend on the length at hand."""
 
-VOTE_STEPS = 256
-"""Steps of a leaf's vote to a power of two of its weight."""
-MOST_VOTES = 2**12 - 1
-"""Votes are at most this: weights beyond 2^16, up or down, are all alike."""
+FADE = 2**12
+"""Parts in which a leaf fades in."""
+RISE_BITS = 13
+"""Bits of a rise, which is 1 … FADE."""
+UNUSED = 2**31 - 1
+"""In the places of a list of choices that hold none."""
 
 Count = TypeVar("Count", int, Tensor)
+
+
+class Votes(NamedTuple):
+    """How finely votes for leaves are counted.
+
+    In float32 a leaf fades in while it weighs up to 2^(1/16) times what it must, so that nothing jumps where
+    rounding moves a vote across the cut. In half precision rounding moves votes by more than that: leaves are whole.
+
+    Attributes:
+        steps: Of a vote to a power of two of the leaf's weight.
+        parts: Of ``FADE``, by which a leaf counts for each step that its vote is above the cut.
+    """
+
+    steps: int
+    parts: int
+
+    @property
+    def most(self) -> int:
+        """Votes are at most this: weights beyond 2^±31 are all alike."""
+        return 31 * self.steps
+
+    @staticmethod
+    def of(dtype: torch.dtype) -> Votes:
+        """For queries and keys of ``dtype``."""
+        return Votes(2**8, FADE) if dtype in (torch.float16, torch.bfloat16) else Votes(2**16, 1)
 
 
 @dataclass(frozen=True)
@@ -120,11 +151,15 @@ class Geometry:
         return min(self.budget // self.block, self.leaf_width)
 
     @property
-    def least_vote(self) -> int:
-        """The vote of a leaf that weighs just enough, in steps of ``VOTE_STEPS`` to a power of two."""
+    def choices(self) -> int:
+        """Choices E of a query block, at most: each query adds its leaves, and few leaves rise twice."""
+        return min(self.query_block * self.leaves_per_query, 2 * self.leaf_width)
+
+    def least_vote(self, votes: Votes) -> int:
+        """The vote above which a leaf counts."""
         if not self.threshold:
-            return -MOST_VOTES
-        return max(-MOST_VOTES, min(ceil(VOTE_STEPS * log2(self.threshold)), MOST_VOTES))
+            return -votes.most - FADE
+        return max(-votes.most, min(ceil(votes.steps * log2(self.threshold)), votes.most))
 
     def span_size(self, level: int) -> int:
         """Tokens in a span of ``level``; leaves are level 0."""
@@ -229,20 +264,48 @@ class Geometry:
         return self.leaf_ids(spans, covered.expand(shape), last.expand(shape))
 
     def selection(
-        self, k: Tensor, past_spans: Tensor | None, past_first: Tensor | None
+        self, k: Tensor, past_spans: Tensor | None, past_choices: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """The selection of a call over the keys k [B, Hkv, N, D]: the past one, and nothing chosen behind it.
 
         Returns:
-            ``spans``, int32 [B, Hkv, NB, beam], and ``first``, uint8 [B, Hkv, NB, leaf_width].
+            ``spans``, int32 [B, Hkv, NB, beam], and ``choices``, int32 [B, Hkv, NB, E].
         """
         shape = (*k.shape[:2], self.blocks(k.shape[2]))
         spans = torch.full((*shape, self.beam), -1, dtype=torch.int32, device=k.device)
-        first = torch.full((*shape, self.leaf_width), self.query_block, dtype=torch.uint8, device=k.device)
-        if past_spans is not None and past_first is not None:
+        choices = torch.full((*shape, self.choices), UNUSED, dtype=torch.int32, device=k.device)
+        if past_spans is not None and past_choices is not None:
             spans[:, :, : past_spans.shape[2]] = past_spans
-            first[:, :, : past_first.shape[2]] = past_first
-        return spans, first
+            choices[:, :, : past_choices.shape[2]] = past_choices
+        return spans, choices
+
+    def unpacked(self, choices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(row, candidate, rise) of ``choices``; where there is none, (``query_block``, 0, 0)."""
+        used, place = choices < UNUSED, choices >> RISE_BITS
+        row = torch.where(used, place // self.leaf_width, self.query_block)
+        candidate = torch.where(used, place % self.leaf_width, 0)
+        return row, candidate, torch.where(used, choices & (2**RISE_BITS - 1), 0)
+
+    def packed(self, row: Tensor | int, candidate: Tensor, rise: Tensor | int) -> Tensor:
+        """The choices that these are."""
+        return ((row * self.leaf_width + candidate) << RISE_BITS) + rise
+
+    def before(self, row: Tensor) -> Tensor:
+        """The least number of a choice that the queries before ``row`` have not made."""
+        return (row * self.leaf_width) << RISE_BITS
+
+    def risen(self, choices: Tensor) -> Tensor:
+        """How far each candidate has risen by all of ``choices`` [..., E]: int64 [..., C], at most ``FADE``."""
+        _, candidate, rise = self.unpacked(choices.to(torch.int64))
+        none = torch.zeros(*choices.shape[:-1], self.leaf_width, dtype=torch.int64, device=choices.device)
+        return none.scatter_add(-1, candidate, rise)
+
+    def first_rows(self, choices: Tensor) -> Tensor:
+        """The row that first chose each candidate, int64 [..., C]; ``query_block`` where none did."""
+        row, candidate, _ = self.unpacked(choices.to(torch.int64))
+        shape = (*choices.shape[:-1], self.leaf_width)
+        never = torch.full(shape, self.query_block, dtype=torch.int64, device=choices.device)
+        return never.scatter_reduce(-1, candidate, row, "amin")
 
     def _children(self, spans: Tensor) -> Tensor:
         spans = spans.to(torch.int64).unsqueeze(-1)

@@ -1,6 +1,6 @@
 """``retrofit::hsa_attention``: schema, fake, autograd and flop formulas.
 
-hsa_attention(q, k, v, nodes=…, scale=…, geometry=…)  →  out, spans, first
+hsa_attention(q, k, v, nodes=…, scale=…, geometry=…)  →  out, spans, choices
 
 The operator returns one thing more, the log-sum-exp of each query's scores, for the implementation whose
 backward pass uses it; it is empty from the others.
@@ -36,12 +36,12 @@ _OPTIONS = "float scale, float softcap, bool causal, int sliding_window, bool pa
 _LIBRARY = torch.library.Library("retrofit", "FRAGMENT")
 _LIBRARY.define(
     "hsa_attention(Tensor q, Tensor k, Tensor v, Tensor start, Tensor length, Tensor[] nodes, Tensor? spreads, "
-    "Tensor[] value_nodes, Tensor? gate, Tensor? past_spans, Tensor? past_first, Tensor? sinks, *, "
+    "Tensor[] value_nodes, Tensor? gate, Tensor? past_spans, Tensor? past_choices, Tensor? sinks, *, "
     f"{_OPTIONS}, str implementation) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _LIBRARY.define(
     "hsa_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor start, Tensor length, "
-    "Tensor[] nodes, Tensor[] value_nodes, Tensor? gate, Tensor spans, Tensor first, Tensor? out, Tensor? lse, "
+    "Tensor[] nodes, Tensor[] value_nodes, Tensor? gate, Tensor spans, Tensor choices, Tensor? out, Tensor? lse, "
     f"Tensor? sinks, *, {_OPTIONS}) -> Tensor[]"
 )
 
@@ -128,7 +128,7 @@ def _fake(
     return (
         q.new_empty(q.shape[0], q.shape[1], q.shape[2], v.shape[3]),
         q.new_empty((*shape, g.beam), dtype=torch.int32),
-        q.new_empty((*shape, g.leaf_width), dtype=torch.uint8),
+        q.new_empty((*shape, g.choices), dtype=torch.int32),
         q.new_empty(q.shape[:3] if name == "triton" else (0,), dtype=torch.float32),
     )
 
@@ -144,15 +144,15 @@ def _hsa_attention_backward(
 
     Triton kernels compute them if the forward pass left the output and the log-sum-exp of the scores.
     """
-    *arguments, gate, spans, first, out, lse, sinks = tensors
+    *arguments, gate, spans, choices, out, lse, sinks = tensors
     geometry = _geometry(options)
     if out is not None and lse is not None:
         found = triton_kernels().hsa_attention_backward(
-            *arguments, spans, first, out, lse, scale=scale, padded=options["padded"], geometry=geometry
+            *arguments, spans, choices, out, lse, scale=scale, padded=options["padded"], geometry=geometry
         )
     else:
         found = blocked.hsa_attention_backward(
-            *(*arguments, gate, spans, first),
+            *(*arguments, gate, spans, choices),
             scale=scale,
             causal=causal,
             sliding_window=sliding_window,
@@ -176,21 +176,21 @@ def _setup_context(
     ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any
 ) -> None:
     q, k, v, start, length, nodes, _, value_nodes, gate, _, _, sinks = inputs
-    out, spans, first, lse = output
+    out, spans, choices, lse = output
     ctx.counts = len(nodes), len(value_nodes)
     used = (out, lse) if lse.ndim > 1 else (None, None)
-    ctx.save_for_backward(q, k, v, start, length, *nodes, *value_nodes, gate, spans, first, *used, sinks)
+    ctx.save_for_backward(q, k, v, start, length, *nodes, *value_nodes, gate, spans, choices, *used, sinks)
     ctx.options = {name: value for name, value in keyword_only_inputs.items() if name != "implementation"}
-    ctx.mark_non_differentiable(spans, first, lse)
+    ctx.mark_non_differentiable(spans, choices, lse)
 
 
 def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     q, k, v, start, length, *rest = ctx.saved_tensors
     levels, value_levels = ctx.counts
     nodes, value_nodes = rest[:levels], rest[levels : levels + value_levels]
-    gate, spans, first, out, lse, sinks = rest[levels + value_levels :]
+    gate, spans, choices, out, lse, sinks = rest[levels + value_levels :]
     grads = torch.ops.retrofit.hsa_attention_backward(
-        grad, q, k, v, start, length, nodes, value_nodes, gate, spans, first, out, lse, sinks, **ctx.options
+        grad, q, k, v, start, length, nodes, value_nodes, gate, spans, choices, out, lse, sinks, **ctx.options
     )
     pooled = list(grads[3 : 3 + levels]), list(grads[3 + levels : 3 + levels + value_levels])
     by_head = iter(grads[3 + levels + value_levels :])
@@ -216,7 +216,7 @@ def hsa_attention(
     value_nodes: Sequence[Tensor] = (),
     gate: Tensor | None = None,
     past_spans: Tensor | None = None,
-    past_first: Tensor | None = None,
+    past_choices: Tensor | None = None,
     scale: float,
     causal: bool = True,
     sliding_window: int = 0,
@@ -240,7 +240,7 @@ def hsa_attention(
         value_nodes: Pooled values per level, [B, Hkv, M_level, Dv]; empty without summaries.
         gate: Weight of the summaries, [Hq], clamped at 0 with a straight-through gradient; None without.
         past_spans: ``spans`` of the call before; None at the start of a row.
-        past_first: ``first`` of the call before; None at the start of a row.
+        past_choices: ``choices`` of the call before; None at the start of a row.
         scale: Factor on the scores.
         causal: Whether a query sees only itself and what lies before it.
         sliding_window: A query sees no keys this far or farther before it; 0 for no limit.
@@ -253,19 +253,19 @@ def hsa_attention(
 
     Returns:
         The output [B, Hq, T, Dv], zero for padding; per query block the kept spans of level 1, int32
-        [B, Hkv, NB, beam]; and per leaf candidate the row within the block that chose it first, uint8
-        [B, Hkv, NB, C], ``query_block`` for none. Differentiable in q, k, v, nodes, value_nodes, gate and sinks.
+        [B, Hkv, NB, beam]; and what each block attends to since which of its queries, int32 [B, Hkv, NB, E], as
+        ``geometry`` says of choices. Differentiable in q, k, v, nodes, value_nodes, gate and sinks.
 
     Raises:
         ConfigError: If an argument does not fit the others, or the dtype or implementation is unknown.
     """
-    _check(q, k, v, nodes, spreads, value_nodes, gate, past_spans, past_first, geometry, implementation)
+    _check(q, k, v, nodes, spreads, value_nodes, gate, past_spans, past_choices, geometry, implementation)
     padded = padded and not (start is None and length is None)
     if start is None:
         start = torch.zeros(q.shape[0], dtype=torch.int64, device=q.device)
     if length is None:
         length = k.shape[2] - start
-    out, spans, first, _ = torch.ops.retrofit.hsa_attention(
+    out, spans, choices, _ = torch.ops.retrofit.hsa_attention(
         q,
         k,
         v,
@@ -276,7 +276,7 @@ def hsa_attention(
         list(value_nodes),
         gate,
         past_spans,
-        past_first,
+        past_choices,
         rules.sinks,
         scale=scale,
         softcap=rules.softcap,
@@ -286,7 +286,7 @@ def hsa_attention(
         implementation=implementation,
         **vars(geometry),
     )
-    return out, spans, first
+    return out, spans, choices
 
 
 def _check(
@@ -298,7 +298,7 @@ def _check(
     value_nodes: Sequence[Tensor],
     gate: Tensor | None,
     past_spans: Tensor | None,
-    past_first: Tensor | None,
+    past_choices: Tensor | None,
     geometry: Geometry,
     implementation: str,
 ) -> None:
@@ -333,8 +333,8 @@ def _check(
             f"value_nodes must have {len(nodes)} levels as nodes have when there is a gate, "
             f"got {len(value_nodes)}; pass gate=None to leave summaries out"
         )
-    if (past_spans is None) != (past_first is None):
-        raise ConfigError("past_spans and past_first come from the same call: pass both or neither")
+    if (past_spans is None) != (past_choices is None):
+        raise ConfigError("past_spans and past_choices come from the same call: pass both or neither")
 
 
 def _work(
@@ -348,7 +348,7 @@ def _work(
 
     Without values (fake or meta tensors) nothing is selected: counted as dense, the upper bound.
     """
-    spans, first, start, length = selection
+    spans, choices, start, length = selection
     causal, sliding_window, slots = options["causal"], options["sliding_window"], k.shape[2]
     if any(isinstance(x, FakeTensor) or x.is_meta for x in selection):
         pairs = visible_pairs(queries, slots, start, length, causal=causal, sliding_window=sliding_window)
@@ -357,7 +357,7 @@ def _work(
     def total(summaries: bool) -> tuple[float, float]:
         keys, nodes = account.count(
             spans,
-            first,
+            choices,
             start,
             length,
             queries=queries,
@@ -406,10 +406,10 @@ def _backward_flops(
     value_nodes: Sequence[Tensor],
     gate: Tensor | None,
     spans: Tensor,
-    first: Tensor,
+    choices: Tensor,
     *saved: Any,
     **options: Any,
 ) -> int:
-    keys, _, cover = _work(k, q.shape[2], (spans, first, start, length), options, gate)
+    keys, _, cover = _work(k, q.shape[2], (spans, choices, start, length), options, gate)
     group, width, value_width = q.shape[1] // k.shape[1], q.shape[3], v.shape[3]
     return round(2 * group * (keys + cover) * (3 * width + 2 * value_width))

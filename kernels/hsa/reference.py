@@ -14,8 +14,10 @@ softmax of the scores over the candidates. In the leaf step a node's score has a
 
 what the logarithm of a mean of exponentials gains when keys lie that far apart in every direction, and a vote says
 how much a leaf weighs against what the query attends to anyway: max over the group's heads of score − z, z the
-log-sum-exp of the scores of the keys in sinks and window, in steps of a 256th of log 2. Leaves with a vote of at
-least log ``threshold`` are chosen, ``budget`` / ``block`` of them at most, ties to the lower index.
+log-sum-exp of the scores of the keys in sinks and window. Leaves count whose vote is above log ``threshold`` and above
+that of the best leaf for which ``budget`` has no room: by as many parts of ``FADE`` as ``Votes`` says,
+at most whole. So nothing jumps when rounding moves a vote across the cut. A query sees a leaf as much as itself or an
+earlier query of its block wants it to: the weights of its keys are multiplied by that.
 
 Score computations run in float32, or float64 for float64 inputs, and in shapes that depend on the geometry
 alone, so that prefill, chunks and single tokens see the same bits.
@@ -31,7 +33,7 @@ import torch
 from torch import Tensor
 
 from retrofit.kernels.dense.scores import PLAIN, ScoreRules
-from retrofit.kernels.hsa.geometry import MOST_VOTES, VOTE_STEPS, Geometry
+from retrofit.kernels.hsa.geometry import FADE, UNUSED, Geometry, Votes
 
 
 def hsa_attention(
@@ -45,7 +47,7 @@ def hsa_attention(
     value_nodes: Sequence[Tensor],
     gate: Tensor | None,
     past_spans: Tensor | None,
-    past_first: Tensor | None,
+    past_choices: Tensor | None,
     *,
     scale: float,
     causal: bool,
@@ -66,7 +68,7 @@ def hsa_attention(
         value_nodes: Pooled values per level, [B, Hkv, M_level, Dv]; empty without summaries.
         gate: Weight of the summaries, [Hq], clamped at 0 with a straight-through gradient; None without.
         past_spans: ``spans`` of the call before, [B, Hkv, NB, beam], or None.
-        past_first: ``first`` of the call before, [B, Hkv, NB, C], or None.
+        past_choices: ``choices`` of the call before, [B, Hkv, NB, E], or None.
         scale: Factor on the scores.
         causal: Whether a query sees only itself and what lies before it.
         sliding_window: A query sees no keys this far or farther before it; 0 for no limit.
@@ -75,12 +77,12 @@ def hsa_attention(
 
     Returns:
         The output [B, Hq, T, Dv], zero for padding; per query block the kept spans of level 1, int32
-        [B, Hkv, NB, beam], ascending, −1 in the unused places; and per leaf candidate the row within the block
-        that chose it first, uint8 [B, Hkv, NB, C], ``query_block`` for none.
+        [B, Hkv, NB, beam], ascending, −1 in the unused places; and its choices, int32 [B, Hkv, NB, E], as
+        ``geometry`` says.
     """
     batch, kv_heads, tokens = k.shape[:3]
     queries, g = q.shape[2], geometry
-    spans, first = g.selection(k, past_spans, past_first)
+    spans, choices = g.selection(k, past_spans, past_choices)
     out = q.new_zeros(batch, q.shape[1], queries, v.shape[3])
     dtype = torch.promote_types(q.dtype, torch.float32)
     for b in range(batch):
@@ -100,6 +102,7 @@ def hsa_attention(
             causal=causal,
             sliding_window=sliding_window,
             geometry=g,
+            counted=Votes.of(q.dtype),
         )
         for block in range(max(-offset, 0) // g.query_block, g.blocks(count)):
             low = max(block * g.query_block, -offset)
@@ -108,16 +111,16 @@ def hsa_attention(
             picked = row.q[:, :, low + offset : high + offset]
             cover: list[Tensor] = []
             if row.is_dense(block):
-                keys = row.visible(t).expand(kv_heads, -1, -1)
+                keys = row.visible(t).expand(kv_heads, -1, -1).to(dtype)
             else:
                 if low == block * g.query_block:
                     spans[b, :, block] = row.coarse_steps(picked[:, :, 0], block)
                 leaves = row.leaf_ids(spans[b, :, block], block)
-                first[b, :, block] = row.leaf_step(picked, t, block, leaves, first[b, :, block])
-                keys, cover = row.masks(t, block, leaves, first[b, :, block])
+                choices[b, :, block] = row.leaf_step(picked, t, block, leaves, choices[b, :, block])
+                keys, cover = row.shares(t, block, leaves, choices[b, :, block])
             part = row.attend(picked, keys, cover).flatten(0, 1)
             out[b, :, low + offset : high + offset] = part.to(out.dtype)
-    return out, spans, first
+    return out, spans, choices
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,7 @@ class _Row:
     causal: bool
     sliding_window: int
     geometry: Geometry
+    counted: Votes
 
     @property
     def tokens(self) -> int:
@@ -194,20 +198,31 @@ class _Row:
             kept = kept.masked_fill(kept == 2**30, -1)
         return kept
 
-    def leaf_step(self, q: Tensor, t: Tensor, block: int, leaves: Tensor, first: Tensor) -> Tensor:
-        """``first`` [Hkv, C] with what the queries q [Hkv, G, R, D] at ``t`` choose for themselves."""
+    def leaf_step(self, q: Tensor, t: Tensor, block: int, leaves: Tensor, choices: Tensor) -> Tensor:
+        """``choices`` [Hkv, E] with those of the queries q [Hkv, G, R, D] at ``t``."""
         g = self.geometry
         padded = q.new_zeros(*q.shape[:2], g.query_block, q.shape[3])
         rows = t - block * g.query_block
         padded[:, :, rows] = q.detach()
         places = block * g.query_block + torch.arange(g.query_block, device=q.device)
-        valid = self.candidates(leaves, places)
-        votes = in_steps(self.weights(padded, places, leaves)).masked_fill(~valid, -torch.inf)
-        order = votes.sort(dim=-1, descending=True, stable=True).indices
-        chosen = torch.zeros_like(valid).scatter(-1, order[..., : g.leaves_per_query], True)
-        chosen &= valid & (votes >= g.least_vote)
-        when = torch.where(chosen[:, rows], rows[:, None], g.query_block).amin(1)
-        return torch.minimum(first, when.to(first.dtype))
+        votes = in_steps(self.weights(padded, places, leaves), self.counted)
+        votes = votes.masked_fill(~self.candidates(leaves, places), -2.0 * self.counted.most - FADE)
+        found = choices.clone()
+        for head in range(len(found)):
+            risen = g.risen(found[head])
+            made = [choice for choice in found[head].tolist() if choice != UNUSED]
+            for row in rows.tolist():
+                vote, room = votes[head, row], g.leaves_per_query
+                best = vote.sort(descending=True).values
+                least = g.least_vote(self.counted)
+                cut = max(least, int(best[room])) if room < len(best) else least
+                rise = (((vote - cut) * self.counted.parts).clamp(max=FADE).long() - risen).clamp(min=0)
+                risen += rise
+                candidate = rise.nonzero().flatten()
+                made += g.packed(row, candidate, rise[candidate]).tolist()
+            made = made[: g.choices]
+            found[head, : len(made)] = torch.tensor(made, dtype=found.dtype)
+        return found
 
     def candidates(self, leaves: Tensor, t: Tensor) -> Tensor:
         """Which leaves [Hkv, C] the queries ``t`` may choose: bool [Hkv, R, C]."""
@@ -256,19 +271,22 @@ class _Row:
         near = (j < g.sink) | behind | self.in_window((j - g.sink) // g.block, t[:, None])
         return near & self.visible(t)
 
-    def masks(self, t: Tensor, block: int, leaves: Tensor, first: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """What the queries ``t`` of ``block`` count: keys, bool [Hkv, R, n], and per level spans of the cover."""
+    def shares(self, t: Tensor, block: int, leaves: Tensor, choices: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """How much the queries ``t`` of ``block`` count keys, [Hkv, R, n], and per level spans of the cover, bool."""
         g, heads = self.geometry, leaves.shape[0]
         rows = t - block * g.query_block if self.causal else torch.full_like(t, g.query_block - 1)
         whole = g.complete(self.tokens)
-        executed = torch.zeros(heads, len(t), whole + 1, dtype=torch.bool, device=t.device)
-        now = (first[:, None] <= rows[:, None]) & (leaves >= 0)[:, None]
-        executed.scatter_(-1, torch.where(now, leaves[:, None], whole), True)
-        executed = executed[..., :whole]
+        seen = choices[:, None] < g.before(rows[:, None] + 1)
+        risen = g.risen(torch.where(seen, choices[:, None], UNUSED))
+        share = torch.zeros(heads, len(t), whole + 1, dtype=self.k.dtype, device=t.device)
+        at = torch.where(leaves >= 0, leaves, whole)[:, None].expand_as(risen)
+        share = share.scatter(-1, at, risen.to(share.dtype) / FADE)[..., :whole]
+        executed = share > 0
 
-        keys = self.exact(t).repeat(heads, 1, 1)
+        keys = self.exact(t).repeat(heads, 1, 1).to(share.dtype)
         behind = slice(g.sink, g.sink + whole * g.block)
-        keys[..., behind] |= executed.repeat_interleave(g.block, dim=-1) & self.visible(t)[:, behind]
+        chosen = share.repeat_interleave(g.block, dim=-1) * self.visible(t)[:, behind]
+        keys[..., behind] = torch.where(keys[..., behind] > 0, keys[..., behind], chosen)
         if self.gate is None:
             return keys, []
 
@@ -295,8 +313,8 @@ class _Row:
         return self.softcap * torch.tanh(scores / self.softcap) if self.softcap else scores
 
     def attend(self, q: Tensor, keys: Tensor, cover: list[Tensor]) -> Tensor:
-        """One softmax over the keys and the nodes of the cover; q [Hkv, G, R, D] → [Hkv, G, R, Dv]."""
-        logits = self.scores(q, self.k[:, None]).masked_fill(~keys[:, None], -torch.inf)
+        """One softmax over the keys, by their shares, and the nodes of the cover; q [Hkv, G, R, D] → [Hkv, G, R, Dv]."""
+        logits = self.scores(q, self.k[:, None]) + keys[:, None].log()
         values = self.v
         top = logits.amax(-1, keepdim=True).detach()
         if self.sinks is not None:
@@ -322,9 +340,9 @@ class _Row:
         return (weights @ values[:, None] + pooled @ value[:, None]) / total
 
 
-def in_steps(weights: Tensor) -> Tensor:
-    """Votes for leaves by the logarithms of their weights."""
-    return (weights * (VOTE_STEPS / log(2))).round().clamp(-MOST_VOTES, MOST_VOTES)
+def in_steps(weights: Tensor, votes: Votes) -> Tensor:
+    """Votes for leaves by the logarithms of what they weigh."""
+    return (weights * (votes.steps / log(2))).round().clamp(-votes.most, votes.most)
 
 
 def _straight_through(gate: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from retrofit.kernels.hsa.geometry import Geometry
+from retrofit.kernels.hsa.geometry import UNUSED, Geometry
 from retrofit.kernels.pyramid.blocked import crop_pyramid
 
 
@@ -21,7 +21,8 @@ class HSAState:
         spreads: How far keys lie from their node of level 0, [B, Hkv, M_0]; None where scores do without.
         value_nodes: Pooled values per level, [B, Hkv, M_level, Dv]; empty without summaries.
         spans: Kept spans of level 1 of each query block, int32 [B, Hkv, NB, beam].
-        first: Row that first chose each leaf candidate, uint8 [B, Hkv, NB, C]; ``query_block`` for none.
+        choices: What each query block attends to, and since which of its queries, int32 [B, Hkv, NB, E], as
+            ``geometry`` says.
         geometry: The sizes.
     """
 
@@ -29,7 +30,7 @@ class HSAState:
     spreads: Tensor | None
     value_nodes: tuple[Tensor, ...]
     spans: Tensor
-    first: Tensor
+    choices: Tensor
     geometry: Geometry
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> HSAState:
@@ -40,7 +41,7 @@ class HSAState:
             spreads=None if self.spreads is None else fn(self.spreads),
             value_nodes=tuple(fn(level) for level in self.value_nodes),
             spans=fn(self.spans),
-            first=fn(self.first),
+            choices=fn(self.choices),
         )
 
     def with_room(self, k: Tensor) -> HSAState:
@@ -53,14 +54,14 @@ class HSAState:
         fits = all(x.shape[2] >= size for x, size in zip(self.nodes, sizes, strict=True))
         if fits and self.spans.shape[2] >= g.blocks(slots):
             return self
-        spans, first = g.selection(k, self.spans, self.first)
+        spans, choices = g.selection(k, self.spans, self.choices)
         return replace(
             self,
             nodes=tuple(map(_roomier, self.nodes, sizes)),
             spreads=None if self.spreads is None else _roomier(self.spreads, sizes[0]),
             value_nodes=tuple(map(_roomier, self.value_nodes, sizes)),
             spans=spans,
-            first=first,
+            choices=choices,
         )
 
     def narrowed(self, tokens: int) -> HSAState:
@@ -73,7 +74,7 @@ class HSAState:
             spreads=None if self.spreads is None else self.spreads[:, :, : nodes[0].shape[2]],
             value_nodes=tuple(crop_pyramid(self.value_nodes, tokens, ratios=g.ratios, offset=g.sink)),
             spans=self.spans[:, :, : g.blocks(tokens)],
-            first=self.first[:, :, : g.blocks(tokens)],
+            choices=self.choices[:, :, : g.blocks(tokens)],
         )
 
     def crop(self, start: Tensor, tokens: int) -> HSAState:
@@ -85,11 +86,13 @@ class HSAState:
         """
         g, kept = self.geometry, self.narrowed(tokens)
         begin = torch.arange(kept.spans.shape[2], device=start.device) * g.query_block
-        rows = ((tokens - start)[:, None] - begin)[:, None, :, None]  # queries left in each block
+        rows = ((tokens - start)[:, None] - begin).clamp(max=g.query_block)[
+            :, None, :, None
+        ]  # queries left in each block
         return replace(
             kept,
             spans=torch.where(rows > 0, kept.spans, -1),
-            first=torch.where(kept.first < rows, kept.first, g.query_block),
+            choices=torch.where(kept.choices < g.before(rows), kept.choices, UNUSED),
         )
 
 

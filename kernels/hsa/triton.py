@@ -1,8 +1,8 @@
 """Hierarchical sparse attention by Triton kernels.
 
     top_scores, refine, keep   per level, from the top down  →  spans
-    choose                     spans                         →  first, shift
-    list_blocks                spans, first                  →  what each query block executes
+    choose                     spans                         →  choices, shift
+    list_blocks                spans, choices                →  what each query block executes
     attend_listed, attend_run  list                          →  out, lse
 
 Nothing is read back from the device, and every buffer's size follows from shapes: a call can be captured in a
@@ -21,7 +21,7 @@ from torch import Tensor
 from retrofit.kernels.dense import fused as dense
 from retrofit.kernels.hsa import triton_execute as execute
 from retrofit.kernels.hsa import triton_select as select
-from retrofit.kernels.hsa.geometry import Geometry
+from retrofit.kernels.hsa.geometry import FADE, Geometry
 from retrofit.kernels.hsa.triton_backward import hsa_attention_backward
 from retrofit.kernels.hsa.triton_call import Call, power
 from retrofit.kernels.hsa.triton_choose import choose
@@ -54,6 +54,8 @@ def unsupported(
         return "summaries"
     if q.dtype not in DTYPES:
         return f"{q.dtype}"
+    if geometry.query_block % 8:
+        return f"a query_block that is no multiple of 8, got {geometry.query_block}"
     for name, dim in (("head_dim", q.shape[3]), ("the values' head_dim", v.shape[3])):
         if dim > 256:
             return f"{name} above 256, got {dim}"
@@ -82,7 +84,7 @@ def hsa_attention(
     value_nodes: Sequence[Tensor],
     gate: Tensor | None,
     past_spans: Tensor | None,
-    past_first: Tensor | None,
+    past_choices: Tensor | None,
     *,
     scale: float,
     causal: bool,
@@ -90,40 +92,40 @@ def hsa_attention(
     padded: bool,
     geometry: Geometry,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns the output [B, Hq, T, Dv], the selection (spans, first), and the log-sum-exp of each query's scores.
+    """Returns the output [B, Hq, T, Dv], the selection (spans, choices), and the log-sum-exp of each query's scores.
 
     Arguments are as in ``ops``; the last output is float32 [B, Hq, T].
     """
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     call = Call.of(q, k, v, geometry, padded=padded)
-    spans, first = geometry.selection(k, past_spans, past_first)
+    spans, choices = geometry.selection(k, past_spans, past_choices)
     fused = call.starts_dense and dense.can_attend(q, k, v)
     if call.is_dense and fused:
         out, lse = dense.attend(q, k, v, scale)
-        return out, spans, first, lse
+        return out, spans, choices, lse
     make = torch.zeros if padded else torch.empty
     out = make(*q.shape[:3], call.value_dim, dtype=q.dtype, device=q.device)
     lse = make(q.shape[:3], dtype=torch.float32, device=q.device)
-    ordered, counts = start, length  # not read where nothing is sparse
+    lists = start, start, length  # not read where nothing is sparse
     tiles = call.tiles[0] * call.tiles[1]
     todo = torch.zeros(1 + tiles, dtype=torch.int32, device=q.device)
     if not call.is_dense:
         nodes = [x.contiguous() for x in nodes]
         keep_spans(call, q, nodes, start, length, spans, scale)
-        shift = _choose_leaves(call, q, k, nodes[0], spreads, start, length, spans, first, scale)
-        ordered, counts = call.list_blocks(start, length, spans, first)
+        shift = _choose_leaves(call, q, k, nodes[0], spreads, start, length, spans, choices, scale)
+        lists = call.list_blocks(start, length, spans, choices)
         execute.attend_listed[call.tiles](
-            q, k, v, start, length, ordered, counts, shift, todo, out, lse, *strides(q, k, v), *call.extent,
+            q, k, v, start, length, *lists, shift, todo, out, lse, *strides(q, k, v), *call.extent,
             scale, LARGEST_SUM[q.dtype], **_execution(call),
         )  # fmt: skip
     if fused:
         end = geometry.dense_end
         out[:, :, :end], lse[:, :, :end] = dense.attend(q[:, :, :end], k[:, :, :end], v[:, :, :end], scale)
     execute.attend_run[(min(tiles, PROGRAMS * processors(q.device)),)](
-        q, k, v, start, length, ordered, counts, todo, out, lse, *strides(q, k, v), *call.extent, call.batch,
+        q, k, v, start, length, *lists, todo, out, lse, *strides(q, k, v), *call.extent, call.batch,
         0 if fused else min(call.blocks, geometry.dense_end // geometry.query_block), scale, **_execution(call),
     )  # fmt: skip
-    return out, spans, first, lse
+    return out, spans, choices, lse
 
 
 def keep_spans(
@@ -174,20 +176,20 @@ def _choose_leaves(
     start: Tensor,
     length: Tensor,
     spans: Tensor,
-    first: Tensor,
+    choices: Tensor,
     scale: float,
 ) -> Tensor:
-    """The leaf step: lowers ``first``, and returns the shift of each query's scores, [B, Hq, T]."""
+    """The leaf step: adds to ``choices``, and returns the shift of each query's scores, [B, Hq, T]."""
     g, width = call.geometry, power(call.geometry.leaf_width)
     leaves = nodes.shape[2] // g.nodes_in_span(0)
     tiles = call.blocks * call.rows
     programs = min(tiles, PROGRAMS * processors(q.device))
-    scratch = torch.empty(programs, g.query_block, width + g.fanout, dtype=torch.int16, device=q.device)
+    scratch = torch.empty(programs, g.query_block, width + g.fanout, dtype=torch.int32, device=q.device)
     shift = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     choose[(programs,)](
-        q, k, nodes, spreads, start, length, spans, first, shift, scratch, *strides(q, k), *nodes.stride()[:2],
-        *spread_strides(spreads), *call.extent, call.total_blocks, leaves, tiles, scale, g.spread, g.least_vote,
-        CHOICES=g.leaves_per_query, **scoring(call),
+        q, k, nodes, spreads, start, length, spans, choices, shift, scratch, *strides(q, k), *nodes.stride()[:2],
+        *spread_strides(spreads), *call.extent, call.total_blocks, leaves, tiles, scale, g.spread,
+        g.least_vote(call.votes), **choosing(call), **scoring(call),
     )  # fmt: skip
     return shift
 
@@ -213,11 +215,20 @@ def scoring(call: Call) -> dict[str, Any]:
         "GROUP": call.group,
         "HEADS": call.tile_heads,
         "KEYS": max(16, _step_keys(call, call.dim)),
+        "STEPS": call.votes.steps,
+        "MOST": call.votes.most,
         **call.product,
         **call.shared,
         **call.leaves,
         **(CHOOSE if is_large(call) else SMALL),
     }
+
+
+def choosing(call: Call) -> dict[str, Any]:
+    """Constants of the kernels that choose leaves by their votes."""
+    votes = call.votes
+    highest = 2 * votes.most + FADE  # above the least
+    return {"ROOM": call.geometry.leaves_per_query, "PARTS": votes.parts, "BITS": highest.bit_length()}
 
 
 def attended_keys(call: Call) -> int:

@@ -53,7 +53,7 @@ def hsa_attention_backward(
     nodes: Sequence[Tensor],
     value_nodes: Sequence[Tensor],
     spans: Tensor,
-    first: Tensor,
+    choices: Tensor,
     out: Tensor,
     lse: Tensor,
     *,
@@ -73,7 +73,7 @@ def hsa_attention_backward(
         nodes: Pooled keys per level; they only select, so their gradients are zero.
         value_nodes: Pooled values per level; not used without summaries.
         spans: As the forward pass returned it, and so all that follow.
-        first: Who chose which leaf first.
+        choices: Who chose which leaf.
         out: The output.
         lse: Log-sum-exp of the scores of each query.
         scale: Factor on the scores.
@@ -87,9 +87,9 @@ def hsa_attention_backward(
     delta = torch.empty_like(lse)
     wide = max(call.dim, call.value_dim) * call.bytes > 256
     heads = call.heads_per_tile(QUERY_ROWS // 2 if wide else QUERY_ROWS)
-    ordered, counts = call.list_blocks(start, length, spans, first)
+    lists = call.list_blocks(start, length, spans, choices)
     gradients.query_gradients[(call.blocks, -(-call.group // heads) * call.rows)](
-        q, k, v, out, grad, lse, start, length, ordered, counts, grad_q, delta,
+        q, k, v, out, grad, lse, start, length, *lists, grad_q, delta,
         *_strides(q, k, v, out, grad, grad_q), *call.extent, scale,
         LIST=call.list_width, GROUP=call.group, HEADS=heads,
         KEYS=max(geometry.block, QUERY_KEYS), **call.product, **call.values, **call.shared,
@@ -98,8 +98,8 @@ def hsa_attention_backward(
 
     keys = max(geometry.block, min(KEY_TILE, 4 * geometry.block, geometry.fanout * geometry.block))
     tiles = -(-geometry.sink // keys) + -(-max(0, call.slots - geometry.sink) // keys)
-    entries, ends, steps = _entries(call, keys, tiles, start, length, spans, first)
-    parts, part_ends, owners, size = _parts(steps, 2 * call.blocks)
+    entries, ends, steps = _entries(call, keys, tiles, start, length, spans, choices)
+    parts, part_ends, owners, size = _parts(steps, 4 * call.blocks)
     held = torch.empty(owners.shape[0], keys, call.dim + call.value_dim, dtype=torch.float32, device=q.device)
     heads = call.heads_per_tile(KEY_ROWS // 2 if call.bytes == 4 else KEY_ROWS)
     gradients.key_gradients[(owners.shape[0] + steps.shape[0],)](
@@ -122,24 +122,23 @@ def hsa_attention_backward(
 
 
 def _entries(
-    call: Call, keys: int, tiles: int, start: Tensor, length: Tensor, spans: Tensor, first: Tensor
+    call: Call, keys: int, tiles: int, start: Tensor, length: Tensor, spans: Tensor, choices: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Entries, their running sum by (tile, chunk), and the steps of each tile; see ``triton_inverse``."""
-    g, device = call.geometry, first.device
+    g, device = call.geometry, choices.device
     leaves = keys // g.block
     per_chunk = -(-call.blocks // CHUNKS)
     constants = {**call.shared, **call.leaves, "LEAVES": leaves}
     extent = (*call.extent, call.total_blocks, tiles, CHUNKS, per_chunk)
     counts = torch.zeros(call.rows, tiles, CHUNKS, dtype=torch.int32, device=device)
     inverse.count_entries[(call.blocks, call.rows)](
-        start, length, spans, first, counts, *extent, **constants, num_warps=1
+        start, length, spans, choices, counts, *extent, **constants, num_warps=1
     )
     ends = counts.flatten().cumsum(0)
     places = ends - counts.flatten()
-    width = -(-g.leaf_width // leaves)
-    entries = torch.empty(call.rows * call.blocks * width, dtype=torch.int64, device=device)
+    entries = torch.empty(call.rows * call.blocks * g.choices, dtype=torch.int64, device=device)
     inverse.write_entries[(CHUNKS, call.rows)](
-        start, length, spans, first, places, entries, *extent, **constants, num_warps=1
+        start, length, spans, choices, places, entries, *extent, **constants, num_warps=1
     )
     steps = torch.empty(call.rows * tiles, dtype=torch.int32, device=device)
     inverse.count_steps[(-(-tiles // 128), call.rows)](

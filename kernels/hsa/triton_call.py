@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retrofit.kernels.hsa.geometry import Geometry
+from retrofit.kernels.hsa.geometry import Geometry, Votes
 from retrofit.kernels.hsa.triton_choose import list_blocks
 from retrofit.kernels.hsa.triton_select import ENDING, PADDED, WHOLE
 
@@ -101,6 +101,11 @@ class Call:
         return self.blocks, -(-self.group // self.tile_heads) * self.rows
 
     @property
+    def votes(self) -> Votes:
+        """How finely votes are counted."""
+        return Votes.of(torch.float32 if self.bytes == 4 else torch.bfloat16)
+
+    @property
     def starts_dense(self) -> bool:
         """Whether the dense start of every row is that of the sequence, as causal attention sees it."""
         return self.layout == WHOLE.value and self.tokens == self.slots
@@ -138,6 +143,7 @@ class Call:
             "BEAM": g.beam,
             "WIDTH": g.leaf_width,
             "WIDTH_PAD": power(g.leaf_width),
+            "CHOICES": g.choices,
         }
 
     @property
@@ -157,20 +163,25 @@ class Call:
 
     @property
     def list_width(self) -> int:
-        """Places of the list of a block: sinks, window, all leaf candidates, and room to read on."""
+        """Places of the list of a block: sinks, window, all choices, and room to read on."""
         g = self.geometry
-        return power(g.leaf_width) + (g.sink + g.window) // g.block + MOST_KEYS // g.block
+        return power(g.choices) + (g.sink + g.window) // g.block + MOST_KEYS // g.block
+
+    def empty_lists(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """What each query block executes by who sees it first, and how much more of it these see then,
+        [B·Hkv, blocks, list_width]; how many of the list each query sees, [B·Hkv, blocks, query_block]."""
+        shape = (self.rows, self.blocks)
+        ordered = torch.empty(*shape, self.list_width, dtype=torch.int32, device=device)
+        counts = torch.empty(*shape, self.geometry.query_block, dtype=torch.int32, device=device)
+        return ordered, torch.empty_like(ordered, dtype=torch.float32), counts
 
     def list_blocks(
-        self, start: Tensor, length: Tensor, spans: Tensor, first: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """What each query block executes by who sees it first, [B·Hkv, blocks, list_width], and how much of it
-        each query sees, [B·Hkv, blocks, query_block]."""
-        shape = (self.rows, self.blocks)
-        ordered = torch.zeros(*shape, self.list_width, dtype=torch.int32, device=first.device)
-        counts = torch.empty(*shape, self.geometry.query_block, dtype=torch.int32, device=first.device)
+        self, start: Tensor, length: Tensor, spans: Tensor, choices: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The lists, filled."""
+        lists = self.empty_lists(choices.device)
         list_blocks[(self.blocks, self.rows)](
-            start, length, spans, first, ordered, counts, *self.extent, self.total_blocks,
-            **self.shared, **self.leaves, LIST=self.list_width, num_warps=1,
+            start, length, spans, choices, *lists, *self.extent, self.total_blocks,
+            **self.shared, **self.leaves, CHOICES_PAD=power(self.geometry.choices), LIST=self.list_width, num_warps=1,
         )  # fmt: skip
-        return ordered, counts
+        return lists

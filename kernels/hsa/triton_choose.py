@@ -1,7 +1,7 @@
 """The leaf step of the selection on a GPU: which leaf is chosen by whom, and the list of what a block executes.
 
-    choose         queries of a block × keys of sinks and window, nodes of the leaf candidates   →  first, shift
-    list_blocks    first                                                                         →  list, counts
+    choose         queries of a block × keys of sinks and window, nodes of the leaf candidates   →  choices, shift
+    list_blocks    choices                                                               →  list, shares, counts
 
 Scores are in powers of two. A tile is a query block times up to HEADS heads of a group.
 """
@@ -11,15 +11,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from retrofit.kernels.hsa.geometry import MOST_VOTES, VOTE_STEPS
+from retrofit.kernels.hsa.geometry import FADE, RISE_BITS, UNUSED
 from retrofit.kernels.hsa.triton_execute import load_keys, near_edges
 from retrofit.kernels.hsa.triton_select import LOG2E, covered_leaves, row_range
 
 FEW = tl.constexpr(8)
 """Queries whose leaves are chosen at a time."""
-STEPS, MOST = tl.constexpr(VOTE_STEPS), tl.constexpr(MOST_VOTES)
-BITS, RANGE = tl.constexpr((2 * MOST_VOTES).bit_length()), tl.constexpr(2 * MOST_VOTES + 2)
-"""Of the difference of two votes."""
+WHOLE, NONE = tl.constexpr(FADE), tl.constexpr(UNUSED)
+SHIFT, RISES = tl.constexpr(RISE_BITS), tl.constexpr(2**RISE_BITS - 1)
+SOME = tl.constexpr(64)
+"""Choices that are read at a time."""
 
 
 @triton.jit
@@ -46,25 +47,19 @@ def best_head(x, QUERY_BLOCK: tl.constexpr, HEADS: tl.constexpr, LEAVES: tl.cons
 
 
 @triton.jit
-def highest(votes, least, CHOICES: tl.constexpr):
-    """Which of the votes [N, M] ≥ least are among the highest CHOICES of their row, ties to the lower index.
+def highest_left(above, ROOM: tl.constexpr, BITS: tl.constexpr):
+    """The highest of the numbers [N, M] for which there is no room in each row; 0 where there is room for all above 0.
 
-    Finds the last of them bit by bit.
+    Found bit by bit.
     """
-    above = votes - least
-    last = tl.zeros([votes.shape[0]], tl.int32)
-    step = tl.full([], RANGE, tl.int32)
+    found = tl.zeros([above.shape[0]], tl.int32)
+    step = tl.full([], 1, tl.int32) << BITS
     for _ in tl.static_range(BITS):
         step = step // 2
-        higher = last + step
-        many = tl.sum((above >= higher[:, None]).to(tl.int32), 1) >= CHOICES
-        last = tl.where(many, higher, last)
-    chosen = above >= last[:, None]
-    if tl.max(tl.sum(chosen.to(tl.int32), 1), 0) > CHOICES:  # some of the last ones are equal
-        level = above == last[:, None]
-        room = CHOICES - tl.sum((chosen & (level == 0)).to(tl.int32), 1)
-        chosen = chosen & ((level == 0) | (tl.cumsum(level.to(tl.int32), 1) <= room[:, None]))
-    return chosen
+        higher = found + step
+        many = tl.sum((above >= higher[:, None]).to(tl.int32), 1) > ROOM
+        found = tl.where(many, higher, found)
+    return found
 
 
 @triton.jit
@@ -126,11 +121,11 @@ def vote_spans(
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
     WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr, FANOUT: tl.constexpr, PER_LEAF: tl.constexpr,
     BEAM: tl.constexpr, QUERY_BLOCK: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr,
-    KEYS: tl.constexpr, PRECISION: tl.constexpr,
+    KEYS: tl.constexpr, PRECISION: tl.constexpr, STEPS: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
     """Votes of the queries of the block at t0 for the leaves of its spans, from one pair of spans to another.
 
-    Writes them to ``held`` [QUERY_BLOCK, WIDTH_PAD + FANOUT], int16, and the highest scores among sinks and window
+    Writes them to ``held`` [QUERY_BLOCK, WIDTH_PAD + FANOUT], int32, and the highest scores among sinks and window
     to ``shift`` [B, Hq, T]. Spans are those in ``kept`` and then those of the cover's edge. HEADS of the group's
     heads meet the nodes of two spans in one product.
     """
@@ -194,7 +189,7 @@ def vote_spans(
             best = tl.max(tl.reshape(s, [ROWS, LEAVES // 4, PER_LEAF // PAIR, 4, PAIR]), 4)
             best = tl.reshape(tl.max(best, 2), [ROWS, LEAVES])
             weight = best_head(best * (factor * STEPS) - near[:, None], QUERY_BLOCK, HEADS, LEAVES)
-            vote = rounded(tl.minimum(tl.maximum(weight, -MOST), MOST)).to(tl.int16)
+            vote = rounded(tl.minimum(tl.maximum(weight, -MOST), MOST))
             at_leaf = tl.where(j + leaf // FANOUT >= used, BEAM - used, 0) * FANOUT + j * FANOUT + leaf
             to = held + place[:, None] * STRIDE + at_leaf[None]
             if GROUP > HEADS:
@@ -212,53 +207,90 @@ def spans_kept(kept, BEAM: tl.constexpr, PLACES: tl.constexpr):
 
 
 @triton.jit
+def unpack(choice, QUERY_BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    """(row, candidate, rise) of choices; (QUERY_BLOCK, 0, 0) where there is none."""
+    used, place = choice < NONE, choice >> SHIFT
+    return (
+        tl.where(used, place // WIDTH, QUERY_BLOCK),
+        tl.where(used, place % WIDTH, 0),
+        tl.where(used, choice & RISES, 0),
+    )
+
+
+@triton.jit
 def settle(
-    kept, at_first, held, t0, low, high, least,
+    kept, choices, held, t0, low, high, least,
     WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr, FANOUT: tl.constexpr, BEAM: tl.constexpr,
-    QUERY_BLOCK: tl.constexpr, CHOICES: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr, ROOM: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr,
+    CHOICES: tl.constexpr, MOST: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
-    """Each new query of the block at t0 chooses by the votes ``held``: lowers ``at_first`` [WIDTH], and returns it."""
+    """Each new query of the block at t0 chooses by the votes ``held``: adds to ``choices`` [CHOICES].
+
+    Uses the place of the votes for how far each query wants the leaves.
+    """
     STRIDE: tl.constexpr = WIDTH_PAD + FANOUT
     CHILDREN: tl.constexpr = BEAM * FANOUT
     candidate = tl.arange(0, WIDTH_PAD)
     is_edge = (candidate >= CHILDREN) & (candidate < WIDTH)
     edge = covered_leaves(t0, WINDOW, SINK, BLOCK) // FANOUT
     used = spans_kept(kept, BEAM, WIDTH_PAD // FANOUT)
-    before = tl.load(at_first + candidate, mask=candidate < WIDTH, other=QUERY_BLOCK).to(tl.int32)
-    when = tl.full([FEW, WIDTH_PAD], QUERY_BLOCK, tl.int32)
+    reached = tl.zeros([WIDTH_PAD], tl.int32)
+    count = low * 0
+    if low > t0:
+        place = tl.arange(0, FEW)
+        more = count + 1
+        while more > 0:
+            choice = tl.load(choices + count + place, mask=count + place < CHOICES, other=NONE)
+            _row, which, rise = unpack(choice, QUERY_BLOCK, WIDTH)
+            reached += tl.sum(tl.where(which[:, None] == candidate[None], rise[:, None], 0), 0)
+            count += tl.sum((choice < NONE).to(tl.int32), 0)
+            more = tl.min((choice < NONE).to(tl.int32), 0)
     for r in range(tl.maximum(low - t0, 0) // FEW * FEW, tl.minimum(high - t0, QUERY_BLOCK), FEW):
-        some = r + tl.arange(0, FEW)
+        row = tl.arange(0, FEW)
+        some = r + row
         limit = covered_leaves(t0 + some, WINDOW, SINK, BLOCK)
         open_ = is_edge[None] & ((edge * FANOUT + candidate - CHILDREN)[None] < limit[:, None])
         open_ = open_ | (candidate < used * FANOUT)[None]
         new = (t0 + some >= low) & (t0 + some < high)
-        vote = tl.load(held + some[:, None] * STRIDE + candidate[None], mask=open_, other=0).to(tl.int32)
-        chosen = open_ & new[:, None] & (vote >= least)
-        if tl.max(tl.sum(chosen.to(tl.int32), 1), 0) > CHOICES:
-            chosen = chosen & highest(tl.where(chosen, vote, -MOST - 1), least, CHOICES)
-        when = tl.minimum(when, tl.where(chosen, some[:, None], QUERY_BLOCK))
-    before = tl.minimum(before, tl.min(when, 0))
-    tl.store(at_first + candidate, before.to(tl.uint8), mask=candidate < WIDTH)
-    return before
+        at = held + some[:, None] * STRIDE + candidate[None]
+        level = tl.where(open_ & new[:, None], tl.load(at, mask=open_, other=-MOST - WHOLE) - least, 0)
+        if tl.max(tl.sum((level > 0).to(tl.int32), 1), 0) > ROOM:
+            level -= highest_left(level, ROOM, BITS)[:, None]
+        level = tl.minimum(tl.minimum(tl.maximum(level, 0), WHOLE) * PARTS, WHOLE)
+        if tl.max(tl.reshape(level - reached[None], [FEW * WIDTH_PAD]), 0) > 0:
+            tl.debug_barrier()  # every thread has read its votes
+            tl.store(at, level)
+            tl.debug_barrier()
+            before = tl.broadcast_to(reached[None], level.shape)
+            for back in tl.static_range(1, FEW):
+                earlier = tl.load(at - back * STRIDE, mask=(row >= back)[:, None], other=0)
+                before = tl.maximum(before, earlier)
+            rise = tl.maximum(level - before, 0)
+            risen = tl.reshape((rise > 0).to(tl.int32), [FEW * WIDTH_PAD])
+            to = count + tl.reshape(tl.cumsum(risen, 0), [FEW, WIDTH_PAD]) - 1
+            choice = ((some[:, None] * WIDTH + candidate[None]) << SHIFT) + rise
+            tl.store(choices + to, choice, mask=(rise > 0) & (to < CHOICES))
+            count += tl.sum(risen, 0)
+            reached = tl.maximum(reached, tl.max(level, 0))
 
 
 @triton.jit(do_not_specialize=["slots", "tokens", "blocks", "total_blocks", "leaves", "tiles"])
 def choose(
-    q, k, nodes, spreads, start, length, spans, first, shift, scratch,
+    q, k, nodes, spreads, start, length, spans, choices, shift, scratch,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_nb, stride_nh, stride_sb, stride_sh,
     slots, tokens, blocks, total_blocks, leaves, tiles, scale, spread, least,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
     DIM_PAD: tl.constexpr, WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr,
     FANOUT: tl.constexpr, PER_LEAF: tl.constexpr, BEAM: tl.constexpr, QUERY_BLOCK: tl.constexpr,
-    DENSE_END: tl.constexpr, CHOICES: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr,
-    KEYS: tl.constexpr, PRECISION: tl.constexpr,
-    LAYOUT: tl.constexpr,
+    DENSE_END: tl.constexpr, ROOM: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr,
+    CHOICES: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr, STEPS: tl.constexpr, MOST: tl.constexpr,
+    PARTS: tl.constexpr, BITS: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
-    """Each new query chooses the leaves that weigh enough, CHOICES at most: lowers ``first``.
+    """Each new query chooses the leaves that weigh enough, ROOM at most: adds to ``choices``.
 
-    ``spreads`` is [B, Hkv, leaves·PER_LEAF, …] and ``first`` [B·Hkv, total_blocks, WIDTH]; ``shift`` [B, Hq, T]
+    ``spreads`` is [B, Hkv, leaves·PER_LEAF, …] and ``choices`` [B·Hkv, total_blocks, CHOICES]; ``shift`` [B, Hq, T]
     gets the highest scores among sinks and window. The votes of a block wait in ``scratch``
-    [programs, QUERY_BLOCK, WIDTH_PAD + FANOUT], int16, until all are known. ``least`` is the least vote that counts.
+    [programs, QUERY_BLOCK, WIDTH_PAD + FANOUT], int32, until all are known. Votes count that are above ``least``.
     """
     held = scratch + tl.program_id(0).to(tl.int64) * (QUERY_BLOCK * (WIDTH_PAD + FANOUT))
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
@@ -275,66 +307,91 @@ def choose(
                 stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_nb, stride_nh,
                 stride_sb, stride_sh, tokens, leaves, scale, spread,
                 KV_HEADS, GROUP, HEADS, DIM, DIM_PAD, WINDOW, SINK, BLOCK, FANOUT, PER_LEAF, BEAM, QUERY_BLOCK,
-                WIDTH, WIDTH_PAD, KEYS, PRECISION,
+                WIDTH, WIDTH_PAD, KEYS, PRECISION, STEPS, MOST,
             )  # fmt: skip
             settle(
-                kept, first + (bh * total_blocks + number) * WIDTH, held, t0, low, high, least,
-                WINDOW, SINK, BLOCK, FANOUT, BEAM, QUERY_BLOCK, CHOICES, WIDTH, WIDTH_PAD,
+                kept, choices + (bh * total_blocks + number) * CHOICES, held, t0, low, high, least,
+                WINDOW, SINK, BLOCK, FANOUT, BEAM, QUERY_BLOCK, ROOM, WIDTH, WIDTH_PAD, CHOICES, MOST, PARTS, BITS,
             )  # fmt: skip
             tl.debug_barrier()  # the next tile's votes take their place
 
 
 @triton.jit
+def chosen_leaf(kept, candidate, t0, WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr,
+                FANOUT: tl.constexpr, BEAM: tl.constexpr):  # fmt: skip
+    """Numbers of the leaves that are the candidates of the query block at t0."""
+    child = candidate < BEAM * FANOUT
+    parent = tl.load(kept + candidate // FANOUT, mask=child, other=0)
+    edge = covered_leaves(t0, WINDOW, SINK, BLOCK) // FANOUT
+    return tl.where(child, parent * FANOUT + candidate % FANOUT, edge * FANOUT + candidate - BEAM * FANOUT)
+
+
+@triton.jit
+def choices_before(choices, row, WIDTH: tl.constexpr, CHOICES: tl.constexpr, CHOICES_PAD: tl.constexpr):
+    """How many of a block's choices the queries before each ``row`` have made."""
+    limit = (row * WIDTH) << SHIFT
+    count = row * 0
+    step = tl.full([], CHOICES_PAD, tl.int32)
+    while step > 0:
+        last = count + step - 1
+        choice = tl.load(choices + last, mask=last < CHOICES, other=NONE)
+        count = tl.where(choice < limit, count + step, count)
+        step = step // 2
+    return count
+
+
+@triton.jit
 def list_block(
-    kept, when, listed, seen_by, t0,
+    kept, choices, listed, shares, seen_by, t0,
     WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr, FANOUT: tl.constexpr, BEAM: tl.constexpr,
-    QUERY_BLOCK: tl.constexpr, WIDTH_PAD: tl.constexpr, LIST: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr, WIDTH: tl.constexpr, CHOICES: tl.constexpr, CHOICES_PAD: tl.constexpr,
+    LIST: tl.constexpr,
 ):  # fmt: skip
     """What ``triton_execute`` calls the list of the query block at t0, and how many of it each of its rows sees.
 
-    ``when`` [WIDTH_PAD] is the row that first chose each candidate. Writes ``listed`` [LIST], by position / BLOCK,
-    and ``seen_by`` [QUERY_BLOCK]; the places behind the last are 0.
+    Writes ``listed`` [LIST], by position / BLOCK, ``shares`` [LIST], and ``seen_by`` [QUERY_BLOCK]; behind the last,
+    SOME places or more are block 0, of share 0.
     """
-    NEAR: tl.constexpr = LIST - WIDTH_PAD
-    candidate = tl.arange(0, WIDTH_PAD)
+    some = tl.arange(0, SOME)
     place = tl.arange(0, QUERY_BLOCK)
     _, last, whole = near_edges(t0, WINDOW, SINK, BLOCK, QUERY_BLOCK)
     near = (SINK + whole - last) // BLOCK
-    for n in range(0, NEAR, WIDTH_PAD):
-        block = n + candidate
+    for n in range(0, near, SOME):
+        block = n + some
         block += tl.where(block < SINK // BLOCK, 0, (last - SINK) // BLOCK)
-        tl.store(listed + n + candidate, block, mask=n + candidate < near)
-    seen = tl.sum((when[None] <= place[:, None]).to(tl.int32), 1)
+        tl.store(listed + n + some, block, mask=n + some < near)
+        tl.store(shares + n + some, some * 0.0 + 1.0, mask=n + some < near)
+    seen = choices_before(choices, place + 1, WIDTH, CHOICES, CHOICES_PAD)
     tl.store(seen_by + place, near + seen)
-    order = tl.sort(when * WIDTH_PAD + candidate)
-    which = order % WIDTH_PAD
-    child = which < BEAM * FANOUT
-    parent = tl.load(kept + which // FANOUT, mask=child, other=0)
-    edge = covered_leaves(t0, WINDOW, SINK, BLOCK) // FANOUT
-    leaf = tl.where(child, parent * FANOUT + which % FANOUT, edge * FANOUT + which - BEAM * FANOUT)
-    known = order // WIDTH_PAD < QUERY_BLOCK
-    tl.store(listed + near + candidate, tl.where(known, SINK // BLOCK + leaf, 0))
+    for n in range(0, tl.max(seen, 0) + SOME, SOME):
+        choice = tl.load(choices + n + some, mask=n + some < CHOICES, other=NONE)
+        _row, candidate, rise = unpack(choice, QUERY_BLOCK, WIDTH)
+        leaf = chosen_leaf(kept, candidate, t0, WINDOW, SINK, BLOCK, FANOUT, BEAM)
+        inside = near + n + some < LIST
+        tl.store(listed + near + n + some, tl.where(choice < NONE, SINK // BLOCK + leaf, 0), mask=inside)
+        tl.store(shares + near + n + some, rise.to(tl.float32) / WHOLE, mask=inside)
 
 
 @triton.jit(do_not_specialize=["slots", "tokens", "blocks", "total_blocks"])
 def list_blocks(
-    start, length, spans, first, ordered, counts,
+    start, length, spans, choices, ordered, shares, counts,
     slots, tokens, blocks, total_blocks,
     KV_HEADS: tl.constexpr, WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr,
     FANOUT: tl.constexpr, BEAM: tl.constexpr, QUERY_BLOCK: tl.constexpr, DENSE_END: tl.constexpr,
-    WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, LIST: tl.constexpr, LAYOUT: tl.constexpr,
+    WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, CHOICES: tl.constexpr, CHOICES_PAD: tl.constexpr,
+    LIST: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
-    """Writes ``ordered`` [B·Hkv, blocks, LIST] and ``counts`` [B·Hkv, blocks, QUERY_BLOCK], as ``list_block`` says."""
+    """Writes ``ordered`` and ``shares`` [B·Hkv, blocks, LIST] and ``counts`` [B·Hkv, blocks, QUERY_BLOCK], as
+    ``list_block`` says."""
     i = tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
     low, high, _, _ = row_range(start, length, slots, tokens, bh // KV_HEADS, LAYOUT)
     number = low // QUERY_BLOCK + i
     t0 = number * QUERY_BLOCK
     if (t0 + QUERY_BLOCK > DENSE_END) & (t0 < high):
-        candidate = tl.arange(0, WIDTH_PAD)
-        at = bh * total_blocks + number
-        when = tl.load(first + at * WIDTH + candidate, mask=candidate < WIDTH, other=QUERY_BLOCK).to(tl.int32)
+        at, to = bh * total_blocks + number, bh * blocks + i
         list_block(
-            spans + at * BEAM, when, ordered + (bh * blocks + i) * LIST, counts + (bh * blocks + i) * QUERY_BLOCK,
-            t0, WINDOW, SINK, BLOCK, FANOUT, BEAM, QUERY_BLOCK, WIDTH_PAD, LIST,
+            spans + at * BEAM, choices + at * CHOICES, ordered + to * LIST, shares + to * LIST,
+            counts + to * QUERY_BLOCK, t0,
+            WINDOW, SINK, BLOCK, FANOUT, BEAM, QUERY_BLOCK, WIDTH, CHOICES, CHOICES_PAD, LIST,
         )  # fmt: skip

@@ -1,6 +1,6 @@
 """Hierarchical sparse attention of the last few tokens of each row by Triton kernels, in place.
 
-    k, v  →  nodes, spreads of what the tokens complete  →  spans, first  →  out
+    k, v  →  nodes, spreads of what the tokens complete  →  spans, choices  →  out
 
 Nothing is read back from the device. Where tokens end is read there as well, if the call says ``ending``: it can be
 captured in a CUDA graph and replayed after new tokens have been written and ``length`` has been raised.
@@ -18,6 +18,7 @@ from retrofit.kernels.hsa.geometry import Geometry
 from retrofit.kernels.hsa.triton import (
     PROGRAMS,
     attended_keys,
+    choosing,
     keep_spans,
     processors,
     scoring,
@@ -41,7 +42,7 @@ def hsa_decode(
     nodes: Sequence[Tensor],
     spreads: Tensor | None,
     spans: Tensor,
-    first: Tensor,
+    choices: Tensor,
     weights: Sequence[Tensor | None],
     *,
     scale: float,
@@ -50,7 +51,7 @@ def hsa_decode(
     ending: bool,
     geometry: Geometry,
 ) -> Tensor:
-    """Returns the output [B, Hq, T, Dv], and brings nodes, spreads, spans and first up to date.
+    """Returns the output [B, Hq, T, Dv], and brings nodes, spreads, spans and choices up to date.
 
     Arguments are as in ``ops.hsa_decode``.
     """
@@ -62,12 +63,12 @@ def hsa_decode(
             k, nodes, spreads, start, length,
             new=call.tokens, ratios=g.ratios, offset=g.sink, pooling=pooling, weights=weights,
         )  # fmt: skip
-    ordered = counts = length  # not read where nothing is sparse
+    lists = length, length, length  # not read where nothing is sparse
     if not call.is_dense:
         if _may_complete(call, g.query_block, 1):  # the token behind a block begins the next one
             keep_spans(call, q, nodes, start, length, spans, scale)
-        ordered, counts = _choose(call, q, k, nodes[0], spreads, start, length, spans, first, scale)
-    return _attend(call, q, k, v, start, length, ordered, counts, scale)
+        lists = _choose(call, q, k, nodes[0], spreads, start, length, spans, choices, scale)
+    return _attend(call, q, k, v, start, length, lists, scale)
 
 
 def _choose(
@@ -79,27 +80,26 @@ def _choose(
     start: Tensor,
     length: Tensor,
     spans: Tensor,
-    first: Tensor,
+    choices: Tensor,
     scale: float,
-) -> tuple[Tensor, Tensor]:
-    """The leaf step: lowers ``first``, and returns the list as ``Call.list_blocks`` does."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The leaf step: adds to ``choices``, and returns the lists as ``Call.list_blocks`` does."""
     g, width = call.geometry, power(call.geometry.leaf_width)
     pairs = -(-g.leaf_width // (2 * g.fanout))
     each = -(-pairs // _parts(q.device, call.blocks * call.rows, pairs))
     shape = (call.rows, call.blocks)
-    votes = torch.empty(*shape, g.query_block, width + g.fanout, dtype=torch.int16, device=q.device)
+    votes = torch.empty(*shape, g.query_block, width + g.fanout, dtype=torch.int32, device=q.device)
     parts.vote_parts[(call.blocks, call.rows, -(-pairs // each))](
         q, k, nodes, spreads, start, length, spans, votes, *strides(q, k), *nodes.stride()[:2],
         *spread_strides(spreads), *call.extent, call.total_blocks, nodes.shape[2] // g.nodes_in_span(0), each,
         scale, g.spread, **scoring(call),
     )  # fmt: skip
-    ordered = torch.empty(*shape, call.list_width, dtype=torch.int32, device=q.device)
-    counts = torch.empty(*shape, g.query_block, dtype=torch.int32, device=q.device)
+    lists = call.empty_lists(q.device)
     parts.settle_parts[(call.blocks, call.rows)](
-        start, length, spans, first, votes, ordered, counts, *call.extent, call.total_blocks, g.least_vote,
-        CHOICES=g.leaves_per_query, LIST=call.list_width, **call.shared, **call.leaves, num_warps=4,
+        start, length, spans, choices, votes, *lists, *call.extent, call.total_blocks, g.least_vote(call.votes),
+        **choosing(call), MOST=call.votes.most, CHOICES_PAD=power(g.choices), LIST=call.list_width, **call.shared, **call.leaves, num_warps=4,
     )  # fmt: skip
-    return ordered, counts
+    return lists
 
 
 def _attend(
@@ -109,8 +109,7 @@ def _attend(
     v: Tensor,
     start: Tensor,
     length: Tensor,
-    ordered: Tensor,
-    counts: Tensor,
+    lists: tuple[Tensor, Tensor, Tensor],
     scale: float,
 ) -> Tensor:
     """Attends to what is listed, by parts of it."""
@@ -121,7 +120,7 @@ def _attend(
     )
     totals, tops = torch.empty(2, *sums.shape[:-1], dtype=torch.float32, device=q.device).unbind()
     parts.attend_parts[(call.tokens, call.rows, split)](
-        q, k, v, start, length, ordered, counts, sums, totals, tops, *strides(q, k, v), *call.extent, scale,
+        q, k, v, start, length, *lists, sums, totals, tops, *strides(q, k, v), *call.extent, scale,
         LIST=call.list_width, GROUP=call.group, ROWS=rows, KEYS=attended_keys(call),
         **call.product, **call.values, **call.shared, num_warps=4, num_stages=3,
     )  # fmt: skip

@@ -2,13 +2,13 @@
 
 A tile is a query block times up to HEADS heads of a group. What its rows see is cut into blocks of BLOCK keys:
 
-    listed   sinks, the window that all rows see whole, leaves by (first choosing row, leaf)     [0 … counts[row])
+    listed   sinks, the window that all rows see whole, leaves in the order of choices     [0 … counts[row])
     edges    the window's two ends, where rows differ key by key
 
     attend_listed   shift, list  →  out, lse     tiles that end behind DENSE_END
     attend_run      →  out, lse                  tiles that end by DENSE_END, which see all keys up to themselves
 
-``attend_listed`` shifts its scores by the highest one among sinks and window, which the selection has found, and
+The weights of a listed block are times its share. ``attend_listed`` shifts its scores by the highest one among sinks and window, which the selection has found, and
 needs no maximum of its own. Where that is too low for the range of numbers, ``attend_run`` does the row again with a
 running maximum.
 """
@@ -58,6 +58,16 @@ def listed_keys(listed, u, KEYS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def listed_shares(shares, u, KEYS: tl.constexpr, BLOCK: tl.constexpr):
+    """Shares [KEYS] of the keys in the blocks u, u + 1, … of the list."""
+    key = tl.arange(0, KEYS)
+    share = tl.load(shares + u)
+    for i in tl.static_range(1, KEYS // BLOCK):
+        share = tl.where(key // BLOCK == i, tl.load(shares + u + i), share)
+    return tl.broadcast_to(share, [KEYS])
+
+
+@triton.jit
 def load_keys(keys, j, stride, mask, DIM: tl.constexpr, DIM_PAD: tl.constexpr):
     """Rows j [N] of keys as [DIM_PAD, N]; ``mask`` [N] or None."""
     dim = tl.arange(0, DIM_PAD)
@@ -92,7 +102,7 @@ def add_shifted(acc, total, p, values, ROWS: tl.constexpr, KEYS: tl.constexpr, P
 
 @triton.jit(do_not_specialize=["slots", "tokens", "blocks"])
 def attend_listed(
-    q, k, v, start, length, ordered, counts, shift, todo, out, lse,
+    q, k, v, start, length, ordered, shares, counts, shift, todo, out, lse,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     slots, tokens, blocks, scale, limit,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
@@ -132,7 +142,7 @@ def attend_listed(
         acc = tl.zeros([ROWS, VALUE_PAD], tl.float32)
         total = tl.zeros([ROWS, 8], tl.float32)
 
-        listed = ordered + (bh * blocks + i) * LIST
+        listed, weights = ordered + (bh * blocks + i) * LIST, shares + (bh * blocks + i) * LIST
         seen_by = counts + (bh * blocks + i) * QUERY_BLOCK
         seen = tl.load(seen_by + place)
         most = tl.load(seen_by + QUERY_BLOCK - 1)
@@ -141,7 +151,8 @@ def attend_listed(
             y = load_keys(keys, j, stride_kt, None, DIM, DIM_PAD)
             s = tl.dot(x, y, input_precision=PRECISION)
             p = tl.exp2(s * factor - top[:, None])
-            p = tl.where((u + key // BLOCK)[None] < seen[:, None], p, 0.0)
+            share = listed_shares(weights, u, KEYS, BLOCK)
+            p *= tl.where((u + key // BLOCK)[None] < seen[:, None], share[None], 0.0)
             z = load_values(values, j, stride_vt, None, VALUE_DIM, VALUE_PAD)
             acc, total = add_shifted(acc, total, p, z, ROWS, KEYS, PRECISION)
 
@@ -184,7 +195,7 @@ def add_tile(acc, total, top, s, values, PRECISION: tl.constexpr):
 
 @triton.jit(do_not_specialize=["slots", "tokens", "blocks"])
 def attend_run(
-    q, k, v, start, length, ordered, counts, todo, out, lse,
+    q, k, v, start, length, ordered, shares, counts, todo, out, lse,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     slots, tokens, blocks, batch, dense_blocks, scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
@@ -234,13 +245,14 @@ def attend_run(
         first, last, whole = near_edges(t0, WINDOW, SINK, BLOCK, QUERY_BLOCK)
         from_ = tl.maximum(t + 1 - WINDOW, 0) // BLOCK * BLOCK
         if sparse:
-            listed = ordered + (bh * blocks + i) * LIST
+            listed, weights = ordered + (bh * blocks + i) * LIST, shares + (bh * blocks + i) * LIST
             seen_by = counts + (bh * blocks + i) * QUERY_BLOCK
             seen = tl.load(seen_by + place)
             for u in range(0, tl.load(seen_by + QUERY_BLOCK - 1), LEAVES):
                 j = listed_keys(listed, u, KEYS, BLOCK)
                 y = load_keys(keys, j, stride_kt, None, DIM, DIM_PAD)
                 s = tl.dot(x, y, input_precision=PRECISION) * factor
+                s += tl.log2(listed_shares(weights, u, KEYS, BLOCK))[None]
                 s = tl.where((u + key // BLOCK)[None] < seen[:, None], s, -float("inf"))
                 z = load_values(values, j, stride_vt, None, VALUE_DIM, VALUE_PAD)
                 acc, total, top = add_tile(acc, total, top, s, z, PRECISION)

@@ -15,8 +15,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from retrofit.kernels.hsa.triton_execute import listed_keys, load_values, near_edges, settled
-from retrofit.kernels.hsa.triton_inverse import near_blocks, tile_keys
+from retrofit.kernels.hsa.triton_choose import WHOLE
+from retrofit.kernels.hsa.triton_execute import listed_keys, listed_shares, load_values, near_edges, settled
+from retrofit.kernels.hsa.triton_inverse import near_blocks, tile_keys, unpack_entry
 from retrofit.kernels.hsa.triton_select import LOG2E, row_range
 
 
@@ -33,7 +34,7 @@ def scores_and_products(x, slope, keys, values, lse, factor, PRECISION: tl.const
 
 @triton.jit
 def query_gradients(
-    q, k, v, out, grad, lse, start, length, ordered, counts, grad_q, delta,
+    q, k, v, out, grad, lse, start, length, ordered, shares, counts, grad_q, delta,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_ob, stride_oh, stride_ot, stride_gb, stride_gh, stride_gt, stride_xb, stride_xh, stride_xt,
     slots, tokens, blocks, scale,
@@ -79,7 +80,7 @@ def query_gradients(
         first, last, whole = near_edges(t0, WINDOW, SINK, BLOCK, QUERY_BLOCK)
         from_ = tl.maximum(t + 1 - WINDOW, 0) // BLOCK * BLOCK
         if t0 + QUERY_BLOCK > DENSE_END:
-            listed = ordered + (bh * blocks + i) * LIST
+            listed, weights = ordered + (bh * blocks + i) * LIST, shares + (bh * blocks + i) * LIST
             seen_by = counts + (bh * blocks + i) * QUERY_BLOCK
             seen = tl.load(seen_by + place)
             for u in range(0, tl.load(seen_by + QUERY_BLOCK - 1), KEYS // BLOCK):
@@ -87,7 +88,8 @@ def query_gradients(
                 a = load_values(keys, j, stride_kt, None, DIM, DIM_PAD)
                 c = load_values(values, j, stride_vt, None, VALUE_DIM, VALUE_PAD)
                 p, products = scores_and_products(x, dy, tl.trans(a), tl.trans(c), top, factor, PRECISION)
-                p = tl.where((u + key // BLOCK)[None] < seen[:, None], p, 0.0)
+                share = listed_shares(weights, u, KEYS, BLOCK)
+                p *= tl.where((u + key // BLOCK)[None] < seen[:, None], share[None], 0.0)
                 ds = p * (products - mean[:, None])
                 acc = settled(tl.dot(ds.to(a.dtype), a, acc, input_precision=PRECISION))
         else:
@@ -185,9 +187,10 @@ def key_gradients(
             is_near = e < near
             number = tl.where(is_near, near_from + e, (entry >> 32).to(tl.int32))
             t0 = number * QUERY_BLOCK
-            # The places of the block that see a leaf: from the first that chose it, or while it is in their
+            # The places of the block that see a leaf: from the one that chose it, or while it is in their
             # window; then those that see any.
-            when = (entry >> (8 * leaf)).to(tl.int32) & 255
+            when, chosen, rise = unpack_entry(entry)
+            when = tl.where(leaf == chosen, when, QUERY_BLOCK)
             whole = sinks | (number < DENSE_END // QUERY_BLOCK) | (is_near == 0)
             from_ = tl.where(is_near, tile_begin - t0, when)
             to = tl.where(whole, QUERY_BLOCK, leaf_end + WINDOW - 1 - t0)
@@ -206,6 +209,7 @@ def key_gradients(
             )  # fmt: skip
             slot = (b * KV_HEADS * GROUP + head) * tokens + at
             top = tl.load(lse + slot + row_lse, mask=new, other=float("inf"))[:, None] * LOG2E
+            top -= tl.where(is_near, 0.0, tl.log2(rise.to(tl.float32) / WHOLE))
             mean = tl.load(delta + slot + row_lse, mask=new, other=0.0)
             if LEAVES > 1:
                 seen = (place[:, None] >= from_[None]) & (place[:, None] < to[None])

@@ -5,14 +5,14 @@ Tiles of KEYS keys cover the sinks first and then the leaves, LEAVES to a tile:
     tile 0 … SINKS−1 │ tile SINKS + m = leaves m·LEAVES … m·LEAVES + LEAVES−1
 
 The blocks that see a tile as sinks, in their window, or because they are dense are one range, its *near*
-blocks; those that listed a leaf of it are its entries, in ascending order:
+blocks; their choices of leaves in it are its entries, in ascending order:
 
-    count_entries   first                     →  entries of each tile from each chunk of blocks
-    write_entries   first, their running sum  →  entries
-    count_steps     near blocks and entries   →  steps of each tile
+    count_entries   choices                     →  entries of each tile from each chunk of blocks
+    write_entries   choices, their running sum  →  entries
+    count_steps     near blocks and entries     →  steps of each tile
 
-An entry is block · 2³² + Σ when(leaf) · 256^leaf, where ``when`` is the row that chose the leaf first, 255 for
-none. One program writes a chunk, block after block, so the order never depends on timing.
+An entry is block · 2³² + leaf of the tile · 2²⁴ + rise · 2⁸ + row. One program writes a chunk, block after block,
+and counts which of a tile's entries comes first, so the order never depends on timing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from retrofit.kernels.hsa.triton_select import covered_leaves, row_range
+from retrofit.kernels.hsa.triton_choose import NONE, SOME, chosen_leaf, unpack
+from retrofit.kernels.hsa.triton_select import row_range
 
 
 @triton.jit
@@ -45,37 +46,36 @@ def near_blocks(
 
 
 @triton.jit
+def unpack_entry(entry):
+    """(row, leaf of the tile, rise)."""
+    low = entry.to(tl.int32)
+    return low & 255, low >> 24, (low >> 8) & 0xFFFF
+
+
+@triton.jit
 def block_entries(
-    spans, first, at, number,
-    WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr, FANOUT: tl.constexpr,
-    BEAM: tl.constexpr, QUERY_BLOCK: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr,
-    LEAVES: tl.constexpr,
+    kept, choices, number, n,
+    WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr, FANOUT: tl.constexpr, BEAM: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr, WIDTH: tl.constexpr, CHOICES: tl.constexpr, LEAVES: tl.constexpr,
 ):  # fmt: skip
-    """(whether it is one, tile, entry) for the leaf candidates of a block, LEAVES at a time."""
+    """(whether it is one, tile, entry) for the choices n … n + SOME of a block."""
     SINKS: tl.constexpr = (SINK + LEAVES * BLOCK - 1) // (LEAVES * BLOCK)
-    candidate = tl.arange(0, WIDTH_PAD // LEAVES) * LEAVES
-    entry = candidate.to(tl.int64) * 0 + (number.to(tl.int64) << 32)
-    earliest = candidate * 0 + QUERY_BLOCK
-    for leaf in tl.static_range(LEAVES):
-        known = candidate + leaf < WIDTH
-        when = tl.load(first + at * WIDTH + candidate + leaf, mask=known, other=QUERY_BLOCK).to(tl.int32)
-        earliest = tl.minimum(earliest, when)
-        entry += tl.where(when < QUERY_BLOCK, when, 255).to(tl.int64) << (8 * leaf)
-    child = candidate < BEAM * FANOUT
-    parent = tl.load(spans + at * BEAM + candidate // FANOUT, mask=child, other=0)
-    edge = (covered_leaves(number * QUERY_BLOCK, WINDOW, SINK, BLOCK) // FANOUT).to(tl.int32)
-    parent = tl.where(child, parent, edge)
-    leaf = parent * FANOUT + tl.where(child, candidate % FANOUT, candidate - BEAM * FANOUT)
-    return earliest < QUERY_BLOCK, SINKS + leaf // LEAVES, entry
+    at = n + tl.arange(0, SOME)
+    choice = tl.load(choices + at, mask=at < CHOICES, other=NONE)
+    row, candidate, rise = unpack(choice, QUERY_BLOCK, WIDTH)
+    leaf = chosen_leaf(kept, candidate, number * QUERY_BLOCK, WINDOW, SINK, BLOCK, FANOUT, BEAM)
+    entry = (number.to(tl.int64) << 32) + ((leaf % LEAVES << 24) + (rise << 8) + row).to(tl.int64)
+    return choice < NONE, SINKS + leaf // LEAVES, entry
 
 
 @triton.jit
 def count_entries(
-    start, length, spans, first, counts,
+    start, length, spans, choices, counts,
     slots, tokens, blocks, total_blocks, tiles, chunks, per_chunk,
     KV_HEADS: tl.constexpr, WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr,
     FANOUT: tl.constexpr, BEAM: tl.constexpr, QUERY_BLOCK: tl.constexpr, DENSE_END: tl.constexpr,
-    WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, LEAVES: tl.constexpr, LAYOUT: tl.constexpr,
+    WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, CHOICES: tl.constexpr, LEAVES: tl.constexpr,
+    LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Adds to ``counts`` [B·Hkv, tiles, chunks]."""
     i = tl.program_id(0)
@@ -84,20 +84,28 @@ def count_entries(
     number = low // QUERY_BLOCK + i
     t0 = number * QUERY_BLOCK
     if (t0 + QUERY_BLOCK > DENSE_END) & (t0 < high):
-        known, tile, _entry = block_entries(
-            spans, first, bh * total_blocks + number, number,
-            WINDOW, SINK, BLOCK, FANOUT, BEAM, QUERY_BLOCK, WIDTH, WIDTH_PAD, LEAVES,
-        )  # fmt: skip
-        tl.atomic_add(counts + (bh * tiles + tile) * chunks + i // per_chunk, 1, mask=known, sem="relaxed")
+        at = bh * total_blocks + number
+        n, more = i * 0, i * 0 + 1
+        while more > 0:
+            known, tile, _entry = block_entries(
+                spans + at * BEAM, choices + at * CHOICES, number, n,
+                WINDOW, SINK, BLOCK, FANOUT, BEAM, QUERY_BLOCK, WIDTH, CHOICES, LEAVES,
+            )  # fmt: skip
+            tl.atomic_add(
+                counts + (bh * tiles + tile) * chunks + i // per_chunk, 1, mask=known, sem="relaxed"
+            )
+            n += SOME
+            more = tl.min(known.to(tl.int32), 0)
 
 
 @triton.jit
 def write_entries(
-    start, length, spans, first, places, entries,
+    start, length, spans, choices, places, entries,
     slots, tokens, blocks, total_blocks, tiles, chunks, per_chunk,
     KV_HEADS: tl.constexpr, WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr,
     FANOUT: tl.constexpr, BEAM: tl.constexpr, QUERY_BLOCK: tl.constexpr, DENSE_END: tl.constexpr,
-    WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, LEAVES: tl.constexpr, LAYOUT: tl.constexpr,
+    WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, CHOICES: tl.constexpr, LEAVES: tl.constexpr,
+    LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Writes ``entries`` from ``places`` [B·Hkv, tiles, chunks] on, which moves on with them."""
     chunk = tl.program_id(0)
@@ -107,15 +115,25 @@ def write_entries(
         number = low // QUERY_BLOCK + i
         t0 = number * QUERY_BLOCK
         if (t0 + QUERY_BLOCK > DENSE_END) & (t0 < high):
-            known, tile, entry = block_entries(
-                spans, first, bh * total_blocks + number, number,
-                WINDOW, SINK, BLOCK, FANOUT, BEAM, QUERY_BLOCK, WIDTH, WIDTH_PAD, LEAVES,
-            )  # fmt: skip
-            place = places + (bh * tiles + tile) * chunks + chunk
-            at = tl.load(place, mask=known, other=0)
-            tl.store(entries + at, entry, mask=known)
-            tl.store(place, at + 1, mask=known)
-            tl.debug_barrier()  # the next block's programs read what this one's wrote
+            at = bh * total_blocks + number
+            n, more = i * 0, i * 0 + 1
+            while more > 0:
+                known, tile, entry = block_entries(
+                    spans + at * BEAM, choices + at * CHOICES, number, n,
+                    WINDOW, SINK, BLOCK, FANOUT, BEAM, QUERY_BLOCK, WIDTH, CHOICES, LEAVES,
+                )  # fmt: skip
+                # A leaf that rises twice, or another one of the tile, comes behind the earlier choice.
+                which = tl.arange(0, SOME)
+                same = (tile[:, None] == tl.reshape(tile, [1, SOME])) & tl.reshape(known, [1, SOME])
+                earlier = tl.sum((same & (which[None] < which[:, None])).to(tl.int32), 1)
+                place = places + (bh * tiles + tile) * chunks + chunk
+                to = tl.load(place, mask=known, other=0) + earlier
+                tl.store(entries + to, entry, mask=known)
+                tl.debug_barrier()  # every thread has read where its entries go
+                tl.atomic_max(place, to + 1, mask=known, sem="relaxed")
+                tl.debug_barrier()
+                n += SOME
+                more = tl.min(known.to(tl.int32), 0)
 
 
 @triton.jit

@@ -2,7 +2,7 @@
 
     coarse steps   where a token begins a query block                        →  spans
     vote_parts     queries of a block × keys of sinks and window, and nodes of some of its spans   →  votes
-    settle_parts   votes                                                     →  first, list
+    settle_parts   votes                                                     →  choices, lists
     attend_parts   one query × part of what it sees                          →  sums of the part
     join_parts     sums of the parts                                         →  out
 
@@ -16,7 +16,14 @@ import triton
 import triton.language as tl
 
 from retrofit.kernels.hsa.triton_choose import list_block, settle, vote_spans
-from retrofit.kernels.hsa.triton_execute import add_tile, listed_keys, load_keys, load_values, near_edges
+from retrofit.kernels.hsa.triton_execute import (
+    add_tile,
+    listed_keys,
+    listed_shares,
+    load_keys,
+    load_values,
+    near_edges,
+)
 from retrofit.kernels.hsa.triton_select import LOG2E, row_range
 
 
@@ -29,9 +36,10 @@ def vote_parts(
     DIM_PAD: tl.constexpr, WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr,
     FANOUT: tl.constexpr, PER_LEAF: tl.constexpr, BEAM: tl.constexpr, QUERY_BLOCK: tl.constexpr,
     DENSE_END: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr,
-    KEYS: tl.constexpr, PRECISION: tl.constexpr, LAYOUT: tl.constexpr,
+    CHOICES: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr, STEPS: tl.constexpr, MOST: tl.constexpr,
+    LAYOUT: tl.constexpr,
 ):  # fmt: skip
-    """Votes [B·Hkv, blocks, QUERY_BLOCK, WIDTH_PAD + FANOUT], int16; each program those of ``pairs`` pairs of spans."""
+    """Votes [B·Hkv, blocks, QUERY_BLOCK, WIDTH_PAD + FANOUT], int32; each program those of ``pairs`` pairs of spans."""
     i = tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // KV_HEADS, bh % KV_HEADS
@@ -47,20 +55,20 @@ def vote_parts(
             stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_nb, stride_nh,
             stride_sb, stride_sh, tokens, leaves, scale, spread,
             KV_HEADS, GROUP, HEADS, DIM, DIM_PAD, WINDOW, SINK, BLOCK, FANOUT, PER_LEAF, BEAM, QUERY_BLOCK,
-            WIDTH, WIDTH_PAD, KEYS, PRECISION,
+            WIDTH, WIDTH_PAD, KEYS, PRECISION, STEPS, MOST,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["slots", "tokens", "blocks", "total_blocks"])
 def settle_parts(
-    start, length, spans, first, votes, ordered, counts,
+    start, length, spans, choices, votes, ordered, shares, counts,
     slots, tokens, blocks, total_blocks, least,
     KV_HEADS: tl.constexpr, WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr,
     FANOUT: tl.constexpr, BEAM: tl.constexpr, QUERY_BLOCK: tl.constexpr, DENSE_END: tl.constexpr,
-    CHOICES: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, LIST: tl.constexpr,
-    LAYOUT: tl.constexpr,
+    ROOM: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, CHOICES: tl.constexpr,
+    CHOICES_PAD: tl.constexpr, LIST: tl.constexpr, MOST: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
-    """Lowers ``first`` by the votes, and lists what each block executes as ``list_blocks`` does."""
+    """Adds to ``choices`` by the votes, and lists what each block executes as ``list_blocks`` does."""
     i = tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
     low, high, _, _ = row_range(start, length, slots, tokens, bh // KV_HEADS, LAYOUT)
@@ -69,19 +77,21 @@ def settle_parts(
     if (t0 + QUERY_BLOCK > DENSE_END) & (t0 < high):
         kept = spans + (bh * total_blocks + number) * BEAM
         at = bh * blocks + i
-        when = settle(
-            kept, first + (bh * total_blocks + number) * WIDTH, votes + at * (QUERY_BLOCK * (WIDTH_PAD + FANOUT)),
-            t0, low, high, least, WINDOW, SINK, BLOCK, FANOUT, BEAM, QUERY_BLOCK, CHOICES, WIDTH, WIDTH_PAD,
+        made = choices + (bh * total_blocks + number) * CHOICES
+        settle(
+            kept, made, votes + at * (QUERY_BLOCK * (WIDTH_PAD + FANOUT)), t0, low, high, least,
+            WINDOW, SINK, BLOCK, FANOUT, BEAM, QUERY_BLOCK, ROOM, WIDTH, WIDTH_PAD, CHOICES, MOST, PARTS, BITS,
         )  # fmt: skip
+        tl.debug_barrier()  # every thread has written its choices
         list_block(
-            kept, when, ordered + at * LIST, counts + at * QUERY_BLOCK, t0,
-            WINDOW, SINK, BLOCK, FANOUT, BEAM, QUERY_BLOCK, WIDTH_PAD, LIST,
+            kept, made, ordered + at * LIST, shares + at * LIST, counts + at * QUERY_BLOCK, t0,
+            WINDOW, SINK, BLOCK, FANOUT, BEAM, QUERY_BLOCK, WIDTH, CHOICES, CHOICES_PAD, LIST,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["slots", "tokens", "blocks"])
 def attend_parts(
-    q, k, v, start, length, ordered, counts, sums, totals, tops,
+    q, k, v, start, length, ordered, shares, counts, sums, totals, tops,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     slots, tokens, blocks, scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
@@ -120,7 +130,7 @@ def attend_parts(
         t0 = number * QUERY_BLOCK
         sparse = t0 + QUERY_BLOCK > DENSE_END
         at = bh * blocks + number - low // QUERY_BLOCK
-        listed = ordered + at * LIST
+        listed, weights = ordered + at * LIST, shares + at * LIST
         seen = t * 0
         if sparse:
             seen = tl.load(counts + at * QUERY_BLOCK + t - t0)
@@ -138,13 +148,15 @@ def attend_parts(
             n = (step - from_list) * KEYS + key
             j = n + tl.where(n < right, whole, first - right)
             inside = n < edges
+            share = key * 0.0 + 1.0
             if is_listed:
+                share = listed_shares(weights, u, KEYS, BLOCK)
                 j = listed_keys(listed, u, KEYS, BLOCK)
                 inside = u + key // BLOCK < seen
             visible = inside & (j >= tl.where(is_listed, 0, from_))
             y = load_keys(keys, j, stride_kt, visible, DIM, DIM_PAD)
             s = tl.dot(x, y, input_precision=PRECISION) * factor
-            s = tl.where(visible[None], s, -float("inf"))
+            s = tl.where(visible[None], s + tl.log2(share)[None], -float("inf"))
             z = load_values(values, j, stride_vt, visible, VALUE_DIM, VALUE_PAD)
             acc, total, top = add_tile(acc, total, top, s, z, PRECISION)
 

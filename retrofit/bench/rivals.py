@@ -86,12 +86,12 @@ def _sdpa(scale: float, causal: bool, backend: SDPBackend | None, q: Tensor, k: 
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=group > 1)
 
 
-def flex_run(inputs: Inputs, spans: Tensor, first: Tensor, geometry: Geometry) -> Run:
+def flex_run(inputs: Inputs, spans: Tensor, choices: Tensor, geometry: Geometry) -> Run:
     """FlexAttention on the blocks of a causal HSA call; arguments as of ``flex_mask``."""
     options: Any = {"BLOCK_M": geometry.query_block, "BLOCK_N": geometry.block}
     call = partial(
         torch.compile(flex_attention, dynamic=False),
-        block_mask=flex_mask(inputs, spans, first, geometry),
+        block_mask=flex_mask(inputs, spans, choices, geometry),
         scale=inputs.scale,
         enable_gqa=inputs.q.shape[1] != inputs.k.shape[1],
         kernel_options=options,
@@ -99,13 +99,13 @@ def flex_run(inputs: Inputs, spans: Tensor, first: Tensor, geometry: Geometry) -
     return Run(call, (inputs.q, inputs.k, inputs.v))
 
 
-def flex_mask(inputs: Inputs, spans: Tensor, first: Tensor, geometry: Geometry) -> BlockMask:
+def flex_mask(inputs: Inputs, spans: Tensor, choices: Tensor, geometry: Geometry) -> BlockMask:
     """What a causal HSA call without padding attended to: lists of whole and of partly visible blocks.
 
     Args:
         inputs: What was attended to; of a whole number of query blocks.
         spans: As the operator returned them, [1, Hkv, NB, beam].
-        first: As the operator returned it, [1, Hkv, NB, C].
+        choices: As the operator returned them, [1, Hkv, NB, E]; a leaf is whole once it has been chosen at all.
         geometry: The sizes; ``sink`` and ``query_block`` must be multiples of ``block``.
 
     Raises:
@@ -114,15 +114,17 @@ def flex_mask(inputs: Inputs, spans: Tensor, first: Tensor, geometry: Geometry) 
     g, tokens = geometry, inputs.q.shape[2]
     if g.sink % g.block or g.query_block % g.block or tokens % g.query_block:
         raise BenchmarkError("FlexAttention on the same blocks needs a grid that starts on a block")
-    device, blocks = first.device, first.shape[2]
+    device, blocks = choices.device, choices.shape[2]
     number = torch.arange(blocks, device=device)
     leaves = g.block_leaf_ids(spans, number)
-    ordered, count = listed(leaves, first, g)  # [1, Hkv, NB, C], [1, Hkv, NB, query_block]
+    ordered, _, count = listed(
+        leaves, choices, g, torch.float32
+    )  # [1, Hkv, NB, E], [1, Hkv, NB, query_block]
     key_blocks = tokens // g.block
-    rank = torch.full((*first.shape[:3], key_blocks + 1), 2**14, dtype=torch.int16, device=device)
+    rank = torch.full((*choices.shape[:3], key_blocks + 1), 2**14, dtype=torch.int16, device=device)
     place = torch.arange(ordered.shape[-1], device=device, dtype=torch.int16).expand(ordered.shape)
     at = torch.where(place < count[..., -1:], ordered + g.sink // g.block, key_blocks)
-    rank = rank.scatter(3, at, place)[..., :key_blocks]
+    rank = rank.scatter_reduce(3, at, place, "amin")[..., :key_blocks]
     t0 = number[:, None] * g.query_block
     begin = torch.arange(key_blocks, device=device) * g.block
     dense = t0 + g.query_block <= g.dense_end

@@ -336,7 +336,7 @@ def _rivals(
                     partial(attend, target, replace(call, layer=layer)), (inputs.q, inputs.k, inputs.v)
                 ).forward()
                 if isinstance(layer.state, HSAState):
-                    runs[name] = flex_run(inputs, layer.state.spans, layer.state.first, target.geometry)
+                    runs[name] = flex_run(inputs, layer.state.spans, layer.state.choices, target.geometry)
                 else:
                     left_out[f"{name}, {inputs.q.shape[2]} tokens"] = "nothing is selected: all is dense"
             else:

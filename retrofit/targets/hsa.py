@@ -118,7 +118,7 @@ class HSAAttention(TargetAttention):
         nodes = self._pool_keys(scored, call.start, new, state)
         spreads = self._spreads(k.detach(), nodes[0].detach(), call.start, new, state)
         value_nodes = self._pool_values(v, call.start, new, state)
-        out, spans, first = hsa_attention(
+        out, spans, choices = hsa_attention(
             q,
             k,
             v,
@@ -129,7 +129,7 @@ class HSAAttention(TargetAttention):
             value_nodes=value_nodes,
             gate=self.gate,
             past_spans=None if state is None else state.spans,
-            past_first=None if state is None else state.first,
+            past_choices=None if state is None else state.choices,
             scale=self.scale,
             causal=self.causal,
             sliding_window=self.sliding_window,
@@ -139,9 +139,9 @@ class HSAAttention(TargetAttention):
             implementation=self.implementation,
         )
         if layer is not None:
-            layer.state = HSAState(tuple(nodes), spreads, tuple(value_nodes), spans, first, g)
+            layer.state = HSAState(tuple(nodes), spreads, tuple(value_nodes), spans, choices, g)
         if self.observer is not None:
-            self.observer(self._counts(spans, first, q.shape[2], k.shape[2], call))
+            self.observer(self._counts(spans, choices, q.shape[2], k.shape[2], call))
         return out
 
     def _needs_no_search(self, k: Tensor, call: AttentionCall) -> bool:
@@ -190,7 +190,7 @@ class HSAAttention(TargetAttention):
         )
         if self.observer is not None:
             known = state.narrowed(k.shape[2])
-            self.observer(self._counts(known.spans, known.first, q.shape[2], k.shape[2], call))
+            self.observer(self._counts(known.spans, known.choices, q.shape[2], k.shape[2], call))
         return out
 
     def layer_loss(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
@@ -284,11 +284,11 @@ class HSAAttention(TargetAttention):
 
     @torch.no_grad()
     def _counts(
-        self, spans: Tensor, first: Tensor, queries: int, tokens: int, call: AttentionCall
+        self, spans: Tensor, choices: Tensor, queries: int, tokens: int, call: AttentionCall
     ) -> dict[str, Tensor]:
         keys, nodes = count(
             spans,
-            first,
+            choices,
             call.start,
             call.length,
             queries=queries,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -10,6 +11,7 @@ from retrofit.bench.inputs import Inputs
 from retrofit.bench.rivals import dense_runs, flex_mask
 from retrofit.cache import RetrofitLayer
 from retrofit.configs import HSAConfig
+from retrofit.kernels.hsa import blocked_execute, blocked_select
 from retrofit.kernels.hsa.state import HSAState
 from retrofit.targets.hsa import HSAAttention
 
@@ -24,7 +26,9 @@ def _inputs(heads: int, kv_heads: int, tokens: int) -> Inputs:
     return Inputs(q, k, v, 0.25)
 
 
-def test_flex_attention_is_given_the_blocks_that_were_selected() -> None:
+def test_flex_attention_is_given_the_blocks_that_were_selected(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (blocked_select, blocked_execute):
+        monkeypatch.setattr(module, "FADE", 1)  # leaves count whole or not at all
     inputs = _inputs(4, 2, 192)
     target = HSAAttention(
         CONFIG,
@@ -40,7 +44,7 @@ def test_flex_attention_is_given_the_blocks_that_were_selected() -> None:
     with torch.no_grad():
         out = target(inputs.q, inputs.k, inputs.v, AttentionCall(zero, zero + 192, layer))
     assert isinstance(layer.state, HSAState)
-    mask = flex_mask(inputs, layer.state.spans, layer.state.first, target.geometry)
+    mask = flex_mask(inputs, layer.state.spans, layer.state.choices, target.geometry)
 
     at = torch.arange(192)
     seen = mask.mask_mod(torch.tensor(0), torch.arange(4)[:, None, None], at[:, None], at)

@@ -23,11 +23,11 @@ SIZES: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def refused(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of two layers, each with the difference of two attentions in one module."""
-    from transformers import DiffLlamaConfig, DiffLlamaForCausalLM
+    """A model of two layers whose attention adds to its scores what it makes of the tokens."""
+    from transformers import DogeConfig, DogeForCausalLM
 
     folder = tmp_path_factory.mktemp("refused") / "model"
-    DiffLlamaForCausalLM(DiffLlamaConfig(**SIZES)).save_pretrained(folder)
+    DogeForCausalLM(DogeConfig(**SIZES)).save_pretrained(folder)
     return folder
 
 
@@ -54,9 +54,9 @@ def test_a_model_that_is_refused_whole_exits_non_zero_with_the_reasons(
     assert result.exit_code == 1
     assert result.stdout == ""
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert "no attention of DiffLlamaForCausalLM can be converted" in line
-    assert "model.layers.0.self_attn and 1 more: 2 attentions in one module (at node " in line
-    assert "modeling_diffllama.py:" in line
+    assert "no attention of DogeForCausalLM can be converted" in line
+    assert "model.layers.0.self_attn and 1 more: the bias added to the scores depends on the tokens" in line
+    assert "modeling_doge.py:" in line
     assert not (tmp_path / "out").exists()
 
 
@@ -65,7 +65,7 @@ def test_inspect_shows_why_and_how_much(retrofit: Run, refused: Path) -> None:
     assert result.exit_code == 0
     shown = " ".join(result.stdout.split())
     assert "2 attention sites, 0 convertible: 0% of the attention FLOPs" in shown
-    assert "model.layers.{0–1}.self_attn (100% of attention FLOPs): 2 attentions in one module" in shown
+    assert "model.layers.{0–1}.self_attn (100% of attention FLOPs): the bias added to the scores" in shown
 
 
 def test_a_model_that_is_converted_in_part_says_which_share(

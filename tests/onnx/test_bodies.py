@@ -98,7 +98,7 @@ def test_hsa(
         return nodes, spreads, values if summaries else []
 
     past = slots - tokens
-    spans = first = None
+    spans = choices = None
     if past:
         earlier = torch.randn(batch, 4, past, 16)
         arguments = (
@@ -112,12 +112,15 @@ def test_hsa(
             None,
             None,
         )
-        _, spans, first = hsa_reference(*arguments, **options, geometry=geometry)
-    arguments = (q, k, v, start, length, *pooled(slots), gate, spans, first)
+        _, spans, choices = hsa_reference(*arguments, **options, geometry=geometry)
+    arguments = (q, k, v, start, length, *pooled(slots), gate, spans, choices)
     found = hsa_attention(*arguments, **options, **sizes, padded=True, implementation="auto")
     expected = hsa_reference(*arguments, **options, geometry=geometry)
-    torch.testing.assert_close(found[0], expected[0], atol=1e-5, rtol=1e-5)
-    assert torch.equal(found[1], expected[1]) and torch.equal(found[2], expected[2])
+    # A vote may be rounded to the next of the 4,096 steps in which a leaf fades in.
+    torch.testing.assert_close(found[0], expected[0], atol=5e-5, rtol=1e-5)
+    assert torch.equal(found[1], expected[1])
+    risen = [geometry.risen(x).float() for x in (found[2], expected[2])]
+    torch.testing.assert_close(*risen, atol=2, rtol=0)
 
 
 @pytest.mark.parametrize("new", [1, 2, 37])

@@ -56,7 +56,7 @@ def test_cached_decoding_gives_what_one_forward_gives(
         once = RetrofitLayer()
         target(q, k, v, call(260, [0, 21], once))
     assert torch.equal(layer.state.spans, once.state.spans)
-    assert torch.equal(layer.state.first, once.state.first)
+    assert torch.equal(layer.state.choices, once.state.choices)
     assert len(once.state.value_nodes) == (target.geometry.levels if summaries else 0)
 
 

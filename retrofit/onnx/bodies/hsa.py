@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from retrofit.kernels.hsa.geometry import Geometry
+from retrofit.kernels.hsa.geometry import UNUSED, Geometry
 from retrofit.onnx.bodies.chunks import run_if, scan_chunks
 from retrofit.onnx.bodies.hsa_block import Rules, coarse, covered_leaves, near, sparse
 
@@ -29,7 +29,7 @@ def hsa_attention(
     value_nodes: list[Tensor],
     gate: Tensor | None,
     past_spans: Tensor | None,
-    past_first: Tensor | None,
+    past_choices: Tensor | None,
     sinks: Tensor | None = None,
     *,
     scale: float,
@@ -54,11 +54,11 @@ def hsa_attention(
     by_head = torch.arange(batch * kv_heads, device=q.device).unflatten(0, (batch, kv_heads))
     by_row = torch.arange(batch, device=q.device)
     no_spans = torch.full((1, kv_heads, 1, beam), -1, dtype=torch.int32).expand(batch, -1, -1, -1)
-    no_first = torch.full((1, kv_heads, 1, g.leaf_width), query_block, dtype=torch.uint8)
-    no_first = no_first.expand(batch, -1, -1, -1)
+    no_choices = torch.full((1, kv_heads, 1, g.choices), UNUSED, dtype=torch.int32)
+    no_choices = no_choices.expand(batch, -1, -1, -1)
     # One more place, for blocks that have no past.
     past_spans = no_spans if past_spans is None else torch.cat([past_spans, no_spans], 2)
-    past_first = no_first if past_first is None else torch.cat([past_first, no_first], 2)
+    past_choices = no_choices if past_choices is None else torch.cat([past_choices, no_choices], 2)
     held = {
         "q": q.transpose(1, 2).flatten(0, 1).flatten(1),
         "q_base": by_row * tokens + offset,
@@ -72,7 +72,7 @@ def hsa_attention(
         "around": torch.arange(place.shape[0] + reach, device=q.device),
         "early": torch.arange(torch.sym_min(slots, g.dense_end), device=q.device),
         "past_spans": past_spans,
-        "past_first": past_first,
+        "past_choices": past_choices,
     }
     for i, level in enumerate(nodes):
         # Coarse levels may be empty; a fetch of nothing takes their last row.
@@ -97,9 +97,9 @@ def hsa_attention(
         queries = by_head.float() * scale
         is_dense = t[:, 0] < g.dense_end if causal else length <= g.dense_end
         past_spans = _pick(held["past_spans"], block).to(torch.int64)
-        past_first = _pick(held["past_first"], block).to(torch.int64)
+        past_choices = _pick(held["past_choices"], block)
         nothing = queries.new_zeros(*queries.shape[:3], held["values"].shape[1])
-        unchosen, unseen = torch.full_like(past_spans, -1), torch.full_like(past_first, g.query_block)
+        unchosen, unmade = torch.full_like(past_spans, -1), torch.full_like(past_choices, UNUSED)
         held = {**held, "block": block, "t": t, "new": new, "queries": queries}
 
         fresh = ~is_dense & (block * g.query_block >= held["low"])
@@ -117,18 +117,18 @@ def hsa_attention(
             fresh.any(), lambda held: [coarse(held, rules, [1])], [unchosen], {**held, "kept": kept}
         )
         held["spans"] = torch.where(fresh[:, None, None], spans, past_spans)
-        held["first"] = torch.where(fresh[:, None, None], g.query_block, past_first)
-        out, first = run_if((~is_dense).any(), lambda held: sparse(held, rules), [nothing, unseen], held)
+        held["choices"] = torch.where(fresh[:, None, None], UNUSED, past_choices)
+        out, choices = run_if((~is_dense).any(), lambda held: sparse(held, rules), [nothing, unmade], held)
         (dense,) = run_if(is_dense.any(), lambda held: [near(held, rules)], [nothing], held)
         out = torch.where(is_dense[:, None, None, None], dense, out)
         chosen = ((numbered == block) & ~is_dense)[:, None, None]
         return [
             out.to(held["values"].dtype),
             torch.where(chosen, held["spans"], -1).to(torch.int32),
-            torch.where(chosen, first, g.query_block).to(torch.uint8),
+            torch.where(chosen, choices, UNUSED),
         ]
 
-    parts, spans, first = scan_chunks(step, [torch.arange(blocks, device=q.device)], held)
+    parts, spans, choices = scan_chunks(step, [torch.arange(blocks, device=q.device)], held)
 
     # [blocks, B, Hkv, G·P, ·] → [B, Hq, blocks·P, ·]
     by_place = parts.unflatten(3, (-1, place.shape[0])).permute(1, 2, 3, 0, 4, 5).flatten(3, 4).flatten(1, 2)
@@ -142,7 +142,7 @@ def hsa_attention(
     valid = (position >= 0) & (position < length[:, None])
     out = out.masked_fill(~valid[:, None, :, None], 0)
     total = torch.arange(g.blocks(slots), device=q.device).expand(batch, -1)
-    return out, _merge(past_spans, spans, total, begin), _merge(past_first, first, total, begin)
+    return out, _merge(past_spans, spans, total, begin), _merge(past_choices, choices, total, begin)
 
 
 def _pick(x: Tensor, block: Tensor) -> Tensor:

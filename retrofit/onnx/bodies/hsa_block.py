@@ -1,8 +1,8 @@
 """One query block of each row: its coarse spans, who chooses which leaf, and its output.
 
     coarse   leaders, pyramid         →  spans
-    choose   queries, spans           →  first, and the list of leaves in the order of their choice
-    sparse   spans, first             →  output of the block's new queries
+    choose   queries, spans           →  choices
+    sparse   spans, choices           →  output of the block's new queries
     near     for blocks that attend densely
 
 The steps are those of ``retrofit.kernels.hsa``, for the P places of the new queries alone: a decoded token pays for
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from retrofit.kernels.hsa import blocked_select as select
 from retrofit.kernels.hsa import blocked_summaries as summaries
-from retrofit.kernels.hsa.geometry import Geometry
+from retrofit.kernels.hsa.geometry import FADE, Geometry, Votes
 from retrofit.onnx.bodies.listed import HIDDEN, attend_listed
 
 _LAST = 2**40
@@ -74,10 +74,10 @@ def covered_leaves(block: Tensor, length: Tensor, rules: Rules) -> Tensor:
 
 
 def sparse(held: Held, rules: Rules) -> tuple[Tensor, Tensor]:
-    """The blocks' output [B, Hkv, G·P, Dv] and who first chose each leaf, int64 [B, Hkv, C].
+    """The blocks' output [B, Hkv, G·P, Dv] and their choices, int32 [B, Hkv, E].
 
     Of ``held`` it reads ``queries`` [B, Hkv, G·P, D], positions ``t`` and which of them are ``new`` [B, P], ``spans``
-    [B, Hkv, beam] and ``first``, and the tables.
+    [B, Hkv, beam] and ``choices``, and the tables.
     """
     g, length, t, queries = rules.geometry, held["length"], held["t"], held["queries"]
     leaves = g.block_leaf_ids(
@@ -87,12 +87,10 @@ def sparse(held: Held, rules: Rules) -> tuple[Tensor, Tensor]:
     base, last = held["key_base"], held["keys"].shape[0] - 1
     exact, exact_seen = _exact(held, rules)
     exact = (base[..., None] + exact[:, None]).clamp(max=last)
-    first = _choose(held, rules, leaves, row, exact, exact_seen)
+    choices = _choose(held, rules, leaves, row, exact, exact_seen)
 
-    width = leaves.shape[-1]
-    when = torch.where(leaves >= 0, first, g.query_block)
-    order = (when * width + torch.arange(width, device=t.device)).sort(dim=-1).values
-    when, leaf = order // width, leaves.gather(-1, order % width).clamp(min=0)
+    when, candidate, rise = g.unpacked(choices.to(torch.int64))
+    leaf = leaves.gather(-1, candidate).clamp(min=0)
     used = (when < g.query_block).sum(-1).amax((0, 1)).clamp(min=1)
     tt = t[:, None, :, None]
     if rules.causal:
@@ -101,6 +99,8 @@ def sparse(held: Held, rules: Rules) -> tuple[Tensor, Tensor]:
         begin = (g.sink + leaf * g.block)[:, :, None]
         outside = (begin < g.window_start(tt)) | (begin >= g.window_end(tt))
         seen = (when < g.query_block)[:, :, None] & outside
+    share = (rise.clamp(min=1).to(queries.dtype) / FADE).log()
+    bias = torch.where(seen, share[:, :, None], HIDDEN).to(queries.dtype)
     beyond = (base[..., None] + (t - rules.sliding_window)[:, None]).flatten(0, 1)
     out = attend_listed(
         queries.flatten(0, 1),
@@ -109,13 +109,13 @@ def sparse(held: Held, rules: Rules) -> tuple[Tensor, Tensor]:
         exact.flatten(0, 1),
         exact_seen[:, None].expand(-1, base.shape[1], -1, -1).flatten(0, 1),
         (base[..., None] + g.sink + leaf * g.block).flatten(0, 1),
-        seen.flatten(0, 1),
+        bias.flatten(0, 1),
         used,
         beyond if rules.sliding_window else None,
-        *(_cover(held, rules, leaves, first, row) if rules.summaries else (None, None, None)),
+        *(_cover(held, rules, leaves, choices, row) if rules.summaries else (None, None, None)),
         block=g.block,
     )
-    return out.unflatten(0, queries.shape[:2]), first
+    return out.unflatten(0, queries.shape[:2]), choices
 
 
 def near(held: Held, rules: Rules) -> Tensor:
@@ -137,7 +137,7 @@ def near(held: Held, rules: Rules) -> Tensor:
 def _choose(
     held: Held, rules: Rules, leaves: Tensor, row: Tensor, exact: Tensor, exact_seen: Tensor
 ) -> Tensor:
-    """``first`` with what the new queries choose; ``exact`` [B, Hkv, E] are rows of keys, who sees them [B, P, E]."""
+    """``choices`` with those of the new queries; ``exact`` [B, Hkv, E] are rows of keys, who sees them [B, P, E]."""
     g, t = rules.geometry, held["t"]
     allowed = select.leaf_candidates(
         leaves[:, :, None],
@@ -152,11 +152,10 @@ def _choose(
     near = queries @ _rows(held["keys"], exact).to(queries.dtype).transpose(-1, -2)
     bias = torch.where(exact_seen, 0.0, HIDDEN).to(queries.dtype)[:, None, None]
     total = (near.unflatten(2, (-1, t.shape[1])) + bias).logsumexp(-1, keepdim=True)
-    votes = select.in_steps((by_head - total).amax(2))
-    chosen = select.best(votes, allowed & (votes >= g.least_vote), g.leaves_per_query)
-    chosen = chosen & held["new"][:, None, :, None]
-    when = torch.where(chosen, row[..., None], g.query_block).amin(2)
-    return torch.minimum(held["first"], when)
+    counted = Votes.of(held["keys"].dtype)
+    votes = select.in_steps((by_head - total).amax(2), counted)
+    levels, new = select.wanted(votes, allowed, counted, g), held["new"][:, None]
+    return select.add_choices(held["choices"], levels, new, row, g)
 
 
 def _best_nodes(queries: Tensor, held: Held, level: int, ids: Tensor, geometry: Geometry) -> Tensor:
@@ -209,14 +208,14 @@ def _exact(held: Held, rules: Rules) -> tuple[Tensor, Tensor]:
 
 
 def _cover(
-    held: Held, rules: Rules, leaves: Tensor, first: Tensor, row: Tensor
+    held: Held, rules: Rules, leaves: Tensor, choices: Tensor, row: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Nodes of the cover of what is not executed: keys, values, and what is added to their scores."""
     g, dtype = rules.geometry, held["queries"].dtype
     levels = summaries.cover(
         leaves[:, :, None],
         held["spans"][:, :, None],
-        first[:, :, None],
+        choices[:, :, None],
         held["block"][:, None],
         held["length"],
         g.levels - 1,

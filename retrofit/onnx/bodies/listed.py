@@ -29,7 +29,7 @@ def attend_listed(
     exact: Tensor,
     exact_seen: Tensor,
     listed: Tensor,
-    listed_seen: Tensor,
+    listed_bias: Tensor,
     used: Tensor,
     beyond: Tensor | None,
     more_keys: Tensor | None,
@@ -47,7 +47,7 @@ def attend_listed(
         exact: Rows of the tables, int64 [X, E].
         exact_seen: Whether each place sees them, bool [X, P, E].
         listed: First row of each leaf of the list, int64 [X, C]; the tables end no sooner than the leaves seen.
-        listed_seen: Whether each place sees it, bool [X, P, C].
+        listed_bias: What is added to the scores of its keys, very negative where a place does not see it, [X, P, C].
         used: Leaves of the list that someone sees, at most; int64, at least 1.
         beyond: Leaves are seen only in rows behind this one, int64 [X, P]; None for all of them.
         more_keys: Further keys, [X, M, D].
@@ -57,12 +57,12 @@ def attend_listed(
     """
     places, count = exact_seen.shape[1], int(used)
     leaves = listed[:, :count, None] + torch.arange(block, device=listed.device)
-    seen = listed_seen[:, :, :count, None].expand(-1, -1, -1, block).flatten(2)
+    listed_bias = listed_bias[:, :, :count, None].expand(-1, -1, -1, block).flatten(2)
     rows = leaves.flatten(1)
     if beyond is not None:
-        seen = seen & (rows[:, None] > beyond[..., None])
+        listed_bias = torch.where(rows[:, None] > beyond[..., None], listed_bias, HIDDEN)
     rows = torch.cat([exact, rows.clamp(max=keys.shape[0] - 1)], 1)
-    bias = torch.where(torch.cat([exact_seen, seen], 2), 0.0, HIDDEN).to(queries.dtype)
+    bias = torch.cat([torch.where(exact_seen, 0.0, HIDDEN).to(queries.dtype), listed_bias], 2)
     found, contents = keys[rows].to(queries.dtype), values[rows].to(queries.dtype)
     scores = (queries @ found.transpose(1, 2)).unflatten(1, (-1, places)) + bias[:, None]
     scores = scores.flatten(1, 2)
@@ -84,7 +84,7 @@ def _translation(
     exact: Any,
     exact_seen: Any,
     listed: Any,
-    listed_seen: Any,
+    listed_bias: Any,
     used: Any,
     beyond: Any = None,
     more_keys: Any = None,
@@ -100,14 +100,14 @@ def _translation(
     by_place = op.Constant(value_ints=[0, 0, -1])
     leaves = op.Add(op.Unsqueeze(op.Slice(listed, zero, end, one), two), within)
     rows = op.Reshape(leaves, by_row)
-    seen = op.Unsqueeze(op.Slice(listed_seen, zero, end, two), op.Constant(value_ints=[3]))
-    seen = op.Reshape(op.Expand(seen, op.Constant(value_ints=[1, 1, 1, block])), by_place)
+    nothing, hidden = (op.CastLike(op.Constant(value_float=number), queries) for number in (0.0, HIDDEN))
+    behind = op.Unsqueeze(op.Slice(listed_bias, zero, end, two), op.Constant(value_ints=[3]))
+    behind = op.Reshape(op.Expand(behind, op.Constant(value_ints=[1, 1, 1, block])), by_place)
     if beyond is not None:
-        seen = op.And(seen, op.Greater(op.Unsqueeze(rows, one), op.Unsqueeze(beyond, two)))
+        behind = op.Where(op.Greater(op.Unsqueeze(rows, one), op.Unsqueeze(beyond, two)), behind, hidden)
     last = op.Sub(op.Shape(keys, start=0, end=1), one)
     rows = op.Concat(exact, op.Min(rows, last), axis=1)
-    nothing, hidden = (op.CastLike(op.Constant(value_float=number), queries) for number in (0.0, HIDDEN))
-    bias = op.Unsqueeze(op.Where(op.Concat(exact_seen, seen, axis=2), nothing, hidden), one)
+    bias = op.Unsqueeze(op.Concat(op.Where(exact_seen, nothing, hidden), behind, axis=2), one)
     found = op.Transpose(op.CastLike(op.Gather(keys, rows, axis=0), queries), perm=[0, 2, 1])
     contents = op.CastLike(op.Gather(values, rows, axis=0), queries)
     scores = op.MatMul(queries, found)

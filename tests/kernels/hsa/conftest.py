@@ -36,7 +36,7 @@ TINY = Geometry(
 class Result:
     out: Tensor
     spans: Tensor
-    first: Tensor
+    choices: Tensor
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Case:
                 value_nodes=self.pool(v) if self.gate is not None else [],
                 gate=self.gate,
                 past_spans=past.spans if past else None,
-                past_first=past.first if past else None,
+                past_choices=past.choices if past else None,
                 scale=self.scale,
                 causal=self.causal,
                 sliding_window=self.sliding_window,

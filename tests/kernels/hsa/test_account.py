@@ -3,27 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from retrofit.kernels.hsa import blocked_execute, blocked_select, reference
 from retrofit.kernels.hsa.account import count
-from retrofit.kernels.hsa.geometry import Geometry
+from retrofit.kernels.hsa.geometry import UNUSED, Geometry
+from tests.kernels.hsa.conftest import Case
+
+
+@pytest.fixture
+def build(build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Leaves count whole or not at all."""
+    for module in (reference, blocked_select, blocked_execute):
+        monkeypatch.setattr(module, "FADE", 1)
+    return build
 
 
 def weights_on_keys(case: Any) -> tuple[Any, Tensor]:
     """How often each key counts for each query, [B, Hkv, T, N]: the output for one-hot values and nearly equal
-    scores, times the number of keys counted."""
+    scores, times the number of keys counted. What is chosen is up to the leaves' spreads."""
     eye = torch.eye(case.tokens, dtype=torch.float64).expand(*case.k.shape[:3], -1)
-    result = replace(case, q=case.q * 1e-4, v=eye).run()
+    result = Apart(**{**vars(case), "q": case.q * 1e-4, "v": eye}).run()
     shares = result.out[:, :: case.q.shape[1] // case.k.shape[1]]
     t = torch.arange(case.tokens)
     own = shares[:, :, t, t].unsqueeze(-1)  # every query counts its own key once
     return result, torch.where(own > 0, shares / own.clamp(min=1e-300), 0)
+
+
+class Apart(Case):
+    """A case whose leaves weigh very different amounts, though their scores do not."""
+
+    def spreads(self, x: Tensor, nodes: Tensor) -> Tensor | None:
+        spreads = super().spreads(x, nodes)
+        return None if spreads is None else spreads * 1e10
 
 
 OPTIONS = [
@@ -41,7 +59,7 @@ OPTIONS = [
 def account(case: Any, result: Any) -> tuple[Tensor, Tensor]:
     return count(
         result.spans,
-        result.first,
+        result.choices,
         case.start,
         case.length,
         queries=case.tokens,
@@ -119,7 +137,8 @@ def nodes_by_hand(case: Any, result: Any, row: int, head: int, t: int, n: int) -
     total += len(exact)
     executed = set()
     when = t - t0 if case.causal else g.query_block - 1
-    for leaf, first in zip(leaves.tolist(), result.first[row, head, block].tolist(), strict=True):
+    first_rows = g.first_rows(result.choices[row, head, block])
+    for leaf, first in zip(leaves.tolist(), first_rows.tolist(), strict=True):
         begin = g.sink + leaf * g.block
         if leaf < 0 or begin in window or (case.causal and begin > t) or begin + g.block <= low:
             continue
@@ -149,10 +168,14 @@ def test_cost_grows_like_the_logarithm_of_the_position() -> None:
     for tokens in [2**power for power in range(13, 18)]:
         blocks = g.blocks(tokens)
         spans = torch.arange(g.beam, dtype=torch.int32).expand(1, 1, blocks, -1)
-        first = torch.arange(g.leaf_width).remainder(g.query_block).to(torch.uint8).expand(1, 1, blocks, -1)
+        candidate = torch.arange(g.leaf_width)
+        choices = (
+            g.packed(candidate.remainder(g.query_block), candidate, candidate * 0 + 4096).int().sort().values
+        )
+        choices = pad(choices, (0, g.choices - g.leaf_width), value=UNUSED).expand(1, 1, blocks, -1)
         keys, nodes = count(
             spans,
-            first,
+            choices,
             torch.zeros(1, dtype=torch.int64),
             torch.tensor([tokens]),
             queries=1,

@@ -148,8 +148,14 @@ def test_equals_reference(name: str) -> None:
     case = CASES[name]()
     expected, actual = case.run(reference), case.run(blocked)
     assert torch.equal(actual[1], expected[1])
-    assert torch.equal(actual[2], expected[2])
-    assert error(actual[0], expected[0]) < 2e-6
+    # In float32 either may round a vote to the next of the steps in which a leaf fades in.
+    risen = [case.geometry.risen(x) for x in (actual[2], expected[2])]
+    assert (risen[0] - risen[1]).abs().max() <= 2
+    assert error(actual[0], expected[0]) < 1e-5
+    case.q, case.k, case.v = case.q.double(), case.k.double(), case.v.double()
+    expected, actual = case.run(reference), case.run(blocked)
+    assert all(torch.equal(*pair) for pair in zip(actual[1:], expected[1:], strict=True))
+    assert error(actual[0], expected[0]) < 1e-13
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from retrofit.errors import ConfigError
 from retrofit.kernels.hsa.decode import hsa_decode
-from retrofit.kernels.hsa.geometry import Geometry
+from retrofit.kernels.hsa.geometry import FADE, Geometry
 from retrofit.kernels.hsa.state import HSAState
 from retrofit.kernels.pyramid.ops import extend_spreads
 
@@ -30,7 +30,7 @@ def after(case: Any, tokens: int) -> tuple[Tensor, HSAState]:
     k = case.k[:, :, :tokens]
     nodes = case.pool(k)
     spreads = extend_spreads(k, nodes[0], None, case.start, new=tokens, ratio=g.node, offset=g.sink)
-    return done.out, HSAState(tuple(nodes), spreads, (), done.spans, done.first, g)
+    return done.out, HSAState(tuple(nodes), spreads, (), done.spans, done.choices, g)
 
 
 def decoded(case: Any, begin: int, steps: list[int]) -> tuple[Tensor, HSAState]:
@@ -60,7 +60,13 @@ def same_state(case: Any, actual: HSAState, expected: HSAState) -> None:
     """Compares what has a meaning to the bit: the selection, and the cells that each row's tokens complete."""
     g = case.geometry
     assert torch.equal(actual.spans, expected.spans)
-    assert torch.equal(actual.first, expected.first)
+    if (
+        case.q.is_cuda and case.q.dtype == torch.float32
+    ):  # other instructions may round a vote to the next step
+        risen = [g.risen(x.choices) for x in (actual, expected)]
+        assert (risen[0] - risen[1]).abs().max() <= FADE // 1024
+    else:
+        assert torch.equal(actual.choices, expected.choices)
     assert actual.spreads is not None and expected.spreads is not None
     for row, length in enumerate(case.length.tolist()):
         counts = [max(0, length - g.sink) // size for size in g.node_sizes]
@@ -142,7 +148,7 @@ def test_on_a_gpu_tokens_equal_the_whole(
     begin = case.tokens - sum(steps)
     out, state = decoded(case, begin, steps)
     expected, whole = after(case, case.tokens)
-    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    tolerance = 5e-5 if dtype == torch.float32 else 1e-2
     torch.testing.assert_close(out, expected[:, :, begin:], rtol=tolerance, atol=tolerance)
     same_state(case, state, whole)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from retrofit.kernels.hsa import blocked, triton, triton_backward
-from retrofit.kernels.hsa.geometry import Geometry
+from retrofit.kernels.hsa.geometry import FADE, UNUSED, Geometry
 
 DEFAULT = Geometry(
     window=256,
@@ -45,7 +45,7 @@ class Problem:
     case: Any
     begin: int
     spans: Tensor
-    first: Tensor
+    choices: Tensor
     grad: Tensor
 
     @property
@@ -54,23 +54,22 @@ class Problem:
         return q
 
     def seen(self, b: int) -> Tensor:
-        """What the new queries of row b see, bool [Hkv, T, N] by index."""
+        """How much the new queries of row b see of each key, [Hkv, T, N] by index."""
         case, g = self.case, self.case.geometry
         t = torch.arange(self.begin, case.tokens, device=case.q.device)[:, None] - case.start[b]
         j = torch.arange(case.tokens, device=case.q.device) - case.start[b]
-        block = (t // g.query_block).clamp(0, self.first.shape[2] - 1).squeeze(1)
-        leaf = (j - g.sink) // g.block
-        listed = torch.zeros(self.first.shape[1], len(t), len(j), dtype=torch.bool, device=t.device)
-        ids = g.block_leaf_ids(self.spans[b], torch.arange(self.first.shape[2], device=t.device))
-        for h in range(len(listed)):
-            rows = zip(ids[h, block], self.first[b, h, block], t.squeeze(1).tolist(), strict=True)
-            for i, (candidates, when, at) in enumerate(rows):
-                chosen = candidates[(when <= at % g.query_block) & (candidates >= 0)]
-                listed[h, i] = torch.isin(leaf, chosen)
+        block = (t // g.query_block).clamp(0, self.choices.shape[2] - 1).squeeze(1)
+        leaf = ((j - g.sink) // g.block).clamp(min=-1)
+        ids = g.block_leaf_ids(self.spans[b], torch.arange(self.choices.shape[2], device=t.device))[:, block]
+        made = self.choices[b][:, block]
+        risen = g.risen(torch.where(made < g.before(t % g.query_block + 1), made, UNUSED)) / FADE
+        by_leaf = risen.new_zeros(*risen.shape[:2], int(leaf.max()) + 2)
+        by_leaf.scatter_(2, torch.where(ids >= 0, ids, by_leaf.shape[2] - 1), risen)
+        chosen = torch.where(leaf >= 0, by_leaf[..., leaf.clamp(min=0)], 0)
         dense = (block + 1)[:, None] * g.query_block <= g.dense_end
-        window = g.window_start(t)
-        visible = dense | (j < g.sink) | (j >= window) | listed
-        return visible & (j >= 0) & (j <= t) & (t < case.length[b])
+        near = dense | (j < g.sink) | (j >= g.window_start(t))
+        visible = (j >= 0) & (j <= t) & (t < case.length[b])
+        return torch.where(near, 1.0, chosen) * visible
 
     def exact(self) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """The output, the log-sum-exp of the scores and the gradients in float64."""
@@ -78,7 +77,7 @@ class Problem:
         group = q.shape[1] // k.shape[1]
         scores = self.case.scale * q @ k.repeat_interleave(group, 1).transpose(2, 3)
         seen = torch.stack([self.seen(b) for b in range(len(q))]).repeat_interleave(group, 1)
-        scores = scores.masked_fill(~seen, -torch.inf)
+        scores = (scores + seen.clamp(min=0.5 / FADE).log()).masked_fill(seen == 0, -torch.inf)
         out = scores.softmax(-1).nan_to_num(0) @ v.repeat_interleave(group, 1)
         grads = torch.autograd.grad(out, (q, k, v), self.grad.double())
         return out.detach(), scores.detach().logsumexp(-1), tuple(x.nan_to_num(0) for x in grads)
@@ -86,7 +85,7 @@ class Problem:
     def by_triton(self, out: Tensor, lse: Tensor) -> list[Tensor]:
         """The gradients of q, k and v by the kernels."""
         given = (self.grad, self.queries, self.case.k, self.case.v, self.case.start, self.case.length)
-        selection = (self.spans, self.first, out.to(self.grad), lse.float())
+        selection = (self.spans, self.choices, out.to(self.grad), lse.float())
         scale, geometry = self.case.scale, self.case.geometry
         found = triton.hsa_attention_backward(
             *given, [], [], *selection, scale=scale, padded=True, geometry=geometry
@@ -98,7 +97,7 @@ class Problem:
         given = (self.grad, self.queries, self.case.k, self.case.v, self.case.start, self.case.length)
         options = {"scale": self.case.scale, "causal": True, "sliding_window": 0}
         found = blocked.hsa_attention_backward(
-            *given, [], [], None, self.spans, self.first, **options, geometry=self.case.geometry
+            *given, [], [], None, self.spans, self.choices, **options, geometry=self.case.geometry
         )
         return list(found[:3])
 
@@ -107,7 +106,7 @@ def problem(case: Any, begin: int = 0) -> Problem:
     past = case.run(0, begin) if begin else None
     result = case.run(begin, None, past)
     grad = torch.randn(result.out.shape, dtype=torch.float64).to(result.out)
-    return Problem(case, begin, result.spans, result.first, grad)
+    return Problem(case, begin, result.spans, result.choices, grad)
 
 
 def error(actual: Tensor, expected: Tensor) -> float:
@@ -193,7 +192,7 @@ def test_gradients_on_a_gpu(build: Callable[..., Any], inputs: dict[str, Any], d
     case = build(inputs.pop("tokens"), **inputs)
     case = on_gpu(replace(case, geometry=geometry or case.geometry), dtype)
     result = case.run()
-    given = Problem(case, 0, result.spans, result.first, torch.randn_like(result.out))
+    given = Problem(case, 0, result.spans, result.choices, torch.randn_like(result.out))
     actual = torch.autograd.grad(result.out, (case.q, case.k, case.v), given.grad)
     bound = given.by_blocks()
     exact = replace(given, case=on_gpu(case, torch.float64), grad=given.grad.double()).by_blocks()
