@@ -39,7 +39,7 @@ import sys
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
-from retrofit.kernels.hsa import triton as kernels
+from retrofit.kernels.hsa import triton as kernels, triton_decode
 from retrofit.kernels.hsa.geometry import Geometry
 
 class Driver:
@@ -65,6 +65,10 @@ spans, choices = g.selection(k, None, None)
 lse = torch.empty(1, 8, 2**18, device="meta")
 kernels.hsa_attention_backward(
     q, q, k, k, at, at, nodes, [], spans, choices, q, lse, scale=0.1, padded=False, geometry=g
+)
+triton_decode.hsa_decode(
+    q[:, :, :1], k, k, at, at, nodes, spreads, spans, choices, [None] * g.levels,
+    scale=0.1, pooling="mean", padded=False, ending=True, geometry=g,
 )
 print(*sorted(name for name, code in compiled.items() if len(code) > 1000))
 """
@@ -137,7 +141,8 @@ def test_every_kernel_compiles(capability: int) -> None:
     forward = {"top_scores", "refine", "keep", "choose", "list_blocks", "attend_listed", "attend_run"}
     backward = {"count_entries", "write_entries", "count_steps"}
     backward |= {"query_gradients", "key_gradients", "join_gradients"}
-    assert set(result.stdout.split()) == forward | backward
+    decoding = {"grow_levels", "vote_parts", "settle_parts", "attend_parts", "join_parts"}
+    assert set(result.stdout.split()) == forward | backward | decoding
 
 
 def test_what_the_kernels_cannot_do_is_refused(build: Callable[..., Any]) -> None:
