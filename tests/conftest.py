@@ -36,6 +36,15 @@ def _seed() -> Iterator[None]:
 
 
 @pytest.fixture
+def whole_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """HSA's leaves count whole or not at all, so that what is executed can be counted."""
+    from retrofit.kernels.hsa import blocked_execute, blocked_select, reference
+
+    for module in (reference, blocked_select, blocked_execute):
+        monkeypatch.setattr(module, "FADE", 1)
+
+
+@pytest.fixture
 def tiny_llama() -> Callable[..., Any]:
     """A factory of randomly initialised two-layer Llama models with grouped queries."""
     from transformers import LlamaConfig, LlamaForCausalLM

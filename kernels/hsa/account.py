@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -73,18 +74,31 @@ class _Blocks:
     sliding_window: int
     geometry: Geometry
 
+    @cached_property
+    def leaves(self) -> Tensor:
+        """Leaf candidates, [B, Hkv, NB, C]."""
+        return self.geometry.block_leaf_ids(self.spans, self.block, None if self.causal else self.length)
+
+    @cached_property
+    def listed(self) -> Tensor:
+        """The leaves that are chosen, [B, Hkv, NB, E]."""
+        return self.leaves.gather(-1, self.geometry.unpacked(self.choices.to(torch.int64))[1])
+
+    @cached_property
+    def when(self) -> Tensor:
+        """The rows that choose them, [B, Hkv, NB, E]; ``query_block`` for none."""
+        return self.geometry.unpacked(self.choices)[0]
+
     def row(self, row: int, summaries: bool) -> tuple[Tensor, Tensor]:
         """Keys and nodes of the queries in place ``row`` of their blocks."""
         g = self.geometry
         t0, t = self.block * g.query_block, self.block * g.query_block + row
+        leaves, listed, when = self.leaves, self.listed, self.when
         whole = g.complete(self.length)
         covered, reach = (g.covered(t0), g.covered(t)) if self.causal else (whole, whole)
         end = t + 1 if self.causal else self.length
-        leaves = g.block_leaf_ids(self.spans, self.block, None if self.causal else self.length)
         begin = g.sink + leaves * g.block
         outside = (leaves >= 0) & self.outside_window(begin, t[:, None])
-        when, candidate, _ = g.unpacked(self.choices.to(torch.int64))
-        listed = leaves.gather(-1, candidate)
         from_ = g.sink + listed * g.block
         executed = self.outside_window(from_, t[:, None]) & (
             when <= (row if self.causal else g.query_block - 1)
@@ -100,7 +114,7 @@ class _Blocks:
         scored = outside & (self.seen(begin, begin + g.block, t[:, None]) > 0)
         nodes = scored.sum(-1) * g.nodes_in_span(0) + exact + self.coarse_nodes(covered) / g.query_block
         if summaries:
-            nodes = nodes + self.cover_nodes(*self.touched(listed, executed), t, covered, reach)
+            nodes = nodes + self.cover_nodes(torch.where(executed, listed, -1), t, covered, reach)
         dense = (t if self.causal else self.length - 1) < g.dense_end
         keys = torch.where(dense, self.seen(0, end, t), exact + chosen)
         return keys, torch.where(dense, 0.0, nodes)
@@ -127,16 +141,11 @@ class _Blocks:
             total = total + candidates * g.nodes_per_span
         return total
 
-    def touched(self, leaves: Tensor, executed: Tensor) -> tuple[Tensor, Tensor]:
-        """The executed ones of the listed leaves, ascending, and which places hold one."""
-        order = torch.where(executed, leaves, -1).sort(-1).values
-        return order, order >= 0
-
-    def cover_nodes(
-        self, leaves: Tensor, executed: Tensor, t: Tensor, covered: Tensor, reach: Tensor
-    ) -> Tensor:
-        """Nodes of the cover of what is not executed among the first ``reach`` leaves."""
+    def cover_nodes(self, leaves: Tensor, t: Tensor, covered: Tensor, reach: Tensor) -> Tensor:
+        """Nodes of the cover of what is not executed among the first ``reach`` leaves; −1 is no executed one."""
         g = self.geometry
+        leaves = leaves.sort(-1).values
+        executed = leaves >= 0
         top = g.top_level(covered)
         limits = torch.zeros_like(t)
         if self.sliding_window:

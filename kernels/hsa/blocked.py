@@ -123,10 +123,6 @@ def block_step(
 ) -> tuple[Tensor, Tensor]:
     """Leaf step and execution of R query blocks of each row; a pure function of tensors.
 
-    For export, give ``tiles`` (``blocked_execute.max_tiles(geometry)`` always suffices), get ``queries`` from
-    ``blocked_call.block_queries`` and ``spans`` from ``blocked_select.coarse_spans``, and make the tables with
-    ``blocked_select.leaf_nodes`` and ``blocked_rows.aligned_rows(k, …)``.
-
     Args:
         queries: All places of the blocks, times the scale, zero where none is, [B, Hkv, R, G·query_block, D],
             in the dtype of the scores.
@@ -138,7 +134,8 @@ def block_step(
         low: First position of a new query in each row, int64 [B].
         high: End of the new queries in each row, int64 [B].
         length: Number of real tokens of each row, int64 [B].
-        tiles: Tiles of the list of leaves to execute; None for as many as the longest list needs.
+        tiles: Tiles of the list of leaves to execute (``blocked_execute.max_tiles`` always suffices); None for as
+            many as the longest list needs.
         causal: Whether a query sees only itself and what lies before it.
         sliding_window: A query sees no keys this far or farther before it; 0 for no limit.
         geometry: The sizes.

@@ -163,19 +163,16 @@ def wanted(votes: Tensor, allowed: Tensor, counted: Votes, geometry: Geometry) -
 
 def _cut(votes: Tensor, allowed: Tensor, room: int, least: int) -> Tensor | int:
     """What votes must be above: the highest one, of at least ``least``, for which there is no room; [..., Q, 1]."""
-    width = votes.shape[-1]
-    if room >= width:
+    if room >= votes.shape[-1]:
         return least
     counted = torch.where(allowed, votes, -torch.inf)
-    if votes.device.type == "cpu" and not torch.compiler.is_exporting():
+    if _runs_on_cpu(votes):
         cut = votes.new_full((*votes.shape[:-1], 1), least)
         crowded = (counted > least).sum(-1, dtype=torch.int32) > room
         if bool(crowded.any()):
-            place = width - room - 1  # NumPy selects with vector instructions, PyTorch without
-            found = np.partition(counted[crowded].detach().numpy(), place, axis=-1)[..., place, None]
-            cut[crowded] = torch.from_numpy(found)
+            cut[crowded] = _highest(counted[crowded], room + 1)
         return cut
-    return counted.topk(room + 1, dim=-1, sorted=False).values.amin(-1, keepdim=True).clamp(min=least)
+    return _highest(counted, room + 1).clamp(min=least)
 
 
 def add_choices(choices: Tensor, levels: Tensor, new: Tensor, row: Tensor, geometry: Geometry) -> Tensor:
@@ -194,7 +191,7 @@ def add_choices(choices: Tensor, levels: Tensor, new: Tensor, row: Tensor, geome
     rises = (reached[..., 1:, :] - reached[..., :-1, :]).flatten(-2)
     count = (choices < UNUSED).sum(-1)
     row = row.expand(levels.shape[:-1])
-    if levels.device.type == "cpu" and not torch.compiler.is_exporting():
+    if _runs_on_cpu(levels):
         found = choices.flatten(0, -2).clone()
         of, at = rises.flatten(0, -2).nonzero(as_tuple=True)
         each = of.bincount(minlength=len(found))
@@ -343,25 +340,36 @@ def best(votes: Tensor, allowed: Tensor, count: int) -> Tensor:
     """The ``count`` highest votes among the allowed, ties to the lower index: bool [..., W]."""
     if count >= votes.shape[-1]:
         return allowed
-    if votes.device.type == "cpu" and not torch.compiler.is_exporting():
+    if _runs_on_cpu(votes):
         crowded = allowed.sum(-1, dtype=torch.int32) > count
         if bool(crowded.any()):
             allowed = allowed.clone()
             allowed[crowded] = _best_on_cpu(votes[crowded], allowed[crowded], count)
         return allowed
     votes = torch.where(allowed, votes, -torch.inf)
-    least = votes.topk(count, dim=-1, sorted=False).values.amin(-1, keepdim=True)
-    return _at_least(votes, least, count) & allowed
+    return _at_least(votes, _highest(votes, count), count) & allowed
 
 
 def _best_on_cpu(votes: Tensor, allowed: Tensor, count: int) -> Tensor:
     votes = torch.where(allowed, votes, -torch.inf)
-    place = votes.shape[-1] - count  # NumPy selects with vector instructions, PyTorch without
-    least = torch.from_numpy(np.partition(votes.detach().numpy(), place, axis=-1)[..., place, None])
+    least = _highest(votes, count)
     chosen = votes >= least
     if int(chosen.sum()) == count * least.numel():  # no ties
         return chosen
     return _at_least(votes, least, count)
+
+
+def _highest(votes: Tensor, count: int) -> Tensor:
+    """The ``count``-th highest of votes [..., W]: [..., 1]."""
+    if not _runs_on_cpu(votes):
+        return votes.topk(count, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    place = votes.shape[-1] - count  # NumPy selects with vector instructions, PyTorch without
+    return torch.from_numpy(np.partition(votes.detach().numpy(), place, axis=-1)[..., place, None])
+
+
+def _runs_on_cpu(x: Tensor) -> bool:
+    """Whether a look at the data costs nothing, and nothing is exported."""
+    return x.device.type == "cpu" and not torch.compiler.is_exporting()
 
 
 def _at_least(votes: Tensor, least: Tensor, count: int) -> Tensor:

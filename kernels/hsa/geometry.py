@@ -43,6 +43,8 @@ FADE = 2**12
 """Parts in which a leaf fades in."""
 RISE_BITS = 13
 """Bits of a rise, which is 1 … FADE."""
+MOST_PLACES = 2 ** (31 - RISE_BITS) - 1
+"""Rows of a block times leaf candidates, at most: what a choice has bits for."""
 UNUSED = 2**31 - 1
 """In the places of a list of choices that hold none."""
 

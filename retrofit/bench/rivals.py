@@ -117,9 +117,8 @@ def flex_mask(inputs: Inputs, spans: Tensor, choices: Tensor, geometry: Geometry
     device, blocks = choices.device, choices.shape[2]
     number = torch.arange(blocks, device=device)
     leaves = g.block_leaf_ids(spans, number)
-    ordered, _, count = listed(
-        leaves, choices, g, torch.float32
-    )  # [1, Hkv, NB, E], [1, Hkv, NB, query_block]
+    # [1, Hkv, NB, E], and [1, Hkv, NB, query_block]
+    ordered, _, count = listed(leaves, choices, g, torch.float32)
     key_blocks = tokens // g.block
     rank = torch.full((*choices.shape[:3], key_blocks + 1), 2**14, dtype=torch.int16, device=device)
     place = torch.arange(ordered.shape[-1], device=device, dtype=torch.int16).expand(ordered.shape)

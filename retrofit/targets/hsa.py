@@ -15,7 +15,7 @@ from retrofit.configs import HSAConfig
 from retrofit.errors import CacheError, ConfigError
 from retrofit.kernels.hsa.account import count
 from retrofit.kernels.hsa.decode import can_decode, hsa_decode
-from retrofit.kernels.hsa.geometry import MAX_POSITIONS, Geometry
+from retrofit.kernels.hsa.geometry import MAX_POSITIONS, MOST_PLACES, Geometry
 from retrofit.kernels.hsa.ops import hsa_attention
 from retrofit.kernels.hsa.selector import sample_positions, selector_loss
 from retrofit.kernels.hsa.state import HSAState
@@ -36,7 +36,7 @@ def geometry_of(config: HSAConfig) -> Geometry:
     if dense_until is None:
         reach = config.sink + config.window + config.budget
         dense_until = -(-reach // config.query_block) * config.query_block
-    return Geometry(
+    geometry = Geometry(
         window=config.window,
         sink=config.sink,
         budget=config.budget,
@@ -50,6 +50,13 @@ def geometry_of(config: HSAConfig) -> Geometry:
         threshold=config.threshold,
         spread=config.spread,
     )
+    places = geometry.query_block * geometry.leaf_width
+    if places > MOST_PLACES:
+        raise ConfigError(
+            f"query_block times the leaves to choose from, beam·fanout and a few, must be at most {MOST_PLACES:,}, "
+            f"got {geometry.query_block} times {geometry.leaf_width:,}; lower beam, fanout or query_block"
+        )
+    return geometry
 
 
 class HSAAttention(TargetAttention):

@@ -11,7 +11,6 @@ from retrofit.bench.inputs import Inputs
 from retrofit.bench.rivals import dense_runs, flex_mask
 from retrofit.cache import RetrofitLayer
 from retrofit.configs import HSAConfig
-from retrofit.kernels.hsa import blocked_execute, blocked_select
 from retrofit.kernels.hsa.state import HSAState
 from retrofit.targets.hsa import HSAAttention
 
@@ -26,9 +25,8 @@ def _inputs(heads: int, kv_heads: int, tokens: int) -> Inputs:
     return Inputs(q, k, v, 0.25)
 
 
-def test_flex_attention_is_given_the_blocks_that_were_selected(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (blocked_select, blocked_execute):
-        monkeypatch.setattr(module, "FADE", 1)  # leaves count whole or not at all
+@pytest.mark.usefixtures("whole_leaves")
+def test_flex_attention_is_given_the_blocks_that_were_selected() -> None:
     inputs = _inputs(4, 2, 192)
     target = HSAAttention(
         CONFIG,

@@ -18,7 +18,6 @@ from retrofit.errors import DataError
 from retrofit.evaluate import evaluate
 from retrofit.evaluate.account import counting
 from retrofit.evaluate.logits import run
-from retrofit.kernels.hsa import blocked_execute, blocked_select
 
 LENGTH = 200
 
@@ -104,12 +103,9 @@ def test_strides_score_each_token_once_with_the_most_before_it(converted: Any, i
     assert evaluate(converted, ids, length=LENGTH, stride=100, sequences=2).sequences == 2
 
 
-def test_keys_are_those_that_the_output_depends_on(
-    converted: Any, ids: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("whole_leaves")  # one that fades in in two steps is executed twice
+def test_keys_are_those_that_the_output_depends_on(converted: Any, ids: Tensor) -> None:
     """Counts by gradient: a key is executed for a query if the query's output depends on its value."""
-    for module in (blocked_select, blocked_execute):
-        monkeypatch.setattr(module, "FADE", 1)  # a leaf that fades in in two steps is executed twice
     model = converted
     window = ids[None, :LENGTH]
     caught: dict[str, Any] = {}

@@ -80,6 +80,13 @@ def test_rows_beyond_the_grid_are_refused(tiny_hsa: HSAConfig) -> None:
         HSAAttention(tiny_hsa, **SHAPE)(q, k, k, call(tokens, [0]))
 
 
+def test_more_leaves_than_a_choice_has_bits_for_are_refused(tiny_hsa: HSAConfig) -> None:
+    beam = 262_144 // (tiny_hsa.query_block * tiny_hsa.fanout)
+    with pytest.raises(ConfigError, match=r"at most 262,143, got .* lower beam"):
+        geometry_of(replace(tiny_hsa, beam=beam))
+    assert geometry_of(replace(tiny_hsa, beam=beam // 2)).beam == beam // 2
+
+
 def test_dense_until_stands_for_all_that_fits(tiny_hsa: HSAConfig) -> None:
     assert geometry_of(tiny_hsa).dense_until == 72
     assert geometry_of(replace(tiny_hsa, query_block=16)).dense_until == 80

@@ -11,18 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from retrofit.kernels.hsa import blocked_execute, blocked_select, reference
 from retrofit.kernels.hsa.account import count
 from retrofit.kernels.hsa.geometry import UNUSED, Geometry
 from tests.kernels.hsa.conftest import Case
 
-
-@pytest.fixture
-def build(build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """Leaves count whole or not at all."""
-    for module in (reference, blocked_select, blocked_execute):
-        monkeypatch.setattr(module, "FADE", 1)
-    return build
+pytestmark = pytest.mark.usefixtures("whole_leaves")
 
 
 def weights_on_keys(case: Any) -> tuple[Any, Tensor]:
