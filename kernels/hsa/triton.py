@@ -30,6 +30,8 @@ __all__ = ["hsa_attention", "hsa_attention_backward", "unsupported"]
 
 KEYS = 64
 """Keys of one step of the softmax, for rows of at most 256 bytes."""
+FUSED_FROM = 2048
+"""Tokens of the dense start from which PyTorch's kernel is worth its launch and two copies."""
 PROGRAMS = 2
 """Programs to a multiprocessor, of kernels whose programs take one tile after another."""
 CHOOSE = {"num_warps": 8, "num_stages": 2, "maxnreg": 128}
@@ -99,7 +101,11 @@ def hsa_attention(
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     call = Call.of(q, k, v, geometry, padded=padded)
     spans, choices = geometry.selection(k, past_spans, past_choices)
-    fused = call.starts_dense and dense.can_attend(q, k, v)
+    fused = (
+        call.starts_dense
+        and dense.can_attend(q, k, v)
+        and (call.is_dense or geometry.dense_end >= FUSED_FROM)
+    )
     if call.is_dense and fused:
         out, lse = dense.attend(q, k, v, scale)
         return out, spans, choices, lse
@@ -108,11 +114,11 @@ def hsa_attention(
     lse = make(q.shape[:3], dtype=torch.float32, device=q.device)
     lists = start, start, length  # not read where nothing is sparse
     tiles = call.tiles[0] * call.tiles[1]
-    todo = torch.zeros(1 + tiles, dtype=torch.int32, device=q.device)
+    todo = (torch.zeros if call.is_dense else torch.empty)(1 + tiles, dtype=torch.int32, device=q.device)
     if not call.is_dense:
         nodes = [x.contiguous() for x in nodes]
         keep_spans(call, q, nodes, start, length, spans, scale)
-        shift = _choose_leaves(call, q, k, nodes[0], spreads, start, length, spans, choices, scale)
+        shift = _choose_leaves(call, q, k, nodes[0], spreads, start, length, spans, choices, todo, scale)
         lists = call.list_blocks(start, length, spans, choices)
         execute.attend_listed[call.tiles](
             q, k, v, start, length, *lists, shift, todo, out, lse, *strides(q, k, v), *call.extent,
@@ -177,17 +183,21 @@ def _choose_leaves(
     length: Tensor,
     spans: Tensor,
     choices: Tensor,
+    todo: Tensor,
     scale: float,
 ) -> Tensor:
-    """The leaf step: adds to ``choices``, and returns the shift of each query's scores, [B, Hq, T]."""
+    """The leaf step: adds to ``choices``, and returns the shift of each query's scores, [B, Hq, T].
+
+    Makes ``todo`` an empty list.
+    """
     g, width = call.geometry, power(call.geometry.leaf_width)
     leaves = nodes.shape[2] // g.nodes_in_span(0)
     tiles = call.blocks * call.rows
     programs = min(tiles, PROGRAMS * processors(q.device))
-    scratch = torch.empty(programs, g.query_block, width + g.fanout, dtype=torch.int32, device=q.device)
+    scratch = torch.empty(programs, g.query_block, width + g.fanout, dtype=call.votes.dtype, device=q.device)
     shift = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     choose[(programs,)](
-        q, k, nodes, spreads, start, length, spans, choices, shift, scratch, *strides(q, k), *nodes.stride()[:2],
+        q, k, nodes, spreads, start, length, spans, choices, shift, scratch, todo, *strides(q, k), *nodes.stride()[:2],
         *spread_strides(spreads), *call.extent, call.total_blocks, leaves, tiles, scale, g.spread,
         g.least_vote(call.votes), **choosing(call), **scoring(call),
     )  # fmt: skip

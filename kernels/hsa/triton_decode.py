@@ -88,7 +88,7 @@ def _choose(
     pairs = -(-g.leaf_width // (2 * g.fanout))
     each = -(-pairs // _parts(q.device, call.blocks * call.rows, pairs))
     shape = (call.rows, call.blocks)
-    votes = torch.empty(*shape, g.query_block, width + g.fanout, dtype=torch.int32, device=q.device)
+    votes = torch.empty(*shape, g.query_block, width + g.fanout, dtype=call.votes.dtype, device=q.device)
     parts.vote_parts[(call.blocks, call.rows, -(-pairs // each))](
         q, k, nodes, spreads, start, length, spans, votes, *strides(q, k), *nodes.stride()[:2],
         *spread_strides(spreads), *call.extent, call.total_blocks, nodes.shape[2] // g.nodes_in_span(0), each,
@@ -97,7 +97,8 @@ def _choose(
     lists = call.empty_lists(q.device)
     parts.settle_parts[(call.blocks, call.rows)](
         start, length, spans, choices, votes, *lists, *call.extent, call.total_blocks, g.least_vote(call.votes),
-        **choosing(call), MOST=call.votes.most, CHOICES_PAD=power(g.choices), LIST=call.list_width, **call.shared, **call.leaves, num_warps=4,
+        **choosing(call), CHOICES_PAD=power(g.choices), LIST=call.list_width, **call.shared, **call.leaves,
+        num_warps=4,
     )  # fmt: skip
     return lists
 

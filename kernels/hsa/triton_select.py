@@ -13,6 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from retrofit.kernels.launch import kernel
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-(2**31))
 """Sorts below every candidate."""
@@ -68,7 +70,7 @@ def among_best(keys, COUNT: tl.constexpr, COUNT_PAD: tl.constexpr):
     return above | level
 
 
-@triton.jit(do_not_specialize=["slots", "tokens", "blocks", "node_count"])
+@kernel(do_not_specialize=["slots", "tokens", "blocks", "node_count"])
 def top_scores(
     q, nodes, start, length, scores,
     stride_qb, stride_qh, stride_qt, stride_nb, stride_nh,
@@ -116,7 +118,7 @@ def top_scores(
             tl.store(out[:, None] + s_id[None], best, mask=mine[:, None] & (s_id[None] < end))
 
 
-@triton.jit(do_not_specialize=["slots", "tokens", "blocks", "total_blocks", "node_count"])
+@kernel(do_not_specialize=["slots", "tokens", "blocks", "total_blocks", "node_count"])
 def refine(
     q, nodes, start, length, spans, scores,
     stride_qb, stride_qh, stride_qt, stride_nb, stride_nh,
@@ -165,7 +167,7 @@ def refine(
                 )
 
 
-@triton.jit(do_not_specialize=["slots", "tokens", "blocks", "total_blocks"])
+@kernel(do_not_specialize=["slots", "tokens", "blocks", "total_blocks"])
 def keep(
     start, length, spans, scores,
     slots, tokens, blocks, total_blocks, scale,
