@@ -35,7 +35,7 @@ class Kernel:
 
     def _launch(self, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
         device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
-        key = (device, tuple(constants.values()), tuple([_kind(x) for x in arguments]))
+        key = device, tuple(constants.values()), _kinds(arguments)
         found = self._compiled.get(key)
         if found is not None:
             compiled, others = found
@@ -44,7 +44,7 @@ class Kernel:
         compiled = self.function[grid](*arguments, **constants)
         if compiled is not None:  # the interpreter compiles nothing
             names = self.function.arg_names[len(arguments) :]
-            self._compiled[key] = compiled, tuple(constants[name] for name in names)
+            self._compiled[key] = compiled, tuple([constants[name] for name in names])
 
 
 def kernel(**options: Any) -> Callable[[Any], Kernel]:
@@ -56,13 +56,17 @@ def kernel(**options: Any) -> Callable[[Any], Kernel]:
     return decorate
 
 
-def _kind(x: Any) -> Hashable:
+def _kinds(arguments: tuple[Any, ...]) -> Hashable:
     """What a kernel is compiled for: of a tensor its dtype and whether it is aligned, of an integer whether it is 1,
     a multiple of 16, and of how many bits."""
-    if isinstance(x, Tensor):
-        return x.dtype, x.data_ptr() & 15 == 0
-    if isinstance(x, int):
-        return 1 if x == 1 else 2 + (x & 15 == 0) + 2 * (not -INT32 <= x < INT32)
-    if isinstance(x, tuple):
-        return tuple([_kind(y) for y in x])
-    return type(x)
+    kinds: list[Any] = []
+    for x in arguments:
+        if type(x) is int:
+            kinds.append(1 if x == 1 else 2 + (x & 15 == 0) + 2 * (not -INT32 <= x < INT32))
+        elif isinstance(x, Tensor):
+            kinds.append(x.dtype if x.data_ptr() & 15 == 0 else (x.dtype,))
+        elif type(x) is tuple:
+            kinds.append(_kinds(x))
+        else:
+            kinds.append(type(x))
+    return tuple(kinds)

@@ -12,7 +12,7 @@ CUDA graph.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from retrofit.kernels.hsa import triton_execute as execute
 from retrofit.kernels.hsa import triton_select as select
 from retrofit.kernels.hsa.geometry import FADE, Geometry
 from retrofit.kernels.hsa.triton_backward import hsa_attention_backward
-from retrofit.kernels.hsa.triton_call import Call, power
+from retrofit.kernels.hsa.triton_call import CALLS, Call, power
 from retrofit.kernels.hsa.triton_choose import choose
 
 __all__ = ["hsa_attention", "hsa_attention_backward", "unsupported"]
@@ -139,17 +139,9 @@ def keep_spans(
 ) -> None:
     """The coarse steps: fills ``spans`` where a new query is the first of its block."""
     g = call.geometry
-    width = g.beam * g.fanout + g.fanout
+    width = _coarse_width(g)
     scores = torch.empty(call.rows, call.blocks, call.group, width, dtype=torch.float32, device=q.device)
-    coarse = {
-        **call.shared,
-        "LEVELS": g.levels,
-        "GROUP": call.group,
-        "FANOUT": g.fanout,
-        "BEAM": g.beam,
-        "WIDTH": width,
-    }
-    group_pad = power(call.group)
+    coarse, group_pad = _coarse(call), power(call.group)
     highest = g.top_level(g.covered(call.slots - 1))
     for level in range(highest, 0, -1):
         at_nodes = (nodes[level].stride(0), nodes[level].stride(1))
@@ -204,6 +196,25 @@ def _choose_leaves(
     return shift
 
 
+@lru_cache(CALLS)
+def _coarse(call: Call) -> dict[str, Any]:
+    """Constants of the kernels of the coarse steps."""
+    g = call.geometry
+    return {
+        **call.shared,
+        "LEVELS": g.levels,
+        "GROUP": call.group,
+        "FANOUT": g.fanout,
+        "BEAM": g.beam,
+        "WIDTH": _coarse_width(g),
+    }
+
+
+def _coarse_width(g: Geometry) -> int:
+    return g.beam * g.fanout + g.fanout
+
+
+@lru_cache(CALLS)
 def _execution(call: Call) -> dict[str, Any]:
     """Constants of the kernels that attend."""
     return {
@@ -218,6 +229,7 @@ def _execution(call: Call) -> dict[str, Any]:
     }
 
 
+@lru_cache(CALLS)
 def scoring(call: Call) -> dict[str, Any]:
     """Constants of the kernels that vote for leaves."""
     return {
@@ -234,6 +246,7 @@ def scoring(call: Call) -> dict[str, Any]:
     }
 
 
+@lru_cache(CALLS)
 def choosing(call: Call) -> dict[str, Any]:
     """Constants of the kernels that choose leaves by their votes."""
     votes = call.votes

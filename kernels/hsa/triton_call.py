@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ TILE_ROWS = 128
 """Queries times heads in a tile of 128 dims or fewer."""
 MOST_KEYS = 128
 """Keys in a step of any kernel, at most."""
+CALLS = 256
+"""Calls of different sizes that are remembered."""
 
 
 def power(n: int) -> int:
@@ -28,9 +31,9 @@ def padded(dim: int) -> int:
     return max(16, power(dim))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Call:
-    """The sizes of one call."""
+    """The sizes of one call. Calls of the same sizes are one object, so that what follows from them is found once."""
 
     batch: int
     heads: int
@@ -70,37 +73,37 @@ class Call:
         slots, value_dim = k.shape[2], v.shape[3]
         layout = (ENDING if ending else PADDED if padded else WHOLE).value
         room = geometry.blocks(slots) if total_blocks is None else total_blocks
-        return Call(
+        return _call(
             batch, heads, k.shape[1], tokens, slots, dim, value_dim, q.element_size(), layout, geometry, room
         )
 
-    @property
+    @cached_property
     def group(self) -> int:
         """Query heads to a kv head."""
         return self.heads // self.kv_heads
 
-    @property
+    @cached_property
     def rows(self) -> int:
         """Batch rows times kv heads."""
         return self.batch * self.kv_heads
 
-    @property
+    @cached_property
     def blocks(self) -> int:
         """Query blocks that the new queries of a row can reach into."""
         size = self.geometry.query_block
         return (self.tokens + 2 * size - 2) // size
 
-    @property
+    @cached_property
     def tile_heads(self) -> int:
         """Heads of a group in a tile of the kernels that choose and attend."""
         return self.heads_per_tile(TILE_ROWS // 2 if max(self.dim, self.value_dim) > 128 else TILE_ROWS)
 
-    @property
+    @cached_property
     def tiles(self) -> tuple[int, int]:
         """Grid of the kernels that attend."""
         return self.blocks, -(-self.group // self.tile_heads) * self.rows
 
-    @property
+    @cached_property
     def votes(self) -> Votes:
         """How finely votes are counted."""
         return Votes.of(torch.float32 if self.bytes == 4 else torch.bfloat16)
@@ -120,7 +123,7 @@ class Call:
         """What every kernel is told of the lengths."""
         return self.slots, self.tokens, self.blocks
 
-    @property
+    @cached_property
     def shared(self) -> dict[str, Any]:
         """Constants of every kernel."""
         g = self.geometry
@@ -134,7 +137,17 @@ class Call:
             "LAYOUT": self.layout,
         }
 
-    @property
+    @cached_property
+    def listing(self) -> dict[str, Any]:
+        """Constants of the kernels that list leaves."""
+        return {
+            **self.shared,
+            **self.leaves,
+            "CHOICES_PAD": power(self.geometry.choices),
+            "LIST": self.list_width,
+        }
+
+    @cached_property
     def leaves(self) -> dict[str, Any]:
         """Constants of the kernels that meet leaf candidates."""
         g = self.geometry
@@ -146,13 +159,13 @@ class Call:
             "CHOICES": g.choices,
         }
 
-    @property
+    @cached_property
     def product(self) -> dict[str, Any]:
         """Constants of products with queries."""
         precision = "ieee" if self.bytes == 4 else "tf32"
         return {"DIM": self.dim, "DIM_PAD": padded(self.dim), "PRECISION": precision}
 
-    @property
+    @cached_property
     def values(self) -> dict[str, Any]:
         """Constants of products with values."""
         return {"VALUE_DIM": self.value_dim, "VALUE_PAD": padded(self.value_dim)}
@@ -161,7 +174,7 @@ class Call:
         """Heads of a group in a tile of about so many rows."""
         return max(1, min(power(self.group), rows // self.geometry.query_block))
 
-    @property
+    @cached_property
     def list_width(self) -> int:
         """Places of the list of a block: sinks, window, all choices, and room to read on."""
         g = self.geometry
@@ -181,7 +194,9 @@ class Call:
         """The lists, filled."""
         lists = self.empty_lists(choices.device)
         list_blocks[(self.blocks, self.rows)](
-            start, length, spans, choices, *lists, *self.extent, self.total_blocks,
-            **self.shared, **self.leaves, CHOICES_PAD=power(self.geometry.choices), LIST=self.list_width, num_warps=1,
+            start, length, spans, choices, *lists, *self.extent, self.total_blocks, **self.listing, num_warps=1
         )  # fmt: skip
         return lists
+
+
+_call = lru_cache(CALLS)(Call)

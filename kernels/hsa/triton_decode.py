@@ -97,8 +97,7 @@ def _choose(
     lists = call.empty_lists(q.device)
     parts.settle_parts[(call.blocks, call.rows)](
         start, length, spans, choices, votes, *lists, *call.extent, call.total_blocks, g.least_vote(call.votes),
-        **choosing(call), CHOICES_PAD=power(g.choices), LIST=call.list_width, **call.shared, **call.leaves,
-        num_warps=4,
+        **choosing(call), **call.listing, num_warps=4,
     )  # fmt: skip
     return lists
 
