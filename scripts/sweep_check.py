@@ -1,10 +1,11 @@
 """Converts a tiny model of one architecture and says what became of it.
 
-    llama, LlamaConfig, LlamaForCausalLM  →  {"sites": 2, "convertible": 2, "verdict": "converted", …}
+    llama, LlamaConfig, LlamaForCausalLM  →  {"sites": 2, "convertible": 2, "hsa_sites": 2, "verdict": "converted", …}
 
 Attention found by retrofit is held against the calls to softmax and SDPA that a dispatch mode counts in a forward of
-the model. Then comes the conversion with its proofs; the outputs with dense attention and with HSA in its dense
-limit; ``generate()`` with both, greedy and left-padded; and the way back.
+the model. Then comes the conversion to ``DenseConfig`` with its proofs, which the verdict is about; the conversion to
+HSA in its dense limit, of the sites that HSA takes; the outputs and ``generate()`` of both, greedy and left-padded; and
+the way back.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 import retrofit
 from retrofit.errors import NoAttentionFound, RetrofitError, VerificationError
+from retrofit.reports import ConvertReport, InspectReport
 
 DENSE_LIMIT = retrofit.HSAConfig(
     window=8, sink=8, budget=4096, block=8, node=4, fanout=2, nodes_per_span=4, query_block=8
@@ -32,6 +34,9 @@ TOLERANCE = 1e-4
 """Largest change of a model's output that counts as rounding, relative to its norm."""
 
 REFUSALS = (NoAttentionFound, VerificationError)
+
+_Prompt = dict[str, torch.Tensor]
+_Continued = tuple[_Prompt, torch.Tensor]
 
 
 class _Count(TorchDispatchMode):
@@ -111,32 +116,56 @@ def _converted(
 ) -> dict[str, Any]:
     """Converts ``model``, holds it against its original and puts the original back."""
     state = {key: value.clone() for key, value in model.state_dict().items()}
-    prompts = _prompts(model, inputs)
-    tokens = _originals(model, prompts)
-    prompts = {kind: prompts[kind] for kind in tokens}
+    continued = _continued(model, _prompts(model, inputs))
     try:
-        report = retrofit.convert(model, DENSE_LIMIT, given)
+        report = retrofit.convert(model, retrofit.DenseConfig(), given)
     except REFUSALS as error:
         return _refused(retrofit.inspect(model, given), counted, error)
     row = found((*report.converted, *report.left), counted, report.skipped)
     row["coverage"] = report.coverage
     row["site_error"] = max(report.verification.sites.values())
     row["decode_error"] = report.verification.decode
-    with torch.no_grad():
-        row["hsa_error"] = _difference(_first(model, inputs), before)
-        hsa = _all_generated(model, prompts)
-        with retrofit.dense(model):
-            row["prefill_error"] = _difference(_first(model, inputs), before)
-            dense = _all_generated(model, prompts)
-        for kind, expected in tokens.items():
-            row[f"generate_{kind}"] = bool(torch.equal(expected, dense[kind]))
-            row[f"generate_{kind}_hsa"] = bool(torch.equal(expected, hsa[kind]))
+    row["prefill_error"], same = _compared(model, inputs, before, continued)
+    row |= {f"generate_{kind}": value for kind, value in same.items()}
+    retrofit.revert(model)
+    row["hsa_sites"], row["hsa_refused"] = in_hsa(model, given, report)
+    if row["hsa_sites"]:
+        row["hsa_error"], same = _compared(model, inputs, before, continued)
+        row |= {f"generate_{kind}_hsa": value for kind, value in same.items()}
         retrofit.revert(model)
-        same = all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
-        row["reverted"] = same and bool(torch.equal(_first(model, inputs), before))
+    with torch.no_grad():
+        kept = all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+        row["reverted"] = kept and bool(torch.equal(_first(model, inputs), before))
     if wrong := _wrong(row):
         row["error"] = wrong
     return row
+
+
+def in_hsa(model: Any, given: Any, dense: ConvertReport) -> tuple[int, dict[str, int]]:
+    """Converts ``model`` to HSA in its dense limit.
+
+    Returns:
+        How many sites it took, and why it left others that ``DenseConfig`` took, with their number.
+    """
+    try:
+        report = retrofit.convert(model, DENSE_LIMIT, given)
+    except NoAttentionFound as error:
+        return 0, {line(error): len(dense.converted)}
+    left = (reason for path, reason in report.skipped.items() if path not in dense.skipped)
+    return len(report.converted), dict(Counter(left))
+
+
+def _compared(
+    model: Any, inputs: dict[str, Any], before: torch.Tensor, continued: dict[str, _Continued]
+) -> tuple[float, dict[str, bool]]:
+    """How far the first result is from the original's, and whether each prompt is continued as by the original."""
+    with torch.no_grad():
+        error = _difference(_first(model, inputs), before)
+        same = {
+            kind: bool(torch.equal(_generated(model, prompt), tokens))
+            for kind, (prompt, tokens) in continued.items()
+        }
+    return error, same
 
 
 def _wrong(row: dict[str, Any]) -> str | None:
@@ -145,12 +174,12 @@ def _wrong(row: dict[str, Any]) -> str | None:
     if differ:
         return f"generate() differs: {', '.join(differ)}"
     for key in ("prefill_error", "hsa_error"):
-        if not row[key] <= TOLERANCE:
+        if not row.get(key, 0.0) <= TOLERANCE:
             return f"{key} is {row[key]:.1e}"
     return None if row["reverted"] else "revert() is not bit-exact"
 
 
-def _refused(report: retrofit.InspectReport, counted: Counter[str], error: Exception) -> dict[str, Any]:
+def _refused(report: InspectReport, counted: Counter[str], error: Exception) -> dict[str, Any]:
     """The row of a model of which nothing was converted."""
     because = {site.path: line(error) for site in report.sites if site.convertible}
     row = found(report.sites, counted, {site.path: site.reason or "" for site in report.sites} | because)
@@ -189,7 +218,7 @@ def _difference(after: torch.Tensor, before: torch.Tensor) -> float:
     return float((after - before).norm() / before.norm().clamp(min=1e-30))
 
 
-def _prompts(model: Any, inputs: dict[str, Any]) -> dict[str, dict[str, torch.Tensor]]:
+def _prompts(model: Any, inputs: dict[str, Any]) -> dict[str, _Prompt]:
     """What to generate from: the example, and the same with padding before its second row."""
     if "input_ids" not in inputs or not getattr(model, "can_generate", lambda: False)():
         return {}
@@ -201,20 +230,16 @@ def _prompts(model: Any, inputs: dict[str, Any]) -> dict[str, dict[str, torch.Te
     return {"greedy": {"input_ids": ids, **rest}, **({} if rest else {"padded": padded})}
 
 
-def _originals(model: Any, prompts: dict[str, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """The tokens that follow the prompts from which the original can generate."""
+def _continued(model: Any, prompts: dict[str, _Prompt]) -> dict[str, _Continued]:
+    """The prompts from which the original can generate, with the tokens that it gives."""
     found = {}
     for kind, prompt in prompts.items():
         with contextlib.suppress(Exception):
-            found[kind] = _generated(model, prompt)
+            found[kind] = prompt, _generated(model, prompt)
     return found
 
 
-def _all_generated(model: Any, prompts: dict[str, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    return {kind: _generated(model, prompt) for kind, prompt in prompts.items()}
-
-
-def _generated(model: Any, prompt: dict[str, torch.Tensor]) -> torch.Tensor:
+def _generated(model: Any, prompt: _Prompt) -> torch.Tensor:
     torch.manual_seed(0)
     result = model.generate(
         **prompt, max_new_tokens=6, min_new_tokens=6, do_sample=False, num_beams=1, pad_token_id=0

@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 from library_models import MODELS, Built, Example
-from sweep_check import DENSE_LIMIT, REFUSALS, counted_calls, found, line, verdict
+from sweep_check import REFUSALS, counted_calls, found, in_hsa, line, verdict
+from sweep_table import why_not
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -65,11 +66,11 @@ def _checked(build: Callable[[], Built]) -> dict[str, Any]:
     row = found((*report.converted, *report.left), counted, report.skipped)
     row["coverage"] = report.coverage
     row["difference"] = max(map(difference, [outputs(model, given) for given in inputs], before))
-    if any(site.kind == "self" for site in report.converted):
-        sparse = retrofit.convert(model, DENSE_LIMIT, inputs[0])
-        row["hsa_sites"] = len(sparse.converted)
-        row["hsa_difference"] = max(map(difference, [outputs(model, given) for given in inputs], before))
     retrofit.revert(model)
+    row["hsa_sites"], row["hsa_refused"] = in_hsa(model, inputs[0], report)
+    if row["hsa_sites"]:
+        row["hsa_difference"] = max(map(difference, [outputs(model, given) for given in inputs], before))
+        retrofit.revert(model)
     row["reverted"] = all(
         torch.equal(a, b)
         for given, expected in zip(inputs, before, strict=True)
@@ -137,10 +138,9 @@ def page(result: Mapping[str, Any]) -> str:
     ]
     for row in result["rows"]:
         dense, sparse = (f"{row[key]:.0e}" if key in row else "" for key in ("difference", "hsa_difference"))
-        why = row.get("crash") or row.get("error") or "; ".join(row.get("refused", {}))
         kind = [f"{row['library']} {row['version']}".strip(), row["model"]]
         found_there = [row.get("sites", ""), row.get("convertible", ""), row["verdict"]]
-        cells = [*kind, *found_there, dense, row.get("hsa_sites", ""), sparse, why]
+        cells = [*kind, *found_there, dense, row.get("hsa_sites", ""), sparse, why_not(row)]
         lines.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
