@@ -23,22 +23,13 @@ from retrofit.kernels.hsa import triton_execute as execute
 from retrofit.kernels.hsa import triton_select as select
 from retrofit.kernels.hsa.geometry import FADE, Geometry
 from retrofit.kernels.hsa.triton_backward import hsa_attention_backward
-from retrofit.kernels.hsa.triton_call import CALLS, Call, power
+from retrofit.kernels.hsa.triton_call import CALLS, Call, padded, power
 from retrofit.kernels.hsa.triton_choose import choose
 
 __all__ = ["hsa_attention", "hsa_attention_backward", "unsupported"]
 
-KEYS = 64
-"""Keys of one step of the softmax, for rows of at most 256 bytes."""
 FUSED_FROM = 2048
 """Tokens of the dense start from which PyTorch's kernel is worth its launch and two copies."""
-PROGRAMS = 2
-"""Programs to a multiprocessor, of kernels whose programs take one tile after another."""
-CHOOSE = {"num_warps": 8, "num_stages": 2, "maxnreg": 128}
-ATTEND = {"num_warps": 8, "num_stages": 2, "maxnreg": 128}
-"""Found on an H200 for 32 and 8 heads of 128 dims in bfloat16: two programs fit into a multiprocessor."""
-SMALL = {"num_warps": 4, "num_stages": 2}
-"""For tiles of fewer rows."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_SUM = {torch.float32: 2.0**100, torch.bfloat16: 2.0**100, torch.float16: 2.0**15}
 """Sum of a query's weights, shifted by the highest score among sinks and window, from which a row is done again."""
@@ -127,7 +118,7 @@ def hsa_attention(
     if fused:
         end = geometry.dense_end
         out[:, :, :end], lse[:, :, :end] = dense.attend(q[:, :, :end], k[:, :, :end], v[:, :, :end], scale)
-    execute.attend_run[(min(tiles, PROGRAMS * processors(q.device)),)](
+    execute.attend_run[(min(tiles, call.settings.programs * processors(q.device)),)](
         q, k, v, start, length, *lists, todo, out, lse, *strides(q, k, v), *call.extent, call.batch,
         0 if fused else min(call.blocks, geometry.dense_end // geometry.query_block), scale, **_execution(call),
     )  # fmt: skip
@@ -141,23 +132,22 @@ def keep_spans(
     g = call.geometry
     width = _coarse_width(g)
     scores = torch.empty(call.rows, call.blocks, call.group, width, dtype=torch.float32, device=q.device)
-    coarse, group_pad = _coarse(call), power(call.group)
+    coarse, products, group_pad = _coarse(call), _coarse_products(call), power(call.group)
+    rows = max(group_pad, call.settings.coarse[call.bytes, padded(call.dim)].rows)
     highest = g.top_level(g.covered(call.slots - 1))
     for level in range(highest, 0, -1):
         at_nodes = (nodes[level].stride(0), nodes[level].stride(1))
         count = nodes[level].shape[2]
-        per_tile = 64 // group_pad
+        per_tile = rows // group_pad
         select.top_scores[(-(-call.blocks // per_tile), call.rows)](
             q, nodes[level], start, length, scores, *strides(q), *at_nodes, *call.extent, count,
-            LEVEL=level, GROUP_PAD=group_pad, PER_SPAN=g.nodes_per_span, TILE=64, **call.product, **coarse,
-            num_warps=4,
+            LEVEL=level, GROUP_PAD=group_pad, PER_SPAN=g.nodes_per_span, TILE=rows, **products,
         )  # fmt: skip
         if level < highest:
             select.refine[(call.blocks, call.rows)](
                 q, nodes[level], start, length, spans, scores, *strides(q), *at_nodes,
                 *call.extent, call.total_blocks, count,
-                LEVEL=level, PER_SPAN=g.nodes_per_span, TILE=max(16, group_pad), **call.product, **coarse,
-                num_warps=4,
+                LEVEL=level, PER_SPAN=g.nodes_per_span, TILE=max(16, group_pad), **products,
             )  # fmt: skip
         select.keep[(call.blocks, call.rows)](
             start, length, spans, scores, *call.extent, call.total_blocks, scale,
@@ -185,7 +175,7 @@ def _choose_leaves(
     g, width = call.geometry, power(call.geometry.leaf_width)
     leaves = nodes.shape[2] // g.nodes_in_span(0)
     tiles = call.blocks * call.rows
-    programs = min(tiles, PROGRAMS * processors(q.device))
+    programs = min(tiles, call.settings.programs * processors(q.device))
     scratch = torch.empty(programs, g.query_block, width + g.fanout, dtype=call.votes.dtype, device=q.device)
     shift = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     choose[(programs,)](
@@ -210,6 +200,13 @@ def _coarse(call: Call) -> dict[str, Any]:
     }
 
 
+@lru_cache(CALLS)
+def _coarse_products(call: Call) -> dict[str, Any]:
+    """Constants of those of them that score."""
+    tile = call.settings.coarse[call.bytes, padded(call.dim)]
+    return {**call.product, **_coarse(call), **tile.options(tile.rows)}
+
+
 def _coarse_width(g: Geometry) -> int:
     return g.beam * g.fanout + g.fanout
 
@@ -217,32 +214,34 @@ def _coarse_width(g: Geometry) -> int:
 @lru_cache(CALLS)
 def _execution(call: Call) -> dict[str, Any]:
     """Constants of the kernels that attend."""
+    tile = call.tile(call.settings.attend)
     return {
         "LIST": call.list_width,
         "GROUP": call.group,
-        "HEADS": call.tile_heads,
-        "KEYS": attended_keys(call),
+        "HEADS": call.heads_per_tile(tile.rows),
+        "KEYS": max(call.geometry.block, tile.keys),
         **call.product,
         **call.values,
         **call.shared,
-        **(ATTEND if is_large(call) else SMALL),
+        **call.options(tile),
     }
 
 
 @lru_cache(CALLS)
 def scoring(call: Call) -> dict[str, Any]:
     """Constants of the kernels that vote for leaves."""
+    tile = call.settings.choose[call.bytes, padded(call.dim)]
     return {
         "PER_LEAF": call.geometry.nodes_in_span(0),
         "GROUP": call.group,
-        "HEADS": call.tile_heads,
-        "KEYS": max(16, _step_keys(call, call.dim)),
+        "HEADS": call.heads_per_tile(tile.rows),
+        "KEYS": tile.keys,
         "STEPS": call.votes.steps,
         "MOST": call.votes.most,
         **call.product,
         **call.shared,
         **call.leaves,
-        **(CHOOSE if is_large(call) else SMALL),
+        **call.options(tile),
     }
 
 
@@ -252,20 +251,6 @@ def choosing(call: Call) -> dict[str, Any]:
     votes = call.votes
     highest = 2 * votes.most + FADE  # above the least
     return {"ROOM": call.geometry.leaves_per_query, "PARTS": votes.parts, "BITS": highest.bit_length()}
-
-
-def attended_keys(call: Call) -> int:
-    """Keys of one step of the kernels that attend, a leaf or more."""
-    return max(call.geometry.block, _step_keys(call, max(call.dim, call.value_dim)))
-
-
-def _step_keys(call: Call, dim: int) -> int:
-    return KEYS if dim * call.bytes <= 256 else KEYS // 2
-
-
-def is_large(call: Call) -> bool:
-    """Whether the tiles of a query block have enough rows for eight warps."""
-    return call.tile_heads * call.geometry.query_block >= 128
 
 
 def strides(*tensors: Tensor) -> tuple[int, ...]:

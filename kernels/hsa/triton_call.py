@@ -12,9 +12,8 @@ from torch import Tensor
 from retrofit.kernels.hsa.geometry import Geometry, Votes
 from retrofit.kernels.hsa.triton_choose import list_blocks
 from retrofit.kernels.hsa.triton_select import ENDING, PADDED, WHOLE
+from retrofit.kernels.tuned import Settings, Tile, Tiles, settings
 
-TILE_ROWS = 128
-"""Queries times heads in a tile of 128 dims or fewer."""
 MOST_KEYS = 128
 """Keys in a step of any kernel, at most."""
 CALLS = 256
@@ -46,6 +45,7 @@ class Call:
     layout: int
     geometry: Geometry
     total_blocks: int
+    settings: Settings
 
     @staticmethod
     def of(
@@ -74,8 +74,9 @@ class Call:
         layout = (ENDING if ending else PADDED if padded else WHOLE).value
         room = geometry.blocks(slots) if total_blocks is None else total_blocks
         return _call(
-            batch, heads, k.shape[1], tokens, slots, dim, value_dim, q.element_size(), layout, geometry, room
-        )
+            batch, heads, k.shape[1], tokens, slots, dim, value_dim, q.element_size(), layout, geometry, room,
+            settings(q.device),
+        )  # fmt: skip
 
     @cached_property
     def group(self) -> int:
@@ -94,14 +95,10 @@ class Call:
         return (self.tokens + 2 * size - 2) // size
 
     @cached_property
-    def tile_heads(self) -> int:
-        """Heads of a group in a tile of the kernels that choose and attend."""
-        return self.heads_per_tile(TILE_ROWS // 2 if max(self.dim, self.value_dim) > 128 else TILE_ROWS)
-
-    @cached_property
     def tiles(self) -> tuple[int, int]:
         """Grid of the kernels that attend."""
-        return self.blocks, -(-self.group // self.tile_heads) * self.rows
+        heads = self.heads_per_tile(self.tile(self.settings.attend).rows)
+        return self.blocks, -(-self.group // heads) * self.rows
 
     @cached_property
     def votes(self) -> Votes:
@@ -169,6 +166,14 @@ class Call:
     def values(self) -> dict[str, Any]:
         """Constants of products with values."""
         return {"VALUE_DIM": self.value_dim, "VALUE_PAD": padded(self.value_dim)}
+
+    def tile(self, tiles: Tiles) -> Tile:
+        """The tile of a kernel that reads keys and values."""
+        return tiles[self.bytes, padded(max(self.dim, self.value_dim))]
+
+    def options(self, tile: Tile) -> dict[str, int]:
+        """What the compiler is told of a kernel whose tiles are of query blocks."""
+        return tile.options(self.heads_per_tile(tile.rows) * self.geometry.query_block)
 
     def heads_per_tile(self, rows: int) -> int:
         """Heads of a group in a tile of about so many rows."""

@@ -16,8 +16,6 @@ from torch import Tensor
 from retrofit.kernels.hsa import triton_parts as parts
 from retrofit.kernels.hsa.geometry import Geometry
 from retrofit.kernels.hsa.triton import (
-    PROGRAMS,
-    attended_keys,
     choosing,
     keep_spans,
     processors,
@@ -86,7 +84,7 @@ def _choose(
     """The leaf step: adds to ``choices``, and returns the lists as ``Call.list_blocks`` does."""
     g, width = call.geometry, power(call.geometry.leaf_width)
     pairs = -(-g.leaf_width // (2 * g.fanout))
-    each = -(-pairs // _parts(q.device, call.blocks * call.rows, pairs))
+    each = -(-pairs // _parts(call, q.device, call.blocks * call.rows, pairs))
     shape = (call.rows, call.blocks)
     votes = torch.empty(*shape, g.query_block, width + g.fanout, dtype=call.votes.dtype, device=q.device)
     parts.vote_parts[(call.blocks, call.rows, -(-pairs // each))](
@@ -113,16 +111,17 @@ def _attend(
     scale: float,
 ) -> Tensor:
     """Attends to what is listed, by parts of it."""
-    rows = max(16, power(call.group))
-    split = power(_parts(q.device, call.tokens * call.rows, MOST_PARTS))
+    tile = call.tile(call.settings.attend_parts)
+    rows = max(tile.rows, power(call.group))
+    split = power(_parts(call, q.device, call.tokens * call.rows, MOST_PARTS))
     sums = torch.empty(
         call.tokens, call.rows, split, call.group, call.value_dim, dtype=torch.float32, device=q.device
     )
     totals, tops = torch.empty(2, *sums.shape[:-1], dtype=torch.float32, device=q.device).unbind()
     parts.attend_parts[(call.tokens, call.rows, split)](
         q, k, v, start, length, *lists, sums, totals, tops, *strides(q, k, v), *call.extent, scale,
-        LIST=call.list_width, GROUP=call.group, ROWS=rows, KEYS=attended_keys(call),
-        **call.product, **call.values, **call.shared, num_warps=4, num_stages=3,
+        LIST=call.list_width, GROUP=call.group, ROWS=rows, KEYS=max(call.geometry.block, tile.keys),
+        **call.product, **call.values, **call.shared, **tile.options(rows),
     )  # fmt: skip
     out = torch.empty(*q.shape[:3], call.value_dim, dtype=q.dtype, device=q.device)
     parts.join_parts[(call.tokens, call.rows)](
@@ -142,6 +141,6 @@ def _may_complete(call: Call, size: int, offset: int) -> bool:
     return (call.slots - offset) // size > (call.slots - call.tokens - offset) // size
 
 
-def _parts(device: torch.device, tiles: int, most: int) -> int:
-    """Into how many parts the work on each of so many tiles is cut, for about two programs a multiprocessor."""
-    return max(1, min(most, PROGRAMS * processors(device) // tiles))
+def _parts(call: Call, device: torch.device, tiles: int, most: int) -> int:
+    """Into how many parts the work on each of so many tiles is cut, for as many programs as there is room for."""
+    return max(1, min(most, call.settings.programs * processors(device) // tiles))

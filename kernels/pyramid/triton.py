@@ -19,15 +19,10 @@ import triton.language as tl
 from torch import Tensor
 
 from retrofit.kernels.launch import kernel
+from retrofit.kernels.tuned import settings
 
-CELLS = 32
-"""Cells of a program that pools one level."""
 MOST_CELLS = 256
 """Cells of the first level that a program pools to one of the last, at most."""
-MANY_CELLS = 64
-"""Cells that it pools at a time."""
-TILE = 64
-"""Members of a program that halves several times."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -65,17 +60,18 @@ def extend_pyramid(
     if levels is None:
         _fill(children, cells, taps, start, ratios, offset, pooling)
         return cells
+    tuned = settings(x.device).pooling
     for level, (ratio, size, known, own) in enumerate(zip(ratios, sizes, levels, cells, strict=True)):
         capacity = own.shape[2]
         own[:, :, : known.shape[2]] = known
         own[:, :, known.shape[2] :] = 0
         count = (new + size - 1) // size + 1
         if capacity:
-            pool_cells[(triton.cdiv(count, CELLS), batch * heads)](
+            pool_cells[(triton.cdiv(count, tuned.cells), batch * heads)](
                 children, own, taps[level], start, *children.stride()[:3],
                 children.shape[2], capacity, count, heads, tokens - offset - new,
                 FIRST=level == 0, OFFSET=offset, SIZE=size, RATIO=ratio, DIM=dim, DIM_PAD=_padded(dim),
-                POOLING=pooling, CELLS=CELLS, num_warps=4, enable_fp_fusion=False,
+                POOLING=pooling, CELLS=tuned.cells, num_warps=tuned.warps, enable_fp_fusion=False,
             )  # fmt: skip
         children = own
     return cells
@@ -92,12 +88,13 @@ def _fill(
 ) -> None:
     """Pools x to all levels, several in a launch."""
     batch, heads, _, dim = x.shape
+    tuned = settings(x.device).pooling
     shared = {"OFFSET": offset, "DIM": dim, "DIM_PAD": _padded(dim), "POOLING": pooling}
     first, end = 0, sum(level.shape[2] > 0 for level in cells)
     halves = all(ratio == 2 for ratio in ratios)
     while first < end:
         until, span = first + 1, 1
-        while until < end and span * ratios[until] <= (TILE // 2 if halves else MOST_CELLS):
+        while until < end and span * ratios[until] <= (tuned.members // 2 if halves else MOST_CELLS):
             until, span = until + 1, span * ratios[until]
         out = tuple(cells[first:until])
         capacities = tuple(level.shape[2] for level in out)
@@ -105,15 +102,15 @@ def _fill(
             x, out, taps[first:until], start, *x.stride()[:3], x.shape[2], capacities, heads
         )  # fmt: skip
         if halves:
-            halve_levels[(triton.cdiv(2 * capacities[0], TILE), batch * heads)](
-                *arguments, FIRST=first == 0, LEVELS=len(out), TILE=TILE, **shared, num_warps=4,
-                enable_fp_fusion=False,
+            halve_levels[(triton.cdiv(2 * capacities[0], tuned.members), batch * heads)](
+                *arguments, FIRST=first == 0, LEVELS=len(out), TILE=tuned.members, **shared,
+                num_warps=tuned.warps, enable_fp_fusion=False,
             )  # fmt: skip
         else:
-            span *= max(1, MANY_CELLS // span)
+            span *= max(1, tuned.many // span)
             pool_levels[(triton.cdiv(capacities[0], span), batch * heads)](
                 *arguments, FIRST=first == 0, LEVELS=len(out), RATIOS=tuple(ratios[first:until]), SPAN=span,
-                CELLS=MANY_CELLS, **shared, num_warps=8, enable_fp_fusion=False,
+                CELLS=tuned.many, **shared, num_warps=tuned.many_warps, enable_fp_fusion=False,
             )  # fmt: skip
         x, first = out[-1], until
 
@@ -131,10 +128,11 @@ def extend_spreads(
         found[:, :, known:] = 0
     count = capacity if spreads is None else (new + ratio - 1) // ratio + 1
     if capacity:
-        measure_spreads[(triton.cdiv(count, CELLS), batch * heads)](
+        tuned = settings(x.device).pooling
+        measure_spreads[(triton.cdiv(count, tuned.cells), batch * heads)](
             x, cells, found, start, *x.stride()[:3], *cells.stride()[:3], tokens, capacity, count, heads,
             tokens - offset - (tokens if spreads is None else new),
-            OFFSET=offset, RATIO=ratio, DIM=dim, **_halved(dim), CELLS=CELLS, num_warps=4,
+            OFFSET=offset, RATIO=ratio, DIM=dim, **_halved(dim), CELLS=tuned.cells, num_warps=tuned.warps,
             enable_fp_fusion=False,
         )  # fmt: skip
     return found
@@ -169,11 +167,12 @@ def extend_in_place(
     """
     batch, heads, members, dim = x.shape
     taps = tuple(None if weight is None else weight.contiguous() for weight in weights)
+    tuned = settings(x.device).pooling
     grow_levels[(batch * heads,)](
         x, tuple(levels), taps, spreads, start, length, *x.stride()[:3], members, new,
         tuple(level.shape[2] for level in levels), heads,
         OFFSET=offset, LEVELS=len(levels), RATIOS=tuple(ratios), DIM=dim, **_halved(dim), POOLING=pooling,
-        CELLS=CELLS, num_warps=4, enable_fp_fusion=False,
+        CELLS=tuned.cells, num_warps=tuned.warps, enable_fp_fusion=False,
     )  # fmt: skip
 
 
