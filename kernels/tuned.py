@@ -10,8 +10,9 @@ A tile fits for the default sizes of HSA and MAHA. Leaves of more keys than a st
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -53,7 +54,7 @@ class Tile:
 
 
 Tiles = Mapping[tuple[int, int], Tile]
-"""By bytes of an element and dims of a padded head."""
+"""By bytes of an element and dims of a padded head; those that do not fit are missing."""
 
 
 @dataclass(frozen=True)
@@ -109,12 +110,11 @@ class Settings:
 
 
 def tiles(listed: Mapping[tuple[int, int], Tile]) -> Tiles:
-    """The tiles of every head, of those that are listed for heads of at most so many dims."""
-    return {
-        (size, dim): listed[size, min(most for of, most in listed if of == size and most >= dim)]
-        for size in (2, 4)
-        for dim in DIMS
-    }
+    """The tiles of every head, from those that are listed for heads of at most so many dims."""
+    found = {}
+    for size, most in sorted(listed, reverse=True):
+        found.update({(size, dim): listed[size, most] for dim in DIMS if dim <= most})
+    return found
 
 
 SM_90 = Settings(
@@ -194,7 +194,66 @@ SM_90 = Settings(
     pooling=Pooling(cells=32, many=64, members=64, warps=4, many_warps=8),
 )
 
-ROWS = {(8, 0): SM_90, (8, 6): SM_90, (8, 9): SM_90, (9, 0): SM_90, (10, 0): SM_90, (12, 0): SM_90}
+SM_80 = replace(
+    SM_90,
+    measured=None,
+    coarse=tiles({(2, 256): Tile(64, 64, 4, 3), (4, 64): Tile(64, 64, 4, 3), (4, 256): Tile(16, 64, 4, 1)}),
+    choose=tiles(
+        {
+            (2, 128): Tile(128, 64, 8, 2, few=(4, 2)),
+            (2, 256): Tile(64, 32, 8, 2),
+            (4, 64): Tile(64, 32, 8, 2),
+            (4, 128): Tile(64, 32, 8, 1),
+            (4, 256): Tile(32, 32, 8, 1),
+        }
+    ),
+    attend=tiles(
+        {
+            (2, 128): Tile(128, 64, 8, 2, few=(4, 2)),
+            (2, 256): Tile(64, 32, 8, 2),
+            (4, 64): Tile(64, 32, 8, 2),
+            (4, 128): Tile(32, 32, 8, 2),
+            (4, 256): Tile(32, 32, 8, 1),
+        }
+    ),
+    query_gradients=tiles(
+        {
+            (2, 128): Tile(128, 32, 8, 2, few=(4, 1)),
+            (2, 256): Tile(64, 32, 8, 1),
+            (4, 64): Tile(64, 32, 8, 1),
+            (4, 256): Tile(32, 32, 8, 1),
+        }
+    ),
+    maha_attend=tiles(
+        {
+            (2, 128): Tile(128, 64, 8, 2, few=(4, 2)),
+            (2, 256): Tile(64, 32, 4, 2),
+            (4, 64): Tile(64, 32, 8, 2, few=(4, 2)),
+            (4, 128): Tile(32, 16, 4, 2),
+            (4, 256): Tile(16, 16, 4, 2),
+        }
+    ),
+)
+SM_86 = replace(
+    SM_80,
+    choose=tiles(
+        {
+            (2, 128): Tile(128, 64, 8, 2, few=(4, 2)),
+            (2, 256): Tile(64, 32, 4, 2),
+            (4, 64): Tile(64, 32, 8, 2),
+            (4, 128): Tile(64, 32, 8, 1),
+        }
+    ),
+    key_gradients=tiles(
+        {
+            (2, 128): Tile(64, 32, 4, 2),
+            (2, 256): Tile(32, 32, 8, 1),
+            (4, 64): Tile(32, 32, 4, 2),
+            (4, 256): Tile(32, 32, 8, 1),
+        }
+    ),
+)
+ROWS = {(8, 0): SM_80, (8, 6): SM_86, (8, 9): SM_86, (9, 0): SM_90, (10, 0): SM_80, (12, 0): SM_86}
 """By compute capability."""
 INTERPRETED = (9, 0)
 """The capability that the interpreter takes the settings of."""
@@ -211,6 +270,20 @@ def settings(device: torch.device) -> Settings:
     return found
 
 
+@contextmanager
+def using(device: torch.device, row: Settings) -> Iterator[None]:
+    """Has the kernels on a device take other settings."""
+    before = _by_device.get(device)
+    _by_device[device] = row
+    try:
+        yield
+    finally:
+        if before is None:
+            del _by_device[device]
+        else:
+            _by_device[device] = before
+
+
 def settings_for(capability: tuple[int, int]) -> Settings:
     """The row of a compute capability that is in the table, or else of the nearest lower one.
 
@@ -220,7 +293,7 @@ def settings_for(capability: tuple[int, int]) -> Settings:
     known = [row for row in ROWS if row <= capability]
     if not known:
         raise ConfigError(
-            f"the Triton kernels need compute capability 8.0, got {capability[0]}.{capability[1]}; "
+            f"the Triton kernels need compute capability 8.0 or higher, got {capability[0]}.{capability[1]}; "
             "use implementation='blocked'"
         )
     return ROWS[max(known)]

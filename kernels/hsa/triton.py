@@ -25,6 +25,7 @@ from retrofit.kernels.hsa.geometry import FADE, Geometry
 from retrofit.kernels.hsa.triton_backward import hsa_attention_backward
 from retrofit.kernels.hsa.triton_call import CALLS, Call, padded, power
 from retrofit.kernels.hsa.triton_choose import choose
+from retrofit.kernels.tuned import settings
 
 __all__ = ["hsa_attention", "hsa_attention_backward", "unsupported"]
 
@@ -63,6 +64,8 @@ def unsupported(
             return f"{name} that is no power of two, got {size}"
     if 2 * geometry.fanout * geometry.nodes_in_span(0) < 16 or geometry.fanout * geometry.nodes_per_span < 16:
         return "fewer than 16 nodes to a product"
+    if q.dtype == torch.float32 and q.shape[3] > 128 and (4, 256) not in settings(q.device).choose:
+        return f"float32 heads of {q.shape[3]} dims on this GPU"
     return None
 
 
