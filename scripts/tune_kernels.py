@@ -248,15 +248,22 @@ def printed(name: str, row: Settings) -> str:
     lines = [f"{name} = Settings("]
     for field in fields(row):
         value = getattr(row, field.name)
-        if isinstance(value, Mapping):
-            kinds = [
-                (size, dim) for size, dim in sorted(value) if value.get((size, 2 * dim)) != value[size, dim]
-            ]
-            value = f"tiles({ {kind: value[kind] for kind in kinds} })"
-        else:
-            value = repr(value)
-        lines.append(f"    {field.name}={value},")
+        if not isinstance(value, Mapping):
+            lines.append(f"    {field.name}={value!r},")
+            continue
+        kinds = [(size, dim) for size, dim in sorted(value) if value.get((size, 2 * dim)) != value[size, dim]]
+        lines += [f"    {field.name}=tiles(", "        {"]
+        lines += [f"            {kind}: {_as_python(value[kind])}," for kind in kinds]
+        lines += ["        }", "    ),"]
     return "\n".join([*lines, ")"])
+
+
+def _as_python(tile: Tile) -> str:
+    numbers = [tile.rows, tile.keys, tile.warps, tile.stages]
+    if tile.registers is not None:
+        numbers.append(tile.registers)
+    few = "" if tile.few is None else f", few={tile.few}"
+    return f"Tile({', '.join(map(str, numbers))}{few})"
 
 
 def _in_use(value: Tiles | Pooling | int, kind: tuple[int, int]) -> Value:
