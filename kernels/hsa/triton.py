@@ -94,7 +94,8 @@ def hsa_attention(
     """
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     call = Call.of(q, k, v, geometry, padded=padded)
-    spans, choices = geometry.selection(k, past_spans, past_choices)
+    fresh = past_spans is None and call.tokens == call.slots and not call.is_dense
+    spans, choices = call.empty_selection(k) if fresh else geometry.selection(k, past_spans, past_choices)
     fused = (
         call.starts_dense
         and dense.can_attend(q, k, v)
@@ -111,8 +112,10 @@ def hsa_attention(
     todo = (torch.zeros if call.is_dense else torch.empty)(1 + tiles, dtype=torch.int32, device=q.device)
     if not call.is_dense:
         nodes = [x.contiguous() for x in nodes]
-        keep_spans(call, q, nodes, start, length, spans, scale)
-        shift = _choose_leaves(call, q, k, nodes[0], spreads, start, length, spans, choices, todo, scale)
+        keep_spans(call, q, nodes, start, length, spans, scale, fresh=fresh)
+        shift = _choose_leaves(
+            call, q, k, nodes[0], spreads, start, length, spans, choices, todo, scale, fresh=fresh
+        )
         lists = call.list_blocks(start, length, spans, choices)
         execute.attend_listed[call.tiles](
             q, k, v, start, length, *lists, shift, todo, out, lse, *strides(q, k, v), *call.extent,
@@ -129,9 +132,17 @@ def hsa_attention(
 
 
 def keep_spans(
-    call: Call, q: Tensor, nodes: Sequence[Tensor], start: Tensor, length: Tensor, spans: Tensor, scale: float
+    call: Call,
+    q: Tensor,
+    nodes: Sequence[Tensor],
+    start: Tensor,
+    length: Tensor,
+    spans: Tensor,
+    scale: float,
+    *,
+    fresh: bool,
 ) -> None:
-    """The coarse steps: fills ``spans`` where a new query is the first of its block."""
+    """The coarse steps: fills ``spans`` where a new query is the first of its block, all of it if it is fresh."""
     g = call.geometry
     width = _coarse_width(g)
     scores = torch.empty(call.rows, call.blocks, call.group, width, dtype=torch.float32, device=q.device)
@@ -154,7 +165,8 @@ def keep_spans(
             )  # fmt: skip
         select.keep[(call.blocks, call.rows)](
             start, length, spans, scores, *call.extent, call.total_blocks, scale,
-            LEVEL=level, WIDTH_PAD=power(width), BEAM_PAD=min(power(g.beam), power(width)), **coarse, num_warps=4,
+            LEVEL=level, WIDTH_PAD=power(width), BEAM_PAD=min(power(g.beam), power(width)), FRESH=fresh, **coarse,
+            num_warps=4,
         )  # fmt: skip
 
 
@@ -170,10 +182,12 @@ def _choose_leaves(
     choices: Tensor,
     todo: Tensor,
     scale: float,
+    *,
+    fresh: bool,
 ) -> Tensor:
     """The leaf step: adds to ``choices``, and returns the shift of each query's scores, [B, Hq, T].
 
-    Makes ``todo`` an empty list.
+    Makes ``todo`` an empty list, and fills all of ``choices`` if it is fresh.
     """
     g, width = call.geometry, power(call.geometry.leaf_width)
     leaves = nodes.shape[2] // g.nodes_in_span(0)
@@ -184,7 +198,7 @@ def _choose_leaves(
     choose[(programs,)](
         q, k, nodes, spreads, start, length, spans, choices, shift, scratch, todo, *strides(q, k), *nodes.stride()[:2],
         *spread_strides(spreads), *call.extent, call.total_blocks, leaves, tiles, scale, g.spread,
-        g.least_vote(call.votes), **choosing(call), **scoring(call),
+        g.least_vote(call.votes), FRESH=fresh, **choosing(call), **scoring(call),
     )  # fmt: skip
     return shift
 

@@ -185,6 +185,12 @@ class Call:
         g = self.geometry
         return power(g.choices) + (g.sink + g.window) // g.block + MOST_KEYS // g.block
 
+    def empty_selection(self, k: Tensor) -> tuple[Tensor, Tensor]:
+        """``spans`` and ``choices`` as in ``Geometry.selection``, to be filled."""
+        shape, g = (self.batch, self.kv_heads, self.total_blocks), self.geometry
+        spans, choices = (k.new_empty(*shape, size, dtype=torch.int32) for size in (g.beam, g.choices))
+        return spans, choices
+
     def empty_lists(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """What each query block executes by who sees it first, and how much more of it these see then,
         [B·Hkv, blocks, list_width]; how many of the list each query sees, [B·Hkv, blocks, query_block]."""

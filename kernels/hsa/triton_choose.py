@@ -241,11 +241,12 @@ def settle(
     kept, choices, held, t0, low, high, least,
     WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr, FANOUT: tl.constexpr, BEAM: tl.constexpr,
     QUERY_BLOCK: tl.constexpr, ROOM: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr,
-    CHOICES: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr,
+    CHOICES: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr, FRESH: tl.constexpr,
 ):  # fmt: skip
     """Each new query of the block at t0 chooses by the votes ``held``: adds to ``choices`` [CHOICES].
 
-    Where leaves fade in, how far each query wants the leaves takes the place of the votes.
+    Where leaves fade in, how far each query wants the leaves takes the place of the votes. If ``choices`` is FRESH,
+    the places behind the last one get NONE.
     """
     STRIDE: tl.constexpr = WIDTH_PAD + FANOUT
     CHILDREN: tl.constexpr = BEAM * FANOUT
@@ -291,6 +292,17 @@ def settle(
         is_new = (first < QUERY_BLOCK) & (reached == 0)
         choice = tl.sort(tl.where(is_new, ((first * WIDTH + candidate) << SHIFT) + WHOLE, NONE))
         tl.store(choices + count + candidate, choice, mask=(choice < NONE) & (count + candidate < CHOICES))
+        count += tl.sum(is_new.to(tl.int32), 0)
+    if FRESH:
+        leave_unused(choices, count, candidate, CHOICES, WIDTH_PAD)
+
+
+@triton.jit
+def leave_unused(choices, count, candidate, CHOICES: tl.constexpr, WIDTH_PAD: tl.constexpr):
+    """Marks the places of ``choices`` from ``count`` on as unused."""
+    for n in range(0, CHOICES, WIDTH_PAD):
+        place = n + candidate
+        tl.store(choices + place, place * 0 + NONE, mask=(place >= count) & (place < CHOICES))
 
 
 @kernel(do_not_specialize=["slots", "tokens", "blocks", "total_blocks", "leaves", "tiles"])
@@ -303,14 +315,14 @@ def choose(
     FANOUT: tl.constexpr, PER_LEAF: tl.constexpr, BEAM: tl.constexpr, QUERY_BLOCK: tl.constexpr,
     DENSE_END: tl.constexpr, ROOM: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr,
     CHOICES: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr, STEPS: tl.constexpr, MOST: tl.constexpr,
-    PARTS: tl.constexpr, BITS: tl.constexpr, LAYOUT: tl.constexpr,
+    PARTS: tl.constexpr, BITS: tl.constexpr, FRESH: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Each new query chooses the leaves that weigh enough, ROOM at most: adds to ``choices``.
 
     ``spreads`` is [B, Hkv, leaves·PER_LEAF, …] and ``choices`` [B·Hkv, total_blocks, CHOICES]; ``shift`` [B, Hq, T]
     gets the highest scores among sinks and window. The votes of a block wait in ``scratch``
     [programs, QUERY_BLOCK, WIDTH_PAD + FANOUT], integers, until all are known. Votes count that are above ``least``.
-    ``todo`` becomes an empty list, its length first.
+    ``todo`` becomes an empty list, its length first. If ``choices`` is FRESH, unused places get NONE.
     """
     if tl.program_id(0) == 0:
         tl.store(todo, 0)
@@ -322,6 +334,7 @@ def choose(
         low, high, offset, begin = row_range(start, length, slots, tokens, b, LAYOUT)
         number = low // QUERY_BLOCK + i
         t0 = number * QUERY_BLOCK
+        made = choices + (bh * total_blocks + number) * CHOICES
         if (t0 + QUERY_BLOCK > DENSE_END) & (t0 < high):
             kept = spans + (bh * total_blocks + number) * BEAM
             vote_spans(
@@ -332,10 +345,13 @@ def choose(
                 WIDTH, WIDTH_PAD, KEYS, PRECISION, STEPS, MOST,
             )  # fmt: skip
             settle(
-                kept, choices + (bh * total_blocks + number) * CHOICES, held, t0, low, high, least,
-                WINDOW, SINK, BLOCK, FANOUT, BEAM, QUERY_BLOCK, ROOM, WIDTH, WIDTH_PAD, CHOICES, PARTS, BITS,
+                kept, made, held, t0, low, high, least,
+                WINDOW, SINK, BLOCK, FANOUT, BEAM, QUERY_BLOCK, ROOM, WIDTH, WIDTH_PAD, CHOICES, PARTS, BITS, FRESH,
             )  # fmt: skip
             tl.debug_barrier()  # the next tile's votes take their place
+        elif FRESH:
+            count = tl.where(number < total_blocks, 0, CHOICES)
+            leave_unused(made, count, tl.arange(0, WIDTH_PAD), CHOICES, WIDTH_PAD)
 
 
 @triton.jit

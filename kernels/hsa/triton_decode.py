@@ -64,7 +64,7 @@ def hsa_decode(
     lists = length, length, length  # not read where nothing is sparse
     if not call.is_dense:
         if _may_complete(call, g.query_block, 1):  # the token behind a block begins the next one
-            keep_spans(call, q, nodes, start, length, spans, scale)
+            keep_spans(call, q, nodes, start, length, spans, scale, fresh=False)
         lists = _choose(call, q, k, nodes[0], spreads, start, length, spans, choices, scale)
     return _attend(call, q, k, v, start, length, lists, scale)
 

@@ -81,6 +81,7 @@ def settle_parts(
         settle(
             kept, made, votes + at * (QUERY_BLOCK * (WIDTH_PAD + FANOUT)), t0, low, high, least,
             WINDOW, SINK, BLOCK, FANOUT, BEAM, QUERY_BLOCK, ROOM, WIDTH, WIDTH_PAD, CHOICES, PARTS, BITS,
+            False,
         )  # fmt: skip
         tl.debug_barrier()  # every thread has written its choices
         list_block(
