@@ -9,6 +9,8 @@ captured in a CUDA graph and replayed after new tokens have been written and ``l
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +25,7 @@ from retrofit.kernels.hsa.triton import (
     spread_strides,
     strides,
 )
-from retrofit.kernels.hsa.triton_call import Call, power
+from retrofit.kernels.hsa.triton_call import CALLS, Call, power
 from retrofit.kernels.hsa.triton_select import WHOLE
 from retrofit.kernels.pyramid import triton as pyramid
 
@@ -111,8 +113,7 @@ def _attend(
     scale: float,
 ) -> Tensor:
     """Attends to what is listed, by parts of it."""
-    tile = call.tile(call.settings.attend_parts)
-    rows = max(tile.rows, power(call.group))
+    constants = _attending(call)
     split = power(_parts(call, q.device, call.tokens * call.rows, MOST_PARTS))
     sums = torch.empty(
         call.tokens, call.rows, split, call.group, call.value_dim, dtype=torch.float32, device=q.device
@@ -120,15 +121,31 @@ def _attend(
     totals, tops = torch.empty(2, *sums.shape[:-1], dtype=torch.float32, device=q.device).unbind()
     parts.attend_parts[(call.tokens, call.rows, split)](
         q, k, v, start, length, *lists, sums, totals, tops, *strides(q, k, v), *call.extent, scale,
-        LIST=call.list_width, GROUP=call.group, ROWS=rows, KEYS=max(call.geometry.block, tile.keys),
-        **call.product, **call.values, **call.shared, **tile.options(rows),
+        **constants,
     )  # fmt: skip
     out = torch.empty(*q.shape[:3], call.value_dim, dtype=q.dtype, device=q.device)
     parts.join_parts[(call.tokens, call.rows)](
         start, length, sums, totals, tops, out, *call.extent[:2], KV_HEADS=call.kv_heads, GROUP=call.group,
-        ROWS=rows, PARTS=split, LAYOUT=call.layout, **call.values, num_warps=4,
+        ROWS=constants["ROWS"], PARTS=split, LAYOUT=call.layout, **call.values, num_warps=4,
     )  # fmt: skip
     return out
+
+
+@lru_cache(CALLS)
+def _attending(call: Call) -> dict[str, Any]:
+    """Constants of the kernel that attends to a part."""
+    tile = call.tile(call.settings.attend_parts)
+    rows = max(tile.rows, power(call.group))
+    return {
+        "LIST": call.list_width,
+        "GROUP": call.group,
+        "ROWS": rows,
+        "KEYS": max(call.geometry.block, tile.keys),
+        **call.product,
+        **call.values,
+        **call.shared,
+        **tile.options(rows),
+    }
 
 
 def _may_complete(call: Call, size: int, offset: int) -> bool:
