@@ -137,12 +137,7 @@ class Call:
     @cached_property
     def listing(self) -> dict[str, Any]:
         """Constants of the kernels that list leaves."""
-        return {
-            **self.shared,
-            **self.leaves,
-            "CHOICES_PAD": power(self.geometry.choices),
-            "LIST": self.list_width,
-        }
+        return {**self.shared, **self.leaves, "LIST": self.list_width}
 
     @cached_property
     def leaves(self) -> dict[str, Any]:

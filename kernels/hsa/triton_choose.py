@@ -20,8 +20,10 @@ FEW = tl.constexpr(8)
 """Queries whose leaves are chosen at a time."""
 WHOLE, NONE = tl.constexpr(FADE), tl.constexpr(UNUSED)
 SHIFT, RISES = tl.constexpr(RISE_BITS), tl.constexpr(2**RISE_BITS - 1)
+MANY = tl.constexpr(32)
+"""Choices that are counted at a time."""
 SOME = tl.constexpr(64)
-"""Choices that are read at a time."""
+"""Choices that are listed at a time."""
 
 
 @triton.jit
@@ -223,7 +225,7 @@ def read_choices(
     choices, candidate, some, QUERY_BLOCK: tl.constexpr, WIDTH: tl.constexpr, CHOICES: tl.constexpr
 ):  # fmt: skip
     """How many choices there are, and how far each candidate has risen by them; nothing is read unless ``some``."""
-    place = tl.arange(0, FEW)
+    place = tl.arange(0, MANY)
     risen = candidate * 0
     count = tl.full([], 0, tl.int32)
     more = tl.full([], 0, tl.int32) + some
@@ -365,25 +367,10 @@ def chosen_leaf(kept, candidate, t0, WINDOW: tl.constexpr, SINK: tl.constexpr, B
 
 
 @triton.jit
-def choices_before(choices, row, WIDTH: tl.constexpr, CHOICES: tl.constexpr, CHOICES_PAD: tl.constexpr):
-    """How many of a block's choices the queries before each ``row`` have made."""
-    limit = (row * WIDTH) << SHIFT
-    count = row * 0
-    step = tl.full([], CHOICES_PAD, tl.int32)
-    while step > 0:
-        last = count + step - 1
-        choice = tl.load(choices + last, mask=last < CHOICES, other=NONE)
-        count = tl.where(choice < limit, count + step, count)
-        step = step // 2
-    return count
-
-
-@triton.jit
 def list_block(
     kept, choices, listed, shares, seen_by, t0,
     WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr, FANOUT: tl.constexpr, BEAM: tl.constexpr,
-    QUERY_BLOCK: tl.constexpr, WIDTH: tl.constexpr, CHOICES: tl.constexpr, CHOICES_PAD: tl.constexpr,
-    LIST: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr, WIDTH: tl.constexpr, CHOICES: tl.constexpr, LIST: tl.constexpr,
 ):  # fmt: skip
     """What ``triton_execute`` calls the list of the query block at t0, and how many of it each of its rows sees.
 
@@ -399,15 +386,18 @@ def list_block(
         block += tl.where(block < SINK // BLOCK, 0, (last - SINK) // BLOCK)
         tl.store(listed + n + some, block, mask=n + some < near)
         tl.store(shares + n + some, some * 0.0 + 1.0, mask=n + some < near)
-    seen = choices_before(choices, place + 1, WIDTH, CHOICES, CHOICES_PAD)
-    tl.store(seen_by + place, near + seen)
-    for n in range(0, tl.max(seen, 0) + SOME, SOME):
+    seen, n, more = place * 0 + near, t0 * 0, t0 * 0 + 1
+    while more > 0:
         choice = tl.load(choices + n + some, mask=n + some < CHOICES, other=NONE)
-        _row, candidate, rise = unpack(choice, QUERY_BLOCK, WIDTH)
+        row, candidate, rise = unpack(choice, QUERY_BLOCK, WIDTH)
         leaf = chosen_leaf(kept, candidate, t0, WINDOW, SINK, BLOCK, FANOUT, BEAM)
-        inside = near + n + some < LIST
-        tl.store(listed + near + n + some, tl.where(choice < NONE, SINK // BLOCK + leaf, 0), mask=inside)
-        tl.store(shares + near + n + some, rise.to(tl.float32) / WHOLE, mask=inside)
+        to = near + n + some
+        tl.store(listed + to, tl.where(choice < NONE, SINK // BLOCK + leaf, 0), mask=to < LIST)
+        tl.store(shares + to, rise.to(tl.float32) / WHOLE, mask=to < LIST)
+        seen += tl.sum((row[None] <= place[:, None]).to(tl.int32), 1)
+        n += SOME
+        more = tl.max((choice < NONE).to(tl.int32), 0)
+    tl.store(seen_by + place, seen)
 
 
 @kernel(do_not_specialize=["slots", "tokens", "blocks", "total_blocks"])
@@ -416,8 +406,8 @@ def list_blocks(
     slots, tokens, blocks, total_blocks,
     KV_HEADS: tl.constexpr, WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr,
     FANOUT: tl.constexpr, BEAM: tl.constexpr, QUERY_BLOCK: tl.constexpr, DENSE_END: tl.constexpr,
-    WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, CHOICES: tl.constexpr, CHOICES_PAD: tl.constexpr,
-    LIST: tl.constexpr, LAYOUT: tl.constexpr,
+    WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, CHOICES: tl.constexpr, LIST: tl.constexpr,
+    LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Writes ``ordered`` and ``shares`` [B·Hkv, blocks, LIST] and ``counts`` [B·Hkv, blocks, QUERY_BLOCK], as
     ``list_block`` says."""
@@ -431,5 +421,5 @@ def list_blocks(
         list_block(
             spans + at * BEAM, choices + at * CHOICES, ordered + to * LIST, shares + to * LIST,
             counts + to * QUERY_BLOCK, t0,
-            WINDOW, SINK, BLOCK, FANOUT, BEAM, QUERY_BLOCK, WIDTH, CHOICES, CHOICES_PAD, LIST,
+            WINDOW, SINK, BLOCK, FANOUT, BEAM, QUERY_BLOCK, WIDTH, CHOICES, LIST,
         )  # fmt: skip

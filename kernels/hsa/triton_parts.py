@@ -66,7 +66,7 @@ def settle_parts(
     KV_HEADS: tl.constexpr, WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr,
     FANOUT: tl.constexpr, BEAM: tl.constexpr, QUERY_BLOCK: tl.constexpr, DENSE_END: tl.constexpr,
     ROOM: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, CHOICES: tl.constexpr,
-    CHOICES_PAD: tl.constexpr, LIST: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr, LAYOUT: tl.constexpr,
+    LIST: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Adds to ``choices`` by the votes, and lists what each block executes as ``list_blocks`` does."""
     i = tl.program_id(0)
@@ -86,7 +86,7 @@ def settle_parts(
         tl.debug_barrier()  # every thread has written its choices
         list_block(
             kept, made, ordered + at * LIST, shares + at * LIST, counts + at * QUERY_BLOCK, t0,
-            WINDOW, SINK, BLOCK, FANOUT, BEAM, QUERY_BLOCK, WIDTH, CHOICES, CHOICES_PAD, LIST,
+            WINDOW, SINK, BLOCK, FANOUT, BEAM, QUERY_BLOCK, WIDTH, CHOICES, LIST,
         )  # fmt: skip
 
 
