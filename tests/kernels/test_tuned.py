@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from _pytest.mark.structures import ParameterSet
 
 from retrofit.errors import ConfigError
 
@@ -111,17 +112,23 @@ def compiled(capability: tuple[int, int], dtype: str, dim: int) -> list[tuple[st
     return [tuple(json.loads(line)) for line in result.stdout.splitlines()]
 
 
-# Settings that several capabilities share are compiled for 64 dims once.
+def case(capability: tuple[int, int], dtype: str, dim: int, *marks: pytest.MarkDecorator) -> ParameterSet:
+    return pytest.param(capability, dtype, dim, marks=marks, id=f"{capability}, {dtype}, {dim}")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("capability", "dtype", "dim"),
     [
-        *((capability, "bfloat16", 128) for capability in tuned.ROWS),
-        *((capability, "bfloat16", 64) for capability in ((8, 6), (9, 0), (10, 0))),
-        ((8, 6), "bfloat16", 256),
-        ((8, 6), "float32", 128),
+        *(case(capability, "bfloat16", 128) for capability in tuned.ROWS if capability != (12, 0)),
+        case((8, 6), "bfloat16", 64),
+        *(case(capability, "bfloat16", 64, pytest.mark.thorough) for capability in ((9, 0), (10, 0))),
+        *(
+            case((8, 6), dtype, dim, pytest.mark.thorough)
+            for dtype, dim in (("bfloat16", 256), ("float32", 128))
+        ),
+        case((12, 0), "bfloat16", 128, pytest.mark.thorough),
     ],
-    ids=str,
 )
 def test_every_kernel_compiles_and_fits(capability: tuple[int, int], dtype: str, dim: int) -> None:
     launched = compiled(capability, dtype, dim)
