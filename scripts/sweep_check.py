@@ -16,7 +16,8 @@ from collections import Counter
 from typing import Any
 
 import torch
-from tiny_models import built, example
+from tiny_examples import example
+from tiny_models import built
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves

@@ -1,11 +1,10 @@
 """Tiny models of transformers' architectures, built offline from their default configurations.
 
-LlamaConfig  →  the same with 64 channels, 2 layers, 4 heads, 512 tokens  →  a random model and an example for it
+LlamaConfig  →  the same with 64 channels, 2 layers, 4 heads, 512 tokens  →  a random model
 """
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -180,66 +179,167 @@ def _read(config: Any, name: str) -> Any:
 
 PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
+ROPE_BY_LAYER = {"full_attention": {**PLAIN_ROPE, "mrope_section": [2, 3, 3]}}
+
 AS_IT_IS: dict[str, Any] = dict.fromkeys(SIZES, ...)
 """For a part whose default sizes depend on each other."""
 
+DETECTOR: dict[str, Any] = dict.fromkeys(
+    ("backbone_config", "encoder_layers", "layer_types", "num_hidden_layers"), ...
+)
+"""For a detector behind a backbone, whose ``layer_types`` are those of a ResNet."""
+
+CROSS_ATTENDING: dict[str, Any] = {"decoder": {"is_decoder": True, "add_cross_attention": True}}
+"""For a decoder that is put behind an encoder."""
+
+INDEXED: dict[str, Any] = {
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
+    "indexer_budget": 8,
+    "indexer_compress_ratio": 4,
+}
+"""For attention to the blocks of keys that an indexer selects."""
+
 OVERRIDES: dict[str, dict[str, Any]] = {
+    "blt": {
+        "num_hidden_layers": 2,
+        "encoder_hash_byte_group_vocab": 64,
+        "patcher_config": {"vocab_size": 512},
+        "global_config": {"hidden_size": 128},
+    },
+    "blip-2": {"qformer_config": {"use_qformer_text_input": True}},
     "chameleon": {"vocabulary_map": {"<image>": 7, "IMGIMGAAAZ": 8}},
     "chmv2": {"backbone_config": ...},
     "convnext": AS_IT_IS,
     "convnextv2": AS_IT_IS,
     "csm": {"codec_config": AS_IT_IS},
+    "dots3_note": {
+        "audio_config": {"adapter_input_size": 64, "adapter_out_dim": 64},
+        "vision_config": {"adapter_in_dim": 64, "adapter_out_dim": 64, "pyramid_num_routed": [-1, 4]},
+    },
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "d_fine": {"backbone_config": ..., "encoder_layers": ...},
     "deimv2": {"backbone_config": ..., "encoder_layers": ...},
     "depth_anything": {"backbone_config": ..., "patch_size": ...},
     "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2}},
     "diffusion_gemma": {"text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 48}},
+    "cohere_compass": {"text_config": {"rope_parameters": ROPE_BY_LAYER}},
+    "cohere_compass_text": {"rope_parameters": ROPE_BY_LAYER},
+    "conditional_detr": DETECTOR,
+    "dab-detr": DETECTOR,
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4}},
+    "deformable_detr": DETECTOR,
+    "depth_pro": {"patch_size": 32, "intermediate_hook_ids": [1, 0]},
+    "detr": DETECTOR,
+    "dia": {
+        "decoder_config": {
+            "cross_num_attention_heads": 4,
+            "cross_num_key_value_heads": 4,
+            "cross_head_dim": 16,
+            "cross_hidden_size": 64,
+        }
+    },
     "donut-swin": {**AS_IT_IS, "depths": [1, 1, 2, 1]},
     "emu3": {"vocabulary_map": {"<image>": 7, "<|extra_200|>": 8}},
     "eomt": {"num_blocks": 1},
     "eomt_dinov3": {"num_blocks": 1},
     "ernie4_5_vl_moe": {"text_config": {"rope_parameters": {**PLAIN_ROPE, "mrope_section": [3, 3, 2]}}},
     "esm": {"vocab_size": 512, "pad_token_id": 1, "mask_token_id": 2},
+    "encoder-decoder": CROSS_ATTENDING,
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": 16}},
     "funnel": {"num_hidden_layers": ..., "block_sizes": [1, 1, 1]},
     "hunyuan_vl": {"text_config": {"head_dim": 16}},
+    "instructblip": {"image_token_index": 7, "num_query_tokens": 8},
+    "instructblipvideo": {"video_token_index": 7, "num_query_tokens": 8},
+    "kosmos-2": {"latent_query_num": 8},
     "kyutai_speech_to_text": {"codec_config": AS_IT_IS},
+    "glm5_next": {"text_config": {"qk_rope_head_dim": 0, "head_dim": 0}},
+    "granite4_vision": {
+        "downsample_rate": "1/2",
+        "deepstack_layer_map": [[0, 0]],
+        "spatial_target_layers": [1],
+    },
+    "gradium_phonon_tts": {"flow_head_config": {"condition_dim": 64}},
     "levit": AS_IT_IS,
+    "llama4": {
+        "vision_config": {
+            "intermediate_size": 256,
+            "projector_input_dim": 64,
+            "projector_output_dim": 64,
+            "vision_output_dim": 64,
+        }
+    },
+    "lw_detr": {
+        "backbone_config": {"image_size": 64, "window_block_indices": [0], "out_indices": [1]},
+        "projector_scale_factors": [1.0],
+        "decoder_self_attention_heads": 4,
+        "decoder_cross_attention_heads": 4,
+    },
+    "mllama": {"vision_config": {"intermediate_layers_indices": [0, 1], "vision_output_dim": 192}},
+    "moonshine_streaming": {"num_key_value_heads": 4},
+    "mamba2": {"head_dim": 32, "n_groups": 1},
     "mask2former": {"backbone_config": ...},
     "maskformer": {"backbone_config": ...},
     "mobilevit": AS_IT_IS,
     "mobilevitv2": AS_IT_IS,
     "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
+    "pocket_tts": {"flow_head_config": {"condition_dim": 64}},
     "pocket_tts_audio_tokenizer": AS_IT_IS,
-    "pp_doclayout_v2": {"backbone_config": ..., "encoder_layers": ...},
-    "pp_doclayout_v3": {"backbone_config": ..., "encoder_layers": ...},
+    "pp_doclayout_v2": {**DETECTOR, "class_thresholds": [0.5, 0.5], "class_order": [0, 1]},
+    "pp_doclayout_v3": DETECTOR,
     "pp_doclayout_v4": {"backbone_config": ..., "encoder_layers": ...},
+    "neucodec": {"quantization_dim": 128},
+    "oneformer": {"backbone_config": ...},
+    "pi0": {"vlm_config": {"image_token_id": 7, "projection_dim": 64}},
+    "perceiver": {"num_latents": 16, "d_latents": 64, "num_self_attends_per_block": 2},
     "paddleocr_vl": {"text_config": {"rope_parameters": {**PLAIN_ROPE, "mrope_section": [2, 3, 3]}}},
+    "pp_formulanet": {"vision_config": {"decoder_hidden_size": 64}},
+    "pp_ocrv5_mobile_det": {"backbone_config": ...},
+    "pp_ocrv6_small_det": {"backbone_config": ...},
     "prompt_depth_anything": {"backbone_config": ..., "patch_size": ...},
     "pvt": {"image_size": ..., "patch_size": ...},
     "qwen2_5_omni_thinker": {"vision_start_token_id": 7},
+    "qwen3_omni_moe": {
+        "talker_config": {
+            "spatial_merge_size": 2,
+            "text_config": {"shared_expert_intermediate_size": 48},
+        }
+    },
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 7},
+    "qwen4_exp": {"text_config": INDEXED},
+    "qwen4_exp_text": INDEXED,
     "rt_detr": {"backbone_config": ..., "encoder_layers": ...},
     "rt_detr_v2": {"backbone_config": ..., "encoder_layers": ...},
+    "sapiens2": {"head_config": {"upsample_out_channels": [16], "conv_out_channels": [16]}},
     "shieldgemma2": {"yes_token_index": 5, "no_token_index": 6},
+    "speech-encoder-decoder": CROSS_ATTENDING,
     "step3p7": {"text_config": {"sliding_window": 24}},
     "swin": {**AS_IT_IS, "depths": [1, 1, 2, 1]},
     "swin2sr": {**AS_IT_IS, "depths": [2, 2], "num_heads": [6, 6]},
     "swinv2": {**AS_IT_IS, "depths": [1, 1, 2, 1]},
+    "table-transformer": DETECTOR,
+    "timm_backbone": {"backbone": "vit_tiny_patch16_224"},
     "tipsv2_dpt": {"backbone_config": ...},
-    "vision-encoder-decoder": {"decoder": {"is_decoder": True, "add_cross_attention": True}},
+    "vision-encoder-decoder": CROSS_ATTENDING,
     # By default it has 8,192 tokens, more than the budget of HSA's dense limit.
     "vjepa2": {"crop_size": 32, "frames_per_clip": 8},
+    "upernet": {"backbone_config": ...},
     "wav2vec2-bert": {"vocab_size": 512},
     "wav2vec2-conformer": {"vocab_size": 512},
+    "xcodec2": {"quantization_dim": 128},
     "yolos": {"image_size": [64, 64]},
     "zoedepth": {"backbone_config": ...},
+    "ReformerForMaskedLM": {"axial_pos_embds": False, "is_decoder": False},
+    "T5GemmaEncoderModel": {"is_encoder_decoder": False},
     "bamba": {"attn_layer_indices": [1]},
     "big_bird": {"attention_type": "original_full"},  # the other one is for texts of 700 tokens and more
     "bigbird_pegasus": {"attention_type": "original_full"},
     "deepseek_v2": {"num_experts_per_tok": 2, "moe_intermediate_size": 48},
     "falcon_h1": {"mamba_d_ssm": 128},
     "gemma3n_text": {"num_kv_shared_layers": 0},
+    "gemma3n": {"text_config": {"num_kv_shared_layers": 0}},
+    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "hunyuan_v1_dense": {"head_dim": 16},
@@ -260,17 +360,22 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "nemotron_h": {"n_groups": 1, "layers_block_type": ["mamba", "attention"]},
     "prophetnet": {"num_hidden_layers": ...},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
+    "reformer": {"axial_pos_embds": False},
     "xlnet": {"max_position_embeddings": ...},
+    "xlstm": {"hidden_size": 128},
     "xmod": {"default_language": "en_XX"},
+    "zamba": {"layer_types": ["linear_attention", "hybrid", "hybrid"], "num_hidden_layers": 3},
+    "zamba2": {"layer_types": ..., "layers_block_type": ["linear_attention", "hybrid"], "n_mamba_heads": 4},
+    "zaya": {"num_experts_per_tok": 1},
 }
-"""What the sizes alone do not settle; ``...`` leaves an argument out."""
+"""What the sizes alone do not settle, by architecture or class; ``...`` leaves an argument out."""
 
 
 def built(name: str, config_class: type, model_class: Any) -> Any:
     """Returns a random model of the architecture ``name``."""
-    config = tiny_config(config_class, OVERRIDES.get(name))
+    config = tiny_config(config_class, OVERRIDES.get(model_class.__name__, OVERRIDES.get(name)))
     torch.manual_seed(0)
-    model = model_class(_part(config, model_class)).eval()
+    model = _callable(model_class(_part(config, model_class)).eval())
     generation = getattr(model, "generation_config", None)
     if (
         generation is not None
@@ -280,76 +385,13 @@ def built(name: str, config_class: type, model_class: Any) -> Any:
     return model
 
 
+def _callable(model: Any) -> Any:
+    """``model``, or the first of its models where it holds some and has no forward of its own."""
+    return next(model.children()) if model.forward.__name__ == "_forward_unimplemented" else model
+
+
 def _part(config: Any, model_class: Any) -> Any:
     """The part of a configuration that a model is made from: the whole, or that of its text or its images."""
     parts = [config, config.get_text_config(decoder=True), getattr(config, "vision_config", None)]
     wanted = model_class.config_class or object
     return next((part for part in parts if isinstance(part, wanted)), config)
-
-
-def example(model: Any) -> dict[str, torch.Tensor]:
-    """Returns what ``model`` takes: token ids, an image, a waveform or its features, or text with an image."""
-    config, generator = model.config, torch.Generator().manual_seed(0)
-    name = getattr(model, "main_input_name", "input_ids")
-    taken = inspect.signature(model.forward).parameters
-    inputs: dict[str, torch.Tensor] = {}
-    if name == "input_ids" or (hasattr(config, "text_config") and "input_ids" in taken):
-        rows = 2 * config.num_codebooks if config.model_type in WITH_CODEBOOKS else 2
-        inputs["input_ids"] = torch.randint(10, 500, (rows, 21), generator=generator)
-    pictured = name == "pixel_values" or "text_model" in dict(model.named_children())
-    if pictured or name == "pixel_values_videos" or config.model_type in WITH_IMAGE:
-        vision = getattr(config, "vision_config", getattr(config, "encoder", config))
-        image = getattr(vision, "image_size", 128)
-        size = list(image) if isinstance(image, (tuple, list)) else [image, image]
-        size = [getattr(vision, "num_channels", 3), *size]
-        if name == "pixel_values_videos" or config.model_type in ("timesformer", "videomae", "vivit"):
-            name = name if name.startswith("pixel_values") else "pixel_values_videos"
-            size = [getattr(vision, "num_frames", getattr(vision, "frames_per_clip", 8)), *size]
-        if config.model_type.startswith("siglip2"):
-            size = [vision.num_patches, vision.patch_size**2 * vision.num_channels]
-            side = int(vision.num_patches**0.5)
-            inputs["pixel_attention_mask"] = torch.ones(2, vision.num_patches, dtype=torch.long)
-            inputs["spatial_shapes"] = torch.full((2, 2), side)
-        name = name if name.startswith("pixel_values") else "pixel_values"
-        inputs[name] = torch.randn(2, *size, generator=generator)
-    if name == "input_values":
-        bins = getattr(config, "num_mel_bins", None)
-        size = [8000] if bins is None else [config.max_length, bins]
-        if config.model_type in WITH_CHANNEL:
-            size = [1, *size]
-        inputs["input_values"] = torch.randn(2, *size, generator=generator)
-    if name == "input_features":
-        inputs["input_features"] = torch.randn(2, *_features(config), generator=generator)
-    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in taken:
-        books = getattr(getattr(config, "decoder", None), "num_codebooks", 1)
-        inputs["decoder_input_ids"] = torch.randint(10, 500, (2 * books, 9), generator=generator)
-    return inputs
-
-
-WITH_IMAGE = ("git", "vilt")
-"""Models of text that are nothing without an image."""
-
-WITH_CODEBOOKS = ("musicgen_decoder", "musicgen_melody_decoder")
-"""Models of audio tokens, a row for each codebook."""
-
-WITH_CHANNEL = (
-    "dac",
-    "pocket_tts_audio_tokenizer",
-    "higgs_audio_v2_tokenizer",
-    "vibevoice_acoustic_tokenizer",
-)
-"""Models of waveforms [B, 1, T]."""
-
-
-def _features(config: Any) -> list[int]:
-    """The shape of a spectrogram: [bins, frames] for what is built as Whisper is, else [frames, bins]."""
-    encoder = getattr(config, "encoder_config", config)
-    names = ("num_mel_bins", "input_dim", "feature_projection_input_dim", "input_feat_per_channel")
-    bins = next((size for name in names for size in [getattr(encoder, name, None)] if size), 80)
-    if hasattr(config, "feature_projection_input_dim"):
-        return [64, config.feature_projection_input_dim]
-    if config.model_type == "speech_to_text":
-        return [64, bins]
-    if hasattr(config, "max_source_positions"):
-        return [bins, 2 * config.max_source_positions]
-    return [64, bins]
