@@ -160,6 +160,10 @@ EXTRA: Mapping[str, Mapping[str, Maker]] = {
     "mllama_vision_model": {
         "pixel_values": _normal(lambda config: [1, config.max_num_tiles, *_image(config)])
     },
+    "musicgen": {"decoder_attention_mask": _ones(lambda config: [9])},
+    "musicgen_decoder": {"attention_mask": _ones(lambda config: [LENGTH])},
+    "musicgen_melody": {"decoder_attention_mask": _ones(lambda config: [9])},
+    "musicgen_melody_decoder": {"attention_mask": _ones(lambda config: [LENGTH])},
     "pi0": {
         "input_ids": _pictured(lambda config: config.vlm_config.image_token_id, 16),
         "noise": _normal(lambda config: [config.chunk_size, config.max_action_dim]),

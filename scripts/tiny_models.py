@@ -202,6 +202,7 @@ INDEXED: dict[str, Any] = {
 """For attention to the blocks of keys that an indexer selects."""
 
 OVERRIDES: dict[str, dict[str, Any]] = {
+    "bark": {"semantic_config": {"block_size": 256, "window_size": ...}},
     "blt": {
         "num_hidden_layers": 2,
         "encoder_hash_byte_group_vocab": 64,
@@ -299,12 +300,14 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "pp_ocrv6_small_det": {"backbone_config": ...},
     "prompt_depth_anything": {"backbone_config": ..., "patch_size": ...},
     "pvt": {"image_size": ..., "patch_size": ...},
+    "qwen2_5_omni": {"thinker_config": {"vision_start_token_id": 7}},
     "qwen2_5_omni_thinker": {"vision_start_token_id": 7},
     "qwen3_omni_moe": {
+        "thinker_config": {"vision_start_token_id": 7},
         "talker_config": {
             "spatial_merge_size": 2,
             "text_config": {"shared_expert_intermediate_size": 48},
-        }
+        },
     },
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 7},
     "qwen4_exp": {"text_config": INDEXED},
@@ -319,7 +322,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "swin2sr": {**AS_IT_IS, "depths": [2, 2], "num_heads": [6, 6]},
     "swinv2": {**AS_IT_IS, "depths": [1, 1, 2, 1]},
     "table-transformer": DETECTOR,
-    "timm_backbone": {"backbone": "vit_tiny_patch16_224"},
+    "timm_backbone": {"backbone": "resnet18"},
     "tipsv2_dpt": {"backbone_config": ...},
     "vision-encoder-decoder": CROSS_ATTENDING,
     # By default it has 8,192 tokens, more than the budget of HSA's dense limit.
