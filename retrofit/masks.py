@@ -36,14 +36,19 @@ KINDS = {
     "bidirectional": torch.int8,
     "sliding": torch.int16,
     "bidirectional sliding": torch.int32,
+    "whole causal": torch.uint8,
 }
-"""The kinds of two-dimensional masks and the dtype that tells them apart; nonzero is a real token."""
+"""The kinds of two-dimensional masks and the dtype that tells them apart; nonzero is a real token.
+
+A whole causal mask is one that the model wants as a tensor even where nothing is padded, as for an indexer of keys.
+"""
 
 _FUNCTIONS = {
     "causal": "create_causal_mask",
     "bidirectional": "create_bidirectional_mask",
     "sliding": "create_sliding_window_causal_mask",
     "bidirectional sliding": "create_bidirectional_sliding_window_mask",
+    "whole causal": "create_causal_mask",
 }
 _ORIGINAL = "retrofit_attn_implementation"
 _MASK_ARGUMENTS = ("attention_mask", "mask")
@@ -159,6 +164,8 @@ def _from_dense(
             f"got {list(mask.shape)}"
         )
     mask = mask[..., :key_length]
+    if not mask.is_floating_point():
+        mask = mask != 0
     visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
     if mask.dtype != torch.bool and bool((mask.masked_fill(~visible, 0) != 0).any()):
         raise MaskError(
@@ -245,6 +252,8 @@ def _make(
             **{**options, "allow_is_causal_skip": False},
         )
         return whole
+    if made == "causal" and options.get("allow_is_causal_skip") is False:
+        made = "whole causal"
     seen = kv_length + kv_offset
     if attention_mask is None:
         if original is None:
@@ -447,7 +456,7 @@ def _rebuild(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     if name is None or mask is None or made is None:
         return None
     hidden = next(value for value in given.values() if isinstance(value, Tensor) and value.dim() == 3)
-    past = given.get("past_key_values") if made in ("causal", "sliding") else None
+    past = given.get("past_key_values") if made in ("causal", "whole causal", "sliding") else None
     rebuilt = _rebuilt(mask, made, module, hidden, past)
     if name in kwargs:
         return args, {**kwargs, name: rebuilt}
@@ -466,6 +475,8 @@ def _rebuilt(mask: Tensor, made: str, module: nn.Module, hidden: Tensor, past: A
     layer = getattr(module, "layer_idx", None)
     if past is not None and layer is not None and "layer_idx" in inspect.signature(function).parameters:
         options["layer_idx"] = layer
+    if made == "whole causal" and "allow_is_causal_skip" in inspect.signature(function).parameters:
+        options["allow_is_causal_skip"] = False
     rebuilt: Tensor | None = function(
         config=module.config, inputs_embeds=hidden, attention_mask=mask != 0, past_key_values=past, **options
     )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from retrofit.capture.analyse import Found, evaluating
-from retrofit.capture.call import is_cache
+from retrofit.capture.call import is_cache, rebuild
 from retrofit.capture.observe import ProbedCall
 from retrofit.capture.probes import Probe, same_draws
 from retrofit.errors import VerificationError
@@ -127,7 +127,8 @@ def _as_converted(site: RetrofittedAttention, probed: ProbedCall) -> dict[str, A
     if plan.mask_argument is not None and probed.keep is not None and plan.kind == "self":
         device = next(value.device for value in values.values() if isinstance(value, Tensor))
         whole = bool(probed.keep.all())
-        values[str(plan.mask_argument.path[0])] = None if whole else probed.keep.to(device)
+        path = plan.mask_argument.path
+        values = rebuild({str(path[0]): None, **values}, {path: None if whole else probed.keep.to(device)})
     return values
 
 
