@@ -108,7 +108,7 @@ def to_start_length(
         expected = "causal" if causal else "bidirectional"
         raise MaskError(
             f"attention mask must be {expected}, which this site was verified for, got one that is {made}; "
-            "convert again with the configuration that the model now has"
+            "convert again with the configuration that the model now has, and an example longer than its windows"
         )
     return _extent(mask.to(device) != 0)
 

@@ -328,6 +328,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     # By default it has 8,192 tokens, more than the budget of HSA's dense limit.
     "vjepa2": {"crop_size": 32, "frames_per_clip": 8},
     "upernet": {"backbone_config": ...},
+    "voxtral_realtime": {"text_config": {"sliding_window": 12}},  # shorter than the example
     "wav2vec2-bert": {"vocab_size": 512},
     "wav2vec2-conformer": {"vocab_size": 512},
     "xcodec2": {"quantization_dim": 128},

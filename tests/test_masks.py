@@ -33,6 +33,12 @@ def test_padding_on_both_sides(dtype: torch.dtype) -> None:
     assert _read(mask) == [[2, 0, 1, 0], [4, 3, 4, 0]]
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64])
+def test_a_whole_mask_may_be_of_whole_numbers(dtype: torch.dtype) -> None:
+    mask = _whole([0, 2], [6, 4], keys=6, queries=6)
+    assert _read(mask.to(dtype)) == _read(mask) == [[0, 2], [6, 4]]
+
+
 def test_holes_are_refused() -> None:
     with pytest.raises(MaskError, match=r"padding between real tokens \(row 1\)"):
         _read(torch.tensor([[1, 1, 1, 1], [1, 0, 1, 1]]))
