@@ -260,6 +260,7 @@ def _as_graph(
     copied: dict[Node, Node] = {}
     inputs: dict[str, LeafPath] = {}
     constants: dict[str, Tensor] = {}
+    buffers = dict(module.named_buffers())
     user_inputs = iter(paths)
     deferred: list[tuple[Node, Any]] = []
     for node in program.graph.nodes:
@@ -284,6 +285,8 @@ def _as_graph(
         copied[node].meta = dict(node.meta)
         if target in constants and constants[target].numel() == 1:
             copied[node].meta["constant"] = constants[target].item()
+        elif target in buffers and buffers[target].numel() == 1:
+            copied[node].meta["held"] = buffers[target].item()  # it may hold another number some day
     for node in program.graph.nodes:
         if node.op == "placeholder":
             continue
