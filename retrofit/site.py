@@ -132,6 +132,8 @@ class RetrofittedAttention(nn.Module):
             constants = vars(self).get("_constants", {})
             if name in constants:
                 return constants[name]
+            if "plan" in vars(self) and name in self.plan.unkept:
+                return None
             if "_original" in vars(self) and name in vars(self.original):
                 return vars(self.original)[name]
             if "_original" in vars(self) and hasattr(type(self.original), name):

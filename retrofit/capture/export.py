@@ -27,6 +27,7 @@ from retrofit.capture.call import (
     same_tensors,
     tensor_leaves,
 )
+from retrofit.capture.kept import restored
 from retrofit.capture.record import OwnerCall, slow_path
 from retrofit.capture.standin import (
     CHILD,
@@ -125,6 +126,7 @@ def capture(module: nn.Module, call: OwnerCall, *, training: bool = False) -> Ca
     try:
         with (
             set_training(module, training),
+            restored(module.modules()),
             torch.no_grad(),
             slow_path(),
             fixed_causality(),

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from retrofit.capture.call import is_cache
 from retrofit.capture.flops import AttentionFlops
+from retrofit.capture.kept import changed, state_of
 
 _SOFTMAX = (torch.ops.aten._softmax.default, torch.ops.aten._safe_softmax.default)
 _FUSED = ("scaled_dot_product", "native_multi_head_attention", "transformer_encoder_layer", "flex_attention")
@@ -39,6 +40,7 @@ class OwnerCall:
     Attributes:
         written: The layers of the key-value cache that hold more tokens after the call.
         flops: Of its attention: the products of queries and keys, and of weights and values.
+        kept: Names of the attributes of the module that hold something else after the call.
         alone: Whether the module around it was handed one sequence, so that queries and keys are the same tokens.
     """
 
@@ -51,6 +53,7 @@ class OwnerCall:
     written: tuple[int, ...] = ()
     flops: int = 0
     alone: bool = False
+    kept: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -78,6 +81,7 @@ class _Frame:
         self.module = module
         self.call = call
         self.filled = _filled(call.args, call.kwargs)
+        self.state = state_of(module)
 
 
 class _Watch(TorchDispatchMode):
@@ -130,6 +134,7 @@ def record(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
             stack[-1].call.children.append(_child_call(stack[-1].module, module, args, kwargs, output))
         if call.sdpa or call.softmax:
             call.output = output
+            call.kept = changed(frame.state, state_of(module))
             call.written = _written(frame.filled, _filled(args, kwargs))
             finished.setdefault(paths[module], []).append(call)
 

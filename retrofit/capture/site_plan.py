@@ -38,6 +38,7 @@ class SitePlan:
         untrainable: Why it cannot be trained as it is; None if it can.
         dropout: Where the probability of dropping an attention weight is read from, or the number.
         slot: Its place in the key-value cache.
+        unkept: Attributes that the original changes in a call, and nobody reads; the site has None there.
         step: How its position bias is computed for new tokens where the cache holds earlier ones; None if it has none,
             or is handed one.
     """
@@ -72,6 +73,7 @@ class SitePlan:
     dropout: str | float
     slot: Slot
     step: StepBias | None
+    unkept: frozenset[str] = frozenset()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SitePlan:
         """A plan never changes; copies of a model share it."""
