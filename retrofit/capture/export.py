@@ -6,6 +6,7 @@ module + call  →  torch.export of flat tensors, dynamic batch and length, chil
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -127,6 +128,7 @@ def capture(module: nn.Module, call: OwnerCall, *, training: bool = False) -> Ca
         with (
             set_training(module, training),
             restored(module.modules()),
+            _assigning(),
             torch.no_grad(),
             slow_path(),
             fixed_causality(),
@@ -155,6 +157,14 @@ def set_training(module: nn.Module, training: bool) -> Iterator[None]:
     finally:
         for item, mode in before:
             item.training = mode
+
+
+@contextmanager
+def _assigning() -> Iterator[None]:
+    """Has torch.export not warn of attributes that the module assigns: they are put back."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The tensor attribute", UserWarning)
+        yield
 
 
 def _is_one_row(tensor: Tensor, first: Tensor) -> bool:
