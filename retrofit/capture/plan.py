@@ -19,7 +19,7 @@ from retrofit.capture.call import CACHE_NAMES, LeafPath, Signature, is_cache, le
 from retrofit.capture.cross import cross_mask
 from retrofit.capture.export import Captured, capture
 from retrofit.capture.identity import identity
-from retrofit.capture.ignored import ignored_arguments
+from retrofit.capture.ignored import GOES_AROUND, ignored_arguments
 from retrofit.capture.mask_argument import MaskArgument, mask_argument
 from retrofit.capture.observe import (
     Normalized,
@@ -300,11 +300,12 @@ def _plan(
     argument = next(iter(mask_paths), None) if managed else None
     if managed and argument is None and MASK_NAME in signature.names:
         argument = (MASK_NAME,)  # never a tensor on the probes; a converted model may hand padding over
-    bound = leaves(signature.bind(call.args, call.kwargs))
+    bound = signature.bind(call.args, call.kwargs)
+    around = (*CACHE_NAMES, *GOES_AROUND, *ignored, slot.argument)
     known = tuple(
         (path, value)
-        for path, value in bound.items()
-        if not isinstance(value, Tensor) and path[0] not in (*CACHE_NAMES, *ignored) and not is_cache(value)
+        for path, value in leaves(bound).items()
+        if not isinstance(value, Tensor) and path[0] not in around and not is_cache(value)
     )
     return SitePlan(
         source=source.code,
@@ -318,6 +319,7 @@ def _plan(
         rows=captured.rows,
         signature=signature,
         known=known,
+        only=None if managed else frozenset(bound),  # modules of transformers hand on what they do not know
         output=captured.output,
         lost=tuple(place for place, item in enumerate(source.results) if item is None),
         constants=tuple(captured.constants.items()),

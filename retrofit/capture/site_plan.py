@@ -28,6 +28,7 @@ class SitePlan:
         same: Arguments that must be the same tensor as another one.
         rows: Inputs that are expanded to the rows of the first.
         known: Leaves that were not tensors when the graph was made, by path.
+        only: Names of all arguments of the call that the graph was made from, if no other may be given; None if any may.
         output: The result with ``TENSOR`` in the place of tensors.
         lost: Which of the tensors in the result become None: attention weights.
         mask_argument: Where the mask is found in a call, and how it is read; None if there is none.
@@ -52,6 +53,7 @@ class SitePlan:
     rows: tuple[LeafPath, ...]
     signature: Signature
     known: tuple[tuple[LeafPath, Any], ...]
+    only: frozenset[str] | None
     output: Any
     lost: tuple[int, ...]
     constants: tuple[tuple[str, Tensor], ...]
