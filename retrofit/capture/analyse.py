@@ -100,7 +100,9 @@ def _analyse(model: nn.Module, probes: Sequence[Probe], progress: Progress | Non
         with_keep: Sequence[ProbedCall] = of_owner
         if path in exchanged or any(top.startswith(f"{path}.") for top in exchanged):
             plan = Refused(_replaced(path, exchanged))
-        elif inner is not None:
+        elif inner is not None and not flops[path]:
+            plan = Refused(f"a softmax besides the attention of {inner}, between no two products", "other")
+        elif inner is not None and not _is_opaque(path, inner, of_owner[0].call):
             plan = Refused(f"it has a softmax of its own around the attention of {inner}")
         elif not path:
             plan = Refused("the attention is the whole model; wrap it in a module that holds it")
@@ -116,6 +118,15 @@ def _analyse(model: nn.Module, probes: Sequence[Probe], progress: Progress | Non
     with evaluating(model):
         refuse_used(model, planned, kept, probes[0], outputs[0])
     return Analysis(probes, outputs, [planned[path] for path in calls])
+
+
+def _is_opaque(path: str, inner: str, call: OwnerCall) -> bool:
+    """Whether the graph of the module at ``path`` has a call of a child in the place of what is at ``inner``."""
+    below = inner[len(path) + 1 :] if path else inner
+    return any(
+        child.outputs and (below == child.path or below.startswith(f"{child.path}."))
+        for child in call.children
+    )
 
 
 def _replaced(path: str, exchanged: Mapping[str, tuple[str, str]]) -> str:
