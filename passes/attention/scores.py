@@ -34,6 +34,8 @@ _NAMED = {
     aten.cat.default: "learned extra logits (attention sinks)",
     aten.sigmoid.default: "a sigmoid of the scores",
     aten.relu.default: "a relu of the scores",
+    aten.randn_like.default: "random numbers",
+    aten.rand_like.default: "random numbers",
     aten.topk.default: "a selection of the largest scores",
     aten.scatter.src: "scattered scores",
     aten.scatter.value: "scattered scores",

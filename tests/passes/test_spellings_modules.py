@@ -314,6 +314,8 @@ SPELLINGS: dict[str, Callable[[], nn.Module]] = {
     "nn.MultiheadAttention, causal": lambda: Torch(batch_first=True, causal=True),
     "nn.MultiheadAttention, length first, weights": lambda: Torch(weights=True, causal=True),
     "nn.MultiheadAttention, weights of each head": lambda: Torch(batch_first=True, weights=True, mean=False),
+    "nn.MultiheadAttention with a key of its own": lambda: Torch(batch_first=True, add_bias_kv=True),
+    "nn.MultiheadAttention with a key of zeros": lambda: Torch(batch_first=True, add_zero_attn=True),
     "nn.MultiheadAttention without bias": lambda: Torch(batch_first=True, bias=False),
     "nn.TransformerEncoder": _encoder,
     "nn.TransformerEncoder, norm first": partial(_encoder, norm_first=True, activation="gelu"),
@@ -349,10 +351,10 @@ PADDING = {
 }
 
 
-@pytest.mark.parametrize("name", PADDING)
+@pytest.mark.parametrize("name", [*PADDING, "nn.MultiheadAttention"])
 def test_padding_is_carried_through(name):
     torch.manual_seed(0)
-    model = Around(Padded(PADDING[name])).eval()
+    model = Around(Padded(PADDING[name]) if name in PADDING else PaddedTorch()).eval()
 
     def padded(rows, tokens):
         (x,) = inputs((rows, tokens))
@@ -393,15 +395,42 @@ def test_the_fast_path_of_torch_gives_way_and_comes_back():
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 48, dropout=0.0, batch_first=True)
     model = nn.TransformerEncoder(layer, 2).eval()
-    (x,) = inputs((3, 12))
-    padding = torch.zeros(3, 12, dtype=torch.bool)
-    padding[1, 9:] = padding[2, 5:] = True  # the fast path leaves these tokens out
-    real = ~padding[..., None]
+
+    def padded(rows, tokens):
+        (x,), padding = inputs((rows, tokens)), torch.zeros(rows, tokens, dtype=torch.bool)
+        padding[-1, tokens // 2 :] = True  # the fast path leaves these tokens out
+        return {"src": x, "src_key_padding_mask": padding}
+
+    examples = [padded(3, 12), padded(2, 5), padded(1, 23)]
     with torch.no_grad():
-        before = model(x, src_key_padding_mask=padding)
-        report = retrofit.convert(model, retrofit.DenseConfig(), {"src": x, "src_key_padding_mask": padding})
+        before = [model(**example) for example in examples]
+        report = retrofit.convert(model, retrofit.DenseConfig(), examples[0])
         assert [site.mask for site in report.converted] == ["key padding"] * 2
-        got = model(x, src_key_padding_mask=padding)
-        torch.testing.assert_close(got * real, before * real, rtol=1e-5, atol=1e-5)
+        for example, expected in zip(examples, before, strict=True):
+            longest = expected.shape[1]  # where a nested tensor ends
+            real = ~example["src_key_padding_mask"][:, :longest, None]
+            got = model(**example)[:, :longest]
+            torch.testing.assert_close(got * real, expected * real, rtol=1e-5, atol=1e-5)
         retrofit.revert(model)
-        assert torch.equal(model(x, src_key_padding_mask=padding), before)
+        assert all(torch.equal(model(**x), expected) for x, expected in zip(examples, before, strict=True))
+
+
+class PaddedTorch(nn.Module):
+    """nn.MultiheadAttention with padding, and weights that nobody takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mha = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+
+    def forward(self, x, mask):
+        return self.mha(x, x, x, key_padding_mask=mask == 0)[0]
+
+
+def test_weights_are_none_where_they_were_returned():
+    model, (x,) = Around(WithWeights()).eval(), inputs((2, 11))
+    y, weights = model(x)
+    assert weights.shape == (2, 11, 11)
+    retrofit.convert(model, retrofit.DenseConfig(), (x,))
+    got, none = model(x)
+    torch.testing.assert_close(got, y, rtol=1e-5, atol=1e-5)
+    assert none is None
