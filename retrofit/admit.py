@@ -116,8 +116,8 @@ def _unfit(
     kinds: dict[object, list[Candidate]] = {}
     for item, site in candidates:
         kinds.setdefault((type(item.module), site.plan.source, site.plan.mask), []).append((item, site))
-    unfit: dict[str, str] = {}
-    for of_kind in kinds.values():
+    reasons: dict[object, str] = {}
+    for kind, of_kind in kinds.items():
         try:
             if len(kinds) == 1:
                 raise first
@@ -131,10 +131,29 @@ def _unfit(
                     f"the model reads what its attention gives at padding ({probe}), as by pooling such a row; "
                     "a converted site gives nothing there"
                 )
-            unfit |= {item.path: reason + (f"; {doubt}" if doubt else "") for item, _ in of_kind}
-    if not unfit:
+            reasons[kind] = reason + (f"; {doubt}" if doubt else "")
+    if not reasons:
         raise first
-    return unfit
+    unfit = _to_blame(model, check, kinds, list(reasons)) if len(reasons) > 1 else list(reasons)
+    return {item.path: reasons[kind] for kind in unfit for item, _ in kinds[kind]}
+
+
+def _to_blame(
+    model: nn.Module,
+    check: ModelCheck,
+    kinds: Mapping[object, Sequence[Candidate]],
+    failing: Sequence[object],
+) -> Sequence[object]:
+    """Which of the kinds that fail alone have to go: one, if the others do without it, else all."""
+    for kind in failing:
+        rest = [candidate for other, of_kind in kinds.items() if other != kind for candidate in of_kind]
+        try:
+            _compared(model, check, rest)
+        except Exception:
+            continue
+        put_back(model)
+        return [kind]
+    return failing
 
 
 def _reason(error: Exception, what: str) -> str:

@@ -53,7 +53,7 @@ def put_in(model: nn.Module, converted: Sequence[RetrofittedAttention]) -> None:
     """Puts sites in the place of their originals and has what surrounds them deal with them."""
     if not converted:
         return
-    for site in converted:
+    for site in sorted(converted, key=lambda site: site.path.count(".")):  # what is around another one first
         _exchange(model, site.original, site)
     masks.enable(model)
     _keep_padded(model)

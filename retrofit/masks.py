@@ -3,7 +3,7 @@
 transformers builds its masks for the attention implementation that the configuration names. Under ``sdpa``
 a padded batch of n tokens gets a boolean [n, n]; under ``retrofit``, registered here, it stays what it was:
 
-    attention_mask [B, n]  →  create_causal_mask(config, …)  →  bool [B, n], or None where nothing is padded
+    attention_mask [B, n]  →  create_causal_mask(config, …)  →  int32 [B, n], or None where nothing is padded
 
 Converted sites turn it into the start and the length of each row. Attention modules of the same model that
 are left dense keep a configuration of their own with the original implementation, and a hook rebuilds their
@@ -32,15 +32,16 @@ ORIGINALS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_a
 """Implementations that modules left dense may have; then the name is ``retrofit|ORIGINAL``."""
 
 KINDS = {
-    "causal": torch.bool,
+    "causal": torch.int32,
     "bidirectional": torch.int8,
     "sliding": torch.int16,
-    "bidirectional sliding": torch.int32,
-    "whole causal": torch.uint8,
+    "bidirectional sliding": torch.uint8,
+    "whole causal": torch.uint16,
 }
 """The kinds of two-dimensional masks and the dtype that tells them apart; nonzero is a real token.
 
-A whole causal mask is one that the model wants as a tensor even where nothing is padded, as for an indexer of keys.
+A whole causal mask is one that the model wants as a tensor even where nothing is padded, as for an indexer of keys. No
+kind is bool or int64: such masks models make themselves, as for attention at sampled points.
 """
 
 _FUNCTIONS = {
@@ -104,11 +105,15 @@ def to_start_length(
             f"as well), got {list(mask.shape)}"
         )
     made = kind(mask)
-    if (made == "bidirectional" and causal) or (made == "sliding" and not sliding_window):
-        expected = "causal" if causal else "bidirectional"
+    if made == "bidirectional" and causal:
         raise MaskError(
-            f"attention mask must be {expected}, which this site was verified for, got one that is {made}; "
-            "convert again with the configuration that the model now has, and an example longer than its windows"
+            "attention mask must be causal, which this site was verified for, got one that is bidirectional; convert "
+            "again with the configuration that the model now has"
+        )
+    if made == "sliding" and not sliding_window:
+        raise MaskError(
+            "attention mask has a sliding window, which this site was not verified for; convert again, with an "
+            "example that is longer than the window"
         )
     return _extent(mask.to(device) != 0)
 

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from retrofit.attention_call import AttentionCall, call_of
 from retrofit.capture.call import CACHE_NAMES, is_cache, lookup, spelled
 from retrofit.capture.export import expanded
+from retrofit.capture.ignored import GOES_AROUND, MEANINGFUL
 from retrofit.capture.site_plan import SitePlan, compiled
 from retrofit.capture.standin import is_tensor_slot
 from retrofit.capture.unread import unread_parameters
@@ -50,8 +51,6 @@ _SHARED_HOOKS = (
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
-# Arguments that change what attention means; a call that brings them was not verified.
-_MEANINGFUL = ("is_causal", "position_bias", "softcap", "cu_seq_lens_q", "cu_seq_lens_k", "block_mask")
 
 
 @dataclass(frozen=True)
@@ -132,6 +131,8 @@ class RetrofittedAttention(nn.Module):
             constants = vars(self).get("_constants", {})
             if name in constants:
                 return constants[name]
+            if "plan" in vars(self) and name in self.plan.unkept:
+                return None
             if "_original" in vars(self) and name in vars(self.original):
                 return vars(self.original)[name]
             if "_original" in vars(self) and hasattr(type(self.original), name):
@@ -216,21 +217,26 @@ class RetrofittedAttention(nn.Module):
                     f"{list(tensor.shape)}; convert with an example of such a shape"
                 )
         for path, recorded in plan.known:
-            if path[0] in self._unread:
+            if path[0] in self._unread or not (plan.only or path[0] in plan.signature.names):
                 continue
-            if recorded is None and path[0] in plan.signature.names and path != of_mask:
-                value = lookup(values, path)
-                if isinstance(value, Tensor) and path not in plan.inputs:
-                    raise CaptureError(
-                        f"{self.path} was captured with {spelled(path)}=None, got a tensor; "
-                        "convert with an example that has it"
-                    )
-            if plan.pooled and type(recorded) is int and lookup(values, path) != recorded:
+            value = lookup(values, path)
+            if isinstance(value, Tensor):
+                differs = recorded is None and path != of_mask and path not in plan.inputs
+            else:
+                differs = _plain(value) and _plain(recorded) and value != recorded
+            if differs:
+                shown = "a tensor" if isinstance(value, Tensor) else repr(value)
                 raise CaptureError(
-                    f"{self.path} was captured with {spelled(path)}={recorded}, got {lookup(values, path)!r}; "
-                    "convert with an example of that size"
+                    f"{self.path} was captured with {spelled(path)}={recorded!r}, got {shown}; "
+                    "convert with an example that has it"
                 )
-        for name in _MEANINGFUL:
+        for name in values.keys() - plan.only if plan.only else ():
+            if values[name] is not None and name not in GOES_AROUND:
+                raise CaptureError(
+                    f"{self.path} was captured without {name}, got {values[name]!r}; convert with an example that "
+                    "has it"
+                )
+        for name in MEANINGFUL:
             if name == "position_bias" and (plan.mask.slopes or (name,) in plan.inputs):
                 continue  # it was seen to be the slopes'
             if name in values and (name,) not in plan.inputs:
@@ -351,6 +357,10 @@ def _fits(tensor: Tensor, sizes: Sequence[int | None]) -> bool:
     return tensor.dim() == len(sizes) and all(
         size is None or size == own for size, own in zip(sizes, tensor.shape, strict=True)
     )
+
+
+def _plain(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device))
 
 
 def _shape(sizes: Sequence[int | None]) -> str:

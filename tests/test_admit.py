@@ -91,6 +91,30 @@ def test_a_model_that_reads_padding_is_refused_with_the_reason():
         api.convert(model, DenseConfig(), {"input_ids": torch.randint(128, (2, 31))})
 
 
+def test_a_site_that_needs_the_others_is_not_refused_with_those_that_fail() -> None:
+    """The head of SigLIP 2 makes a mask of its own, which is another where sites beside it are not converted."""
+    from transformers import Siglip2Config, Siglip2Model
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    text = {**sizes, "vocab_size": 128, "max_position_embeddings": 64, "projection_size": 32}
+    vision = {**sizes, "num_patches": 16, "patch_size": 4}
+    model = Siglip2Model(Siglip2Config(text_config=text, vision_config=vision)).eval()
+    example = {
+        "input_ids": torch.randint(128, (2, 21)),
+        "pixel_values": torch.randn(2, 16, 48),
+        "pixel_attention_mask": torch.ones(2, 16, dtype=torch.int64),
+        "spatial_shapes": torch.full((2, 2), 4),
+    }
+    report = api.convert(model, DenseConfig(), example)
+    assert {site.path for site in report.converted} == {
+        "vision_model.encoder.layers.0.self_attn",
+        "vision_model.head.attention",
+    }
+    ((path, why),) = report.skipped.items()
+    assert path == "text_model.encoder.layers.0.self_attn"
+    assert "reads what its attention gives at padding" in why
+
+
 class Pooled(nn.Module):
     """Gives the last token alone, whatever it is."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -50,6 +51,21 @@ def _eager(site: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> T
     return scores.softmax(-1) @ v
 
 
+def _einsum(site: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    weights = (torch.einsum("bhjd,bhid->jhbi", k, q) * DIM**-0.5).softmax(0)
+    return torch.einsum("jhbi,bhje->bhie", weights, v)
+
+
+def _bmm(site: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    b, h, t, _ = q.shape
+    q, k, v = (x.reshape(b * h, -1, DIM) for x in (q, k, v))
+    return torch.bmm(torch.bmm(q * DIM**-0.5, k.transpose(1, 2)).softmax(-1), v).view(b, h, t, DIM)
+
+
+def _repeated(site: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    return _eager(site, q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), mask)
+
+
 def _masked(site: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     scores = (q @ k.transpose(2, 3) * DIM**-0.5).masked_fill(mask[:, None, None] == 0, -torch.inf)
     return scores.softmax(-1) @ v
@@ -62,9 +78,29 @@ def _biased(site: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return scores.masked_fill(~near | (mask[:, None, None] == 0), -1e9).softmax(-1) @ v
 
 
+class Torch(nn.Module):
+    """nn.MultiheadAttention, to keys and values of other widths."""
+
+    def __init__(self, *, masked: bool = False, weights: bool = False) -> None:
+        super().__init__()
+        self.mha = nn.MultiheadAttention(WIDTH, HEADS, kdim=2 * WIDTH, vdim=WIDTH, batch_first=True)
+        self.masked, self.weights = masked, weights
+
+    def forward(self, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+        hidden = mask == 0 if self.masked else None
+        out, _ = self.mha(x, y, y[..., :WIDTH], key_padding_mask=hidden, need_weights=self.weights)
+        return out
+
+
 SPELLINGS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "sdpa": (lambda: Cross(lambda site, q, k, v, mask: F.scaled_dot_product_attention(q, k, v)), "none"),
     "eager": (lambda: Cross(_eager), "none"),
+    "einsum": (lambda: Cross(_einsum), "none"),
+    "bmm": (lambda: Cross(_bmm), "none"),
+    "repeat_interleave": (lambda: Cross(_repeated, 2), "none"),
+    "nn.MultiheadAttention": (Torch, "none"),
+    "nn.MultiheadAttention, padded": (partial(Torch, masked=True), "key padding"),
+    "nn.MultiheadAttention, weights": (partial(Torch, masked=True, weights=True), "key padding"),
     "enable_gqa": (
         lambda: Cross(
             lambda site, q, k, v, mask: F.scaled_dot_product_attention(q, k, v, scale=0.2, enable_gqa=True), 2
@@ -96,8 +132,9 @@ def test_a_spelling_is_converted_and_reverted(name: str) -> None:
         assert all(torch.equal(model(*x), expected) for x, expected in zip(examples, before, strict=True))
 
 
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("batch_first", [True, False])
-def test_a_decoder_of_torch(batch_first: bool) -> None:
+def test_a_decoder_of_torch(batch_first: bool, causal: bool) -> None:
     layer = nn.TransformerDecoderLayer(WIDTH, HEADS, 48, dropout=0.0, batch_first=batch_first)
     model = nn.TransformerDecoder(layer, 2).eval()
     examples = []
@@ -106,11 +143,39 @@ def test_a_decoder_of_torch(batch_first: bool) -> None:
         hidden[0, keys // 2 + 1 :] = True
         shapes = [(batch, length) if batch_first else (length, batch) for length in (tokens, keys)]
         target, memory = (torch.randn(*shape, WIDTH) for shape in shapes)
-        examples.append({"tgt": target, "memory": memory, "memory_key_padding_mask": hidden})
+        mask = nn.Transformer.generate_square_subsequent_mask(tokens) if causal else None
+        given = {"tgt": target, "memory": memory, "memory_key_padding_mask": hidden}
+        examples.append({**given, "tgt_mask": mask, "tgt_is_causal": causal})
     with torch.no_grad():
         before = [model(**example) for example in examples]
         report = retrofit.convert(model, DenseConfig(), examples[0])
         assert sorted(site.kind for site in report.converted) == ["cross", "cross", "self", "self"]
+        masks = {site.mask for site in report.converted if site.kind == "self"}
+        assert masks == {"causal" if causal else "none"}
+        for example, expected in zip(examples, before, strict=True):
+            torch.testing.assert_close(model(**example), expected, rtol=1e-5, atol=1e-5)
+        retrofit.revert(model)
+        assert all(torch.equal(model(**x), expected) for x, expected in zip(examples, before, strict=True))
+
+
+def test_a_whole_transformer_of_torch() -> None:
+    model = nn.Transformer(WIDTH, HEADS, 1, 1, 48, dropout=0.0, batch_first=True).eval()
+    examples = [
+        {
+            "src": torch.randn(batch, keys, WIDTH),
+            "tgt": torch.randn(batch, tokens, WIDTH),
+            "tgt_mask": nn.Transformer.generate_square_subsequent_mask(tokens),
+        }
+        for batch, tokens, keys in SIZES
+    ]
+    with torch.no_grad():
+        before = [model(**example) for example in examples]
+        report = retrofit.convert(model, DenseConfig(), examples[0])
+        assert [(site.kind, site.mask) for site in report.converted] == [
+            ("self", "none"),
+            ("self", "causal"),
+            ("cross", "none"),
+        ]
         for example, expected in zip(examples, before, strict=True):
             torch.testing.assert_close(model(**example), expected, rtol=1e-5, atol=1e-5)
         retrofit.revert(model)

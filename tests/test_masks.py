@@ -137,7 +137,7 @@ def test_a_converted_model_gets_two_dimensions_or_none(converted: Any) -> None:
     seen = _watch(converted, "model.layers.1.self_attn")
     inputs = _padded()
     converted(**inputs)
-    assert seen.mask.dtype == torch.bool and torch.equal(seen.mask, inputs["attention_mask"].bool())
+    assert torch.equal(seen.mask, inputs["attention_mask"].int())
     converted(input_ids=inputs["input_ids"])
     assert seen.mask is None
     converted(input_ids=inputs["input_ids"], attention_mask=torch.ones_like(inputs["attention_mask"]))
@@ -384,3 +384,33 @@ def test_attention_left_dense_may_hand_its_mask_to_a_child() -> None:
         _close(model(**given).logits, dense(**given).logits, mask)
     retrofit.revert(model)
     assert torch.equal(model(**inputs).logits, dense(**inputs).logits)
+
+
+class Sampled(nn.Module):
+    """Takes a mask that no attention has, as attention at sampled points does."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor) -> Tensor:
+        assert attention_mask.shape == hidden_states.shape[:2]
+        return hidden_states * attention_mask[..., None]
+
+
+class Masks(nn.Module):
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.sampled = norm, Sampled()
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        mask = torch.ones(hidden_states.shape[:2], dtype=torch.bool)
+        mask[0, -3:] = False
+        return self.sampled(self.norm(hidden_states), attention_mask=mask)
+
+
+def test_masks_that_a_model_makes_for_other_things_stay_as_they_are(tiny_llama: Callable[..., Any]) -> None:
+    model = tiny_llama()
+    model.model.norm = Masks(model.model.norm)
+    inputs = _padded()
+    expected = model(**inputs).logits
+    assert len(retrofit.convert(model, retrofit.DenseConfig()).converted) == 2
+    _close(model(**inputs).logits, expected, inputs["attention_mask"])
+    retrofit.revert(model)
+    assert torch.equal(model(**inputs).logits, expected)

@@ -10,9 +10,8 @@ from torch.fx import Graph, Node
 
 from retrofit.passes.attention.arguments import arguments, is_call, shape
 from retrofit.passes.attention.axes import SAME
-from retrofit.passes.attention.operands import constant
 from retrofit.passes.attention.rule import Reject
-from retrofit.passes.attention.scores import FILL, HIDDEN, WHERE
+from retrofit.passes.attention.scores import FILL, HIDDEN, WHERE, assigns, fill_of
 
 aten = torch.ops.aten
 
@@ -56,7 +55,7 @@ def _visible_part(node: object) -> object:
             node = node.args[0]
         elif (term := _beside_zero(node)) is not None:
             node = term
-        elif is_call(node, *FILL) and _hides(node.args[2]):
+        elif (is_call(node, *FILL) or assigns(node)) and _hides(node.args[2]):
             node = node.args[0]
         elif is_call(node, *WHERE) and _hides(node.args[2]):
             node = node.args[1]
@@ -76,5 +75,5 @@ def _beside_zero(node: Node) -> Node | None:
 
 
 def _hides(value: object) -> bool:
-    number = constant(value)
+    number = fill_of(value)
     return number is not None and number <= HIDDEN

@@ -27,12 +27,15 @@ _SCALING = (aten.mul.Tensor, aten.div.Tensor)
 WHERE = (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar)
 FILL = (aten.masked_fill.Scalar, aten.masked_fill.Tensor)
 _FLOOR = (aten.clamp.default, aten.clamp_min.default, aten.maximum.default, aten.max.other)
-PASSED = (*CASTS, *SAME, *RESHAPES, *FILL, *_FLOOR, aten.tanh.default)
+_ASSIGNMENT = aten.index_put.default
+PASSED = (*CASTS, *SAME, *RESHAPES, *FILL, _ASSIGNMENT, *_FLOOR, aten.tanh.default)
 _NAMED = {
     aten.tanh.default: "a tanh of the scores",
     aten.cat.default: "learned extra logits (attention sinks)",
     aten.sigmoid.default: "a sigmoid of the scores",
     aten.relu.default: "a relu of the scores",
+    aten.randn_like.default: "random numbers",
+    aten.rand_like.default: "random numbers",
     aten.topk.default: "a selection of the largest scores",
     aten.scatter.src: "scattered scores",
     aten.scatter.value: "scattered scores",
@@ -162,7 +165,7 @@ def _step(softmax: Node, node: Any) -> Step:
         return _sum(node)
     if is_call(node, *_SCALING):
         return _row_factor(softmax, node)
-    if is_call(node, *FILL, *WHERE):
+    if is_call(node, *FILL, *WHERE) or assigns(node):
         return _hiding(node)
     if is_call(node, *_FLOOR):
         bounds = [constant(value) for value in node.args[1:] if value is not None]
@@ -227,18 +230,33 @@ def _row_factor(softmax: Node, node: Node) -> Step:
 
 
 def _hiding(node: Node) -> Step:
-    if is_call(node, *FILL):
+    if is_call(node, *FILL, _ASSIGNMENT):
         scores, value = node.args[0], node.args[2]
     else:
         scores, value = node.args[1], node.args[2]
         if constant(scores) is not None or (leads_to_product(value) and not leads_to_product(scores)):
             scores, value = value, scores
-    number = constant(value)
+    number = fill_of(value)
     if number is None or number > HIDDEN:
         raise Reject(node, f"masked scores are set to {value}, not to at most {HIDDEN:g}")
     if not isinstance(scores, Node):
         raise Reject(node, "a constant is masked")
     return Step(node, scores, "mask")
+
+
+def fill_of(value: Any) -> float | None:
+    """The number that scores are set to by ``value``: a constant, or a buffer that holds one; None if it is neither."""
+    held = value.meta.get("held") if isinstance(value, Node) else None
+    return constant(value) if held is None else float(held)
+
+
+def assigns(node: Node) -> bool:
+    """Whether ``node`` sets what a mask selects to something: ``scores[..., mask] = value``."""
+    if not is_call(node, _ASSIGNMENT):
+        return False
+    given = arguments(node)
+    indices = [index for index in given["indices"] if index is not None]
+    return not given["accumulate"] and len(indices) == 1 and indices[0].meta["val"].dtype == torch.bool
 
 
 def leads_to_product(node: Any) -> bool:

@@ -26,7 +26,7 @@ from retrofit.passes.attention.operands import Operand, constant_factor, peeled
 from retrofit.passes.attention.products import Product
 from retrofit.passes.attention.roles import Roles, assign
 from retrofit.passes.attention.rule import STAGES, Refusal, Reject, Rule, calls
-from retrofit.passes.attention.scores import SOFTMAX, Named, Step, follow_scores
+from retrofit.passes.attention.scores import SOFTMAX, Named, Step, assigns, follow_scores
 from retrofit.passes.attention.sinks import check_sinks, sinks_maker
 from retrofit.passes.attention.weights import Weights, drops_last, follow_weights
 
@@ -256,7 +256,7 @@ def _mask_maker(
     source = product.node if product.added is not None else kept[0].source
 
     def make(editor: Editor, roles: Roles) -> Node:
-        full = any(step.role == "layout" for step in kept)
+        full = any(step.role == "layout" or assigns(step.node) for step in kept)
         new = (
             [editor.size(size, product.node) for size in sizes(source)]
             if full

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from retrofit.capture.kept import restored
 from retrofit.capture.observe import ProbedCall
 from retrofit.capture.plan import Planner
 from retrofit.capture.probes import ExampleInputs, Probe, is_transformers, make_probes, same_draws
 from retrofit.capture.record import OwnerCall, Recording, record
 from retrofit.capture.site_plan import Refused, SitePlan
+from retrofit.capture.used import refuse_used
 from retrofit.errors import CaptureError, RetrofitError
 
 Progress = Callable[[str, int, int], None]
@@ -59,7 +59,11 @@ def analyse(
     model: nn.Module, example_inputs: ExampleInputs | None, progress: Progress | None = None
 ) -> Analysis:
     """Probes ``model``, which has its original attention, and plans what can be converted."""
-    probes = make_probes(model, example_inputs)
+    with restored(model.modules()):
+        return _analyse(model, make_probes(model, example_inputs), progress)
+
+
+def _analyse(model: nn.Module, probes: Sequence[Probe], progress: Progress | None) -> Analysis:
     calls: dict[str, list[ProbedCall]] = {}
     every: dict[str, list[OwnerCall]] = {}
     flops: dict[str, int] = {}
@@ -96,7 +100,9 @@ def analyse(
         with_keep: Sequence[ProbedCall] = of_owner
         if path in exchanged or any(top.startswith(f"{path}.") for top in exchanged):
             plan = Refused(_replaced(path, exchanged))
-        elif inner is not None:
+        elif inner is not None and not flops[path]:
+            plan = Refused(f"a softmax besides the attention of {inner}, between no two products", "other")
+        elif inner is not None and not _is_opaque(path, inner, of_owner[0].call):
             plan = Refused(f"it has a softmax of its own around the attention of {inner}")
         elif not path:
             plan = Refused("the attention is the whole model; wrap it in a module that holds it")
@@ -108,9 +114,19 @@ def analyse(
         planned[path] = Found(path, module, plan, with_keep, flops[path])
         if progress is not None:
             progress(f"capture {path}", done + 1, len(calls))
+    kept = {path: frozenset().union(*(call.kept for call in of_owner)) for path, of_owner in every.items()}
     with evaluating(model):
-        _refuse_used_weights(model, planned, probes[0], outputs[0])
+        refuse_used(model, planned, kept, probes[0], outputs[0])
     return Analysis(probes, outputs, [planned[path] for path in calls])
+
+
+def _is_opaque(path: str, inner: str, call: OwnerCall) -> bool:
+    """Whether the graph of the module at ``path`` has a call of a child in the place of what is at ``inner``."""
+    below = inner[len(path) + 1 :] if path else inner
+    return any(
+        child.outputs and (below == child.path or below.startswith(f"{child.path}."))
+        for child in call.children
+    )
 
 
 def _replaced(path: str, exchanged: Mapping[str, tuple[str, str]]) -> str:
@@ -128,58 +144,6 @@ def _line(error: Exception) -> str:
     return (
         first if isinstance(error, RetrofitError) else f"it cannot be read: {type(error).__name__}: {first}"
     )
-
-
-def _refuse_used_weights(model: nn.Module, planned: dict[str, Found], probe: Probe, output: Any) -> None:
-    """Refuses modules whose attention weights the model goes on to use, as it shows when they are None."""
-    giving = [path for path, item in planned.items() if isinstance(item.plan, SitePlan) and item.plan.lost]
-    if not giving or _same_without(model, planned, giving, probe, output):
-        return
-    for path in giving:
-        if not _same_without(model, planned, [path], probe, output):
-            reason = "the attention weights that it returns are used by the module around it"
-            plan = planned[path].plan
-            assert isinstance(plan, SitePlan)
-            known = {name: getattr(plan, name) for name in ("spelling", "heads", "kv_heads", "head_dim")}
-            near = f"{plan.spelling}, all but the use of its weights"
-            planned[path] = replace(planned[path], plan=Refused(reason, "self", near_miss=near, **known))
-
-
-def _same_without(
-    model: nn.Module, planned: dict[str, Found], paths: Sequence[str], probe: Probe, output: Any
-) -> bool:
-    """Whether the model gives the same if the modules at ``paths`` return None in the place of weights."""
-    handles = [
-        planned[path].module.register_forward_hook(_Without(planned[path].plan.lost))  # type: ignore[union-attr]
-        for path in paths
-    ]
-    try:
-        with torch.no_grad():
-            got = model(*probe.args, **probe.kwargs)
-    except Exception:  # whatever it did with the weights, it cannot do with None
-        return False
-    finally:
-        for handle in handles:
-            handle.remove()
-    first, expected = (
-        next(leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor))
-        for value in (got, output)
-    )
-    return torch.equal(first, expected)
-
-
-class _Without:
-    """A forward hook that replaces some of the tensors in a result by None."""
-
-    def __init__(self, lost: tuple[int, ...]) -> None:
-        self.lost = lost
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        leaves, spec = pytree.tree_flatten(output)
-        tensors = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        for number in self.lost:
-            leaves[tensors[number]] = None
-        return pytree.tree_unflatten(leaves, spec)
 
 
 @contextmanager

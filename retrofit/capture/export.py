@@ -6,6 +6,7 @@ module + call  →  torch.export of flat tensors, dynamic batch and length, chil
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from retrofit.capture.call import (
     same_tensors,
     tensor_leaves,
 )
+from retrofit.capture.kept import restored
 from retrofit.capture.record import OwnerCall, slow_path
 from retrofit.capture.standin import (
     CHILD,
@@ -125,6 +127,8 @@ def capture(module: nn.Module, call: OwnerCall, *, training: bool = False) -> Ca
     try:
         with (
             set_training(module, training),
+            restored(module.modules()),
+            _assigning(),
             torch.no_grad(),
             slow_path(),
             fixed_causality(),
@@ -153,6 +157,14 @@ def set_training(module: nn.Module, training: bool) -> Iterator[None]:
     finally:
         for item, mode in before:
             item.training = mode
+
+
+@contextmanager
+def _assigning() -> Iterator[None]:
+    """Has torch.export not warn of attributes that the module assigns: they are put back."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The tensor attribute", UserWarning)
+        yield
 
 
 def _is_one_row(tensor: Tensor, first: Tensor) -> bool:
@@ -260,6 +272,7 @@ def _as_graph(
     copied: dict[Node, Node] = {}
     inputs: dict[str, LeafPath] = {}
     constants: dict[str, Tensor] = {}
+    buffers = dict(module.named_buffers())
     user_inputs = iter(paths)
     deferred: list[tuple[Node, Any]] = []
     for node in program.graph.nodes:
@@ -284,6 +297,8 @@ def _as_graph(
         copied[node].meta = dict(node.meta)
         if target in constants and constants[target].numel() == 1:
             copied[node].meta["constant"] = constants[target].item()
+        elif target in buffers and buffers[target].numel() == 1:
+            copied[node].meta["held"] = buffers[target].item()  # it may hold another number some day
     for node in program.graph.nodes:
         if node.op == "placeholder":
             continue

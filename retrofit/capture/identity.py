@@ -18,15 +18,10 @@ def identity(module: nn.Module, call: OwnerCall, signature: Signature) -> Any:
     for name, part in module.named_modules():
         shapes = [
             (key, tuple(value.shape), value.dtype)
-            for key, value in part._parameters.items()
+            for key, value in (*part._parameters.items(), *part._buffers.items())
             if value is not None
         ]
-        shapes += [
-            (key, tuple(value.shape), value.dtype)
-            for key, value in part._buffers.items()
-            if value is not None
-        ]
-        parts.append((name, type(part), tuple(shapes), _plain_attributes(part)))
+        parts.append((name, type(part), tuple(shapes), _numbers(part), _plain_attributes(part)))
     arguments = tuple(
         (path, (tuple(leaf.shape), leaf.dtype)) if isinstance(leaf, Tensor) else (path, _plain(leaf))
         for path, leaf in leaves(signature.bind(call.args, call.kwargs)).items()
@@ -34,6 +29,12 @@ def identity(module: nn.Module, call: OwnerCall, signature: Signature) -> Any:
     )
     same = tuple(same_tensors(signature.bind(call.args, call.kwargs)).items())
     return tuple(parts), arguments, same, call.alone
+
+
+def _numbers(module: nn.Module) -> tuple[float, ...]:
+    """What its buffers of one number hold: the rules read what masked scores are set to."""
+    buffers = (value for value in module._buffers.values() if value is not None)
+    return tuple(value.item() for value in buffers if value.numel() == 1 and value.is_floating_point())
 
 
 def _plain_attributes(module: nn.Module) -> tuple[tuple[str, Any], ...]:

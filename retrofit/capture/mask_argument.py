@@ -37,6 +37,32 @@ class MaskArgument:
         return mask != 0
 
 
+def is_mask_of(
+    path: LeafPath, calls: Sequence[ProbedCall], samples: Sequence[MaskSample], signature: Signature
+) -> bool:
+    """Whether the argument at ``path`` says by itself what the module makes of it, so that it can go around the graph.
+
+    ``nn.MultiheadAttention`` hides where its mask is true, and takes one for each row and head in one dimension.
+    """
+    for probed, sample in zip(calls, samples, strict=True):
+        given = lookup(signature.bind(probed.call.args, probed.call.kwargs), path)
+        if not isinstance(given, Tensor) or sample.mask is None:
+            continue
+        shown = visible_keys(sample.mask)
+        truth = not isinstance(shown, str) and _same(given != 0, shown)
+        if not truth and not _same(given, sample.mask):
+            return False
+    return True
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two masks are the same once they are broadcast."""
+    try:
+        return a.dtype == b.dtype and torch.equal(*torch.broadcast_tensors(a, b))
+    except RuntimeError:
+        return False
+
+
 def mask_argument(
     path: LeafPath,
     calls: Sequence[ProbedCall],

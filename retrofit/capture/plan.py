@@ -19,8 +19,8 @@ from retrofit.capture.call import CACHE_NAMES, LeafPath, Signature, is_cache, le
 from retrofit.capture.cross import cross_mask
 from retrofit.capture.export import Captured, capture
 from retrofit.capture.identity import identity
-from retrofit.capture.ignored import ignored_arguments
-from retrofit.capture.mask_argument import MaskArgument, mask_argument
+from retrofit.capture.ignored import GOES_AROUND, ignored_arguments
+from retrofit.capture.mask_argument import MaskArgument, is_mask_of, mask_argument
 from retrofit.capture.observe import (
     Normalized,
     ProbedCall,
@@ -37,6 +37,7 @@ from retrofit.capture.position_bias import (
     StepBias,
     bias_reason,
     dependence,
+    hides_by,
     hiding,
     is_biased,
     is_mask,
@@ -131,24 +132,29 @@ class Planner:
         assert primary is not None
         assert primary.attention is not None
         (kind,) = kinds if len(kinds) == 1 else ("cross",)
+        if kind == "self" and any(call.shared for call in every):
+            reason = "it attends to keys in the cache that another module has put there"
+            return _refused(primary.attention, reason, "the place in the cache")
         mask = self._mask(module, primary, samples, calls, every, mask_paths, kind)
         if isinstance(mask, str):
             return _refused(primary.attention, mask, "the mask", kind)
         if mask.biased:
             samples[:] = map(hiding, samples)
         if (mask.slopes or mask.biased) and self.managed:
-            mask_paths = set(filter(is_mask, mask_paths))
+            mask_paths = {path for path in mask_paths if hides_by(path, calls, signature)}
         if self.managed and len(mask_paths) > 1:
             names = ", ".join(sorted(str(path[0]) for path in mask_paths))
             reason = f"the mask is made from several inputs: {names}"
             return _refused(primary.attention, reason, "the mask", kind)
+        if kind == "cross" and not mask.biased and self.managed:
+            mask_paths = {path for path in mask_paths if is_mask_of(path, calls, samples, signature)}
         slot = slot_of(module, signature, every)
         if isinstance(slot, str):
             return _refused(primary.attention, slot, "the place in the cache", kind)
         training = self._in_training(module, calls[0].call, primary)
         if id(primary) not in self._ignored:
             self._ignored[id(primary)] = ignored_arguments(module, calls[0].call, primary, _normalized)
-        hides = self._hides(primary)
+        hides = self._hides(primary, calls, signature)
         step = step_bias(module, primary, calls[0], hides) if mask.biased and kind == "self" else None
         return _plan(
             primary,
@@ -190,7 +196,8 @@ class Planner:
             found = classify([*samples, *longer])
             if not isinstance(found, str) or found.startswith(ROUNDED):
                 return found
-        if (reason := bias_reason(module, primary, calls, samples, self._hides(primary))) is not None:
+        hides = self._hides(primary, calls, Signature.of(module))
+        if (reason := bias_reason(module, primary, calls, samples, hides)) is not None:
             return reason
         hidden = list(map(hiding, samples))
         if kind == "cross":
@@ -206,11 +213,11 @@ class Planner:
         # A constant in a row of scores is not the same as none beside a softcap or sinks.
         return not learned and not given["softcap"] and given["sinks"] is None
 
-    def _hides(self, normalized: Normalized) -> str | None:
+    def _hides(self, normalized: Normalized, calls: Sequence[ProbedCall], signature: Signature) -> str | None:
         """The placeholder of the mask that goes around the graph."""
-        inputs = normalized.captured.inputs
-        paths = set(filter(is_mask, mask_paths_of(normalized))) if self.managed else set()
-        return next((name for name, path in inputs.items() if path in paths), None)
+        paths = mask_paths_of(normalized) if self.managed else set()
+        hiding = {path for path in paths if hides_by(path, calls, signature)}
+        return next((name for name, path in normalized.captured.inputs.items() if path in hiding), None)
 
     def _in_training(self, module: nn.Module, call: OwnerCall, evaluated: Normalized) -> Training:
         key = id(evaluated)
@@ -297,14 +304,16 @@ def _plan(
     trained = write(training.normalized) if training.normalized is not None else None
     if trained is not None and trained.inputs != source.inputs:
         training = Training(reason="in training it takes other inputs")
+    inputs = tuple(captured.inputs[name] for name in source.inputs)
     argument = next(iter(mask_paths), None) if managed else None
-    if managed and argument is None and MASK_NAME in signature.names:
+    if managed and argument is None and MASK_NAME in signature.names and (MASK_NAME,) not in inputs:
         argument = (MASK_NAME,)  # never a tensor on the probes; a converted model may hand padding over
-    bound = leaves(signature.bind(call.args, call.kwargs))
+    bound = signature.bind(call.args, call.kwargs)
+    around = (*CACHE_NAMES, *GOES_AROUND, *ignored, slot.argument)
     known = tuple(
         (path, value)
-        for path, value in bound.items()
-        if not isinstance(value, Tensor) and path[0] not in (*CACHE_NAMES, *ignored) and not is_cache(value)
+        for path, value in leaves(bound).items()
+        if not isinstance(value, Tensor) and path[0] not in around and not is_cache(value)
     )
     return SitePlan(
         source=source.code,
@@ -312,12 +321,13 @@ def _plan(
         key_inputs=() if keys is None else tuple(captured.inputs[name] for name in keys.inputs),
         training=None if training.reason or trained is None else trained.code,
         untrainable=training.reason,
-        inputs=tuple(captured.inputs[name] for name in source.inputs),
+        inputs=inputs,
         sizes=tuple((path, sizes) for path, sizes in captured.sizes().items() if path != argument),
         same=tuple(captured.same.items()),
         rows=captured.rows,
         signature=signature,
         known=known,
+        only=None if managed else frozenset(bound),  # modules of transformers hand on what they do not know
         output=captured.output,
         lost=tuple(place for place, item in enumerate(source.results) if item is None),
         constants=tuple(captured.constants.items()),

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 
 from retrofit.capture.assemble import copied, function_of
-from retrofit.capture.call import LeafPath, Signature, spelled
+from retrofit.capture.call import LeafPath, Signature, lookup, spelled
 from retrofit.capture.evaluate import ancestors, evaluate
 from retrofit.capture.observe import Normalized, ProbedCall, learned_mask, values_of
 from retrofit.passes.attention.added import added
@@ -68,6 +68,13 @@ def is_biased(
 def is_mask(path: LeafPath) -> bool:
     """Whether an argument is one that hides, by its name."""
     return "mask" in str(path[0])
+
+
+def hides_by(path: LeafPath, calls: Sequence[ProbedCall], signature: Signature) -> bool:
+    """Whether an argument is a mask that hides and no more, as those with −100 in them, for other windows, are not."""
+    given = (lookup(signature.bind(item.call.args, item.call.kwargs), path) for item in calls)
+    floats = (mask for mask in given if isinstance(mask, Tensor) and mask.is_floating_point())
+    return is_mask(path) and not any(map(adds, floats))
 
 
 def hiding(sample: MaskSample) -> MaskSample:

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from retrofit.capture.call import is_cache
 from retrofit.capture.flops import AttentionFlops
+from retrofit.capture.kept import changed, state_of
 
 _SOFTMAX = (torch.ops.aten._softmax.default, torch.ops.aten._safe_softmax.default)
 _FUSED = ("scaled_dot_product", "native_multi_head_attention", "transformer_encoder_layer", "flex_attention")
@@ -38,7 +39,9 @@ class OwnerCall:
 
     Attributes:
         written: The layers of the key-value cache that hold more tokens after the call.
+        shared: Whether it was given a cache that holds tokens, and added none.
         flops: Of its attention: the products of queries and keys, and of weights and values.
+        kept: Names of the attributes of the module that hold something else after the call.
         alone: Whether the module around it was handed one sequence, so that queries and keys are the same tokens.
     """
 
@@ -49,8 +52,10 @@ class OwnerCall:
     softmax: int = 0
     children: list[ChildCall] = field(default_factory=list)
     written: tuple[int, ...] = ()
+    shared: bool = False
     flops: int = 0
     alone: bool = False
+    kept: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -78,6 +83,7 @@ class _Frame:
         self.module = module
         self.call = call
         self.filled = _filled(call.args, call.kwargs)
+        self.state = state_of(module)
 
 
 class _Watch(TorchDispatchMode):
@@ -130,7 +136,9 @@ def record(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
             stack[-1].call.children.append(_child_call(stack[-1].module, module, args, kwargs, output))
         if call.sdpa or call.softmax:
             call.output = output
+            call.kept = changed(frame.state, state_of(module))
             call.written = _written(frame.filled, _filled(args, kwargs))
+            call.shared = any(frame.filled or ()) and not call.written
             finished.setdefault(paths[module], []).append(call)
 
     handles = []

@@ -28,6 +28,7 @@ class SitePlan:
         same: Arguments that must be the same tensor as another one.
         rows: Inputs that are expanded to the rows of the first.
         known: Leaves that were not tensors when the graph was made, by path.
+        only: Names of all arguments of the call that the graph was made from, if no other may be given; None if any may.
         output: The result with ``TENSOR`` in the place of tensors.
         lost: Which of the tensors in the result become None: attention weights.
         mask_argument: Where the mask is found in a call, and how it is read; None if there is none.
@@ -38,6 +39,7 @@ class SitePlan:
         untrainable: Why it cannot be trained as it is; None if it can.
         dropout: Where the probability of dropping an attention weight is read from, or the number.
         slot: Its place in the key-value cache.
+        unkept: Attributes that the original changes in a call, and nobody reads; the site has None there.
         step: How its position bias is computed for new tokens where the cache holds earlier ones; None if it has none,
             or is handed one.
     """
@@ -51,6 +53,7 @@ class SitePlan:
     rows: tuple[LeafPath, ...]
     signature: Signature
     known: tuple[tuple[LeafPath, Any], ...]
+    only: frozenset[str] | None
     output: Any
     lost: tuple[int, ...]
     constants: tuple[tuple[str, Tensor], ...]
@@ -72,6 +75,7 @@ class SitePlan:
     dropout: str | float
     slot: Slot
     step: StepBias | None
+    unkept: frozenset[str] = frozenset()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SitePlan:
         """A plan never changes; copies of a model share it."""

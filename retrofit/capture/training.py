@@ -123,13 +123,13 @@ def _marked(module: nn.Module) -> Iterator[Mapping[float, str]]:
 
 
 def _same_but_for_dropout(a: Captured, b: Captured) -> bool:
-    same = (a.inputs, a.same, a.rows) == (
-        b.inputs,
-        b.same,
-        b.rows,
-    ) and a.constants.keys() == b.constants.keys()
+    return (a.inputs, a.same, a.rows) == (b.inputs, b.same, b.rows) and same_graph(a, b)
+
+
+def same_graph(a: Captured, b: Captured) -> bool:
+    """Whether two graphs do the same with the inputs that they use, but for dropout."""
     return (
-        same
+        a.constants.keys() == b.constants.keys()
         and all(torch.equal(a.constants[name], b.constants[name]) for name in a.constants)
         and skeleton(a) == skeleton(b)
     )

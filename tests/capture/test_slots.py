@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
+import retrofit
 from retrofit.capture.call import Signature
 from retrofit.capture.record import record
 from retrofit.capture.slots import Slot, slot_of
@@ -59,3 +60,36 @@ def test_the_layer_of_a_call():
     assert Slot(1, "cycle").in_call({"cycle": 4}) == 5
     assert Slot(1).in_call({"cycle": 4}) == 1
     assert Slot(None).in_call({}) is None
+
+
+class Cached(nn.Module):
+    """Attends to the keys in the first layer of the cache, with its own put there or only beside them."""
+
+    def __init__(self, writes):
+        super().__init__()
+        self.layer_idx, self.writes = 0, writes
+
+    def forward(self, x, past_key_values=None):
+        q = k = v = x[:, None]
+        if past_key_values is not None and self.writes:
+            k, v = past_key_values.update(k, v, 0)
+        elif past_key_values is not None:
+            layer = past_key_values.layers[0]
+            k, v = (torch.cat([held, q], 2) for held in (layer.keys, layer.values))
+        return F.scaled_dot_product_attention(q, k, v)[:, 0]
+
+
+class Borrows(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = Cached(True), Cached(False)
+
+    def forward(self, x):
+        cache = DynamicCache()
+        return self.second(self.first(x, cache), cache)
+
+
+def test_keys_that_another_module_has_put_there():
+    first, second = retrofit.inspect(Borrows(), (torch.randn(2, 5, 8),)).sites
+    assert first.convertible
+    assert "it attends to keys in the cache that another module has put there" in second.reason

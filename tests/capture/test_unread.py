@@ -1,4 +1,4 @@
-"""A tensor in place of a recorded None is taken only where the code never reads it, or makes the same graph of it."""
+"""Other arguments than the recorded ones are taken only where the code never reads them, or makes the same graph of them."""
 
 from __future__ import annotations
 
@@ -63,13 +63,16 @@ class HandsOn(Attention):
 
 
 class Model(nn.Module):
-    def __init__(self, attention: Attention) -> None:
+    def __init__(self, attention: Attention, by_position: bool = False) -> None:
         super().__init__()
-        self.attention = attention
+        self.attention, self.by_position = attention, by_position
 
     def forward(self, x: Tensor, position_ids: Tensor | None = None) -> Tensor:
         angles = torch.cos(torch.arange(x.shape[1]).float())[:, None]
-        found: Tensor = self.attention(x, angles, position_ids=position_ids)
+        if self.by_position:
+            found: Tensor = self.attention(x, angles, position_ids)
+        else:
+            found = self.attention(x, angles, position_ids=position_ids)
         return found
 
 
@@ -79,17 +82,84 @@ def test_only_what_is_never_read_is_unread() -> None:
         assert "position_ids" not in unread_parameters(kind())
 
 
+@pytest.mark.parametrize("by_position", [False, True])
 @pytest.mark.parametrize("kind", [Leaves, HandsOn])
-def test_what_is_not_used_may_be_given_later(kind: type[Attention]) -> None:
-    model, x, positions = Model(kind()).eval(), torch.randn(2, 21, 32), torch.arange(21).expand(2, -1)
+def test_what_is_not_used_may_be_given_later(kind: type[Attention], by_position: bool) -> None:
+    model, x, positions = (
+        Model(kind(), by_position).eval(),
+        torch.randn(2, 21, 32),
+        torch.arange(21).expand(2, -1),
+    )
     expected = model(x, positions)
     retrofit.convert(model, retrofit.DenseConfig(), (x,))
     torch.testing.assert_close(model(x, positions), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("by_position", [False, True])
 @pytest.mark.parametrize("kind", [Reads, ReadsWithin, Looks])
-def test_what_may_be_read_is_refused(kind: type[Attention]) -> None:
-    model, x, positions = Model(kind()).eval(), torch.randn(2, 21, 32), torch.arange(21).expand(2, -1)
+def test_what_may_be_read_is_refused(kind: type[Attention], by_position: bool) -> None:
+    model, x, positions = (
+        Model(kind(), by_position).eval(),
+        torch.randn(2, 21, 32),
+        torch.arange(21).expand(2, -1),
+    )
     retrofit.convert(model, retrofit.DenseConfig(), (x,))
     with pytest.raises(CaptureError, match="captured with position_ids=None, got a tensor"):
         model(x, positions)
+
+
+class Options(Attention):
+    """Has a say in what it does, and some that it has not."""
+
+    def forward(
+        self,
+        x: Tensor,
+        causal: bool = True,
+        factor: float = 1.0,
+        checked: bool = False,
+        shift: Tensor | None = None,
+        **more: Any,
+    ) -> Tensor:
+        if checked:
+            assert x.dim() == 3
+        q, k, v = (m(x).unflatten(-1, (2, 16)).transpose(1, 2) for m in (self.q, self.k, self.v))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2)
+        out = out * torch.tensor(factor) * more.get("gain", 1.0)
+        return out if shift is None else out + shift
+
+
+class Passes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Options()
+
+    def forward(self, x: Tensor, **options: Any) -> Tensor:
+        found: Tensor = self.attention(x, **options)
+        return found
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"causal": False}, "captured with causal=True, got False"),
+        ({"factor": 2.0}, r"captured with factor=1.0, got 2.0"),
+        ({"shift": torch.ones(32)}, "captured with shift=None, got a tensor"),
+        ({"gain": 3.0}, "captured without gain, got 3.0"),
+    ],
+)
+def test_what_was_another_in_the_example_is_refused(options: dict[str, Any], message: str) -> None:
+    model, x = Passes().eval(), torch.randn(2, 21, 32)
+    for given, later in (({}, options), (options, {})):
+        expected = model(x, **given)
+        retrofit.convert(model, retrofit.DenseConfig(), {"x": x, **given})
+        torch.testing.assert_close(model(x, **given), expected, rtol=1e-5, atol=1e-5)
+        with pytest.raises(CaptureError, match=message if later else "attention (was captured with|needs)"):
+            model(x, **later)
+        retrofit.revert(model)
+
+
+def test_what_makes_no_difference_may_be_another() -> None:
+    model, x = Passes().eval(), torch.randn(2, 21, 32)
+    expected = model(x)
+    retrofit.convert(model, retrofit.DenseConfig(), (x,))
+    torch.testing.assert_close(model(x, checked=True, use_cache=False), expected, rtol=1e-5, atol=1e-5)

@@ -148,6 +148,88 @@ class Router(nn.Module):
         return (torch.stack([expert(x) for expert in self.experts], dim=-1) * share.unsqueeze(-2)).sum(-1)
 
 
+class Classifier(nn.Module):
+    """A softmax over classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        return F.softmax(self.head(x), dim=-1)
+
+
+class Mixed(nn.Module):
+    """A mixture of experts with a router spelled as a product, and ``mix`` to put the experts together."""
+
+    def __init__(self, mix) -> None:
+        super().__init__()
+        self.gate, self.experts = (
+            nn.Parameter(torch.randn(3, WIDTH)),
+            nn.Parameter(torch.randn(3, WIDTH, WIDTH)),
+        )
+        self.mix = mix
+
+    def forward(self, x):
+        share = F.softmax(x @ self.gate.T, dim=-1)
+        return self.mix(share, torch.einsum("btc,ecd->bted", x, self.experts))
+
+
+class Codebook(nn.Module):
+    """A soft choice among learned codes, which are the same for all rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keys, self.codes = (nn.Parameter(torch.randn(16, WIDTH)) for _ in range(2))
+
+    def forward(self, x):
+        return F.softmax(x @ self.keys.T, dim=-1) @ self.codes
+
+
+class Pooled(nn.Module):
+    """A mean of all tokens, weighted by learned scores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.score = nn.Linear(WIDTH, 1)
+
+    def forward(self, x):
+        return x + F.softmax(self.score(x), dim=1).transpose(1, 2) @ x
+
+
+class Additive(nn.Module):
+    """Attention in its first form: the scores are no product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.energy = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 1)
+
+    def forward(self, x):
+        scores = self.energy(torch.tanh(self.q(x)[:, :, None] + self.k(x)[:, None]))
+        return F.softmax(scores.squeeze(-1), dim=-1) @ x
+
+
+def _distances(site, q, k, v):
+    q, k, v = heads(q, k, v)
+    return flat(F.softmax(-torch.cdist(q, k), dim=-1) @ v)
+
+
+def _noise(site, s):
+    return s + torch.randn_like(s)
+
+
+def _normed_channels(site, q, k, v):
+    """As XCiT: channels attend to channels."""
+    q, k, v = (x.permute(0, 2, 3, 1) for x in (q, k, v))
+    scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT * site.temperature
+    return (F.softmax(scores, dim=-1) @ v).permute(0, 3, 1, 2).flatten(2)
+
+
+def _renormalised(site, s):
+    weights = F.softmax(s, dim=-1)
+    return weights / weights.sum(-1, keepdim=True)
+
+
 def _used_elsewhere(q, k, v):
     q, k, v = heads(q, k, v)
     weights = F.softmax(q @ k.transpose(2, 3) * SCALE, -1)
@@ -179,6 +261,39 @@ class Differential(nn.Module):
 
 NEAR_MISSES: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "softmax over experts": (Router, "not into a product with values"),
+    "softmax over experts, by einsum": (
+        lambda: Mixed(lambda share, y: torch.einsum("bte,bted->btd", share, y)),
+        "the keys are the same for every row",
+    ),
+    "softmax over experts, by matmul": (
+        lambda: Mixed(lambda share, y: (share.unsqueeze(2) @ y).squeeze(2)),
+        "the keys are the same for every row",
+    ),
+    "softmax over classes": (Classifier, "a softmax whose result is not multiplied with values"),
+    "softmax over learned codes": (Codebook, "the keys are the same for every row"),
+    "a mean by learned scores": (
+        Pooled,
+        "the scores come from score, not from a product of queries and keys",
+    ),
+    "additive attention": (Additive, "the scores come from energy, not from a product of queries and keys"),
+    "distances for scores": (lambda: Site(_distances), "not from a product of queries and keys"),
+    "softmax over normed channels": (
+        lambda: Site(_normed_channels),
+        "width of the heads depends on the input",
+    ),
+    "scores squared": (
+        lambda: Site(softmax_of(lambda site, s: s**2)),
+        r"the scores come from aten.pow.Tensor_Scalar, not from a product",
+    ),
+    "noise on the scores": (
+        lambda: Site(softmax_of(_noise)),
+        "depends on the scores, through random numbers",
+    ),
+    "a softmax of a softmax": (
+        lambda: Site(weights_of(lambda site, s: F.softmax(F.softmax(s, -1), -1))),
+        "a softmax whose result goes into aten.softmax.int",
+    ),
+    "weights divided by their sum": (lambda: Site(weights_of(_renormalised)), "goes into aten.sum"),
     "softmax over queries": (
         lambda: Site(weights_of(lambda site, s: F.softmax(s, dim=2))),
         "not over the keys",
@@ -269,12 +384,18 @@ def test_a_near_miss_is_refused_and_left_untouched(name):
     torch.manual_seed(0)
     make, reason = NEAR_MISSES[name]
     model = Model(make()).eval()
-    (example,) = inputs((2, 11))
+    modules, (example,) = list(model.modules()), inputs((2, 11))
+    state = {name: value.clone() for name, value in model.state_dict().items()}
     with torch.no_grad():
+        torch.manual_seed(0)
         before = model(example)
         with pytest.raises(NoAttentionFound, match=reason):
             retrofit.convert(model, retrofit.DenseConfig(), (example,))
+    with torch.no_grad():
+        torch.manual_seed(0)
         assert torch.equal(model(example), before)
+    assert list(model.modules()) == modules
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     (site,) = retrofit.inspect(model, (example,)).sites
     assert not site.convertible
     assert re.search(r"(spelled|test_near_misses)\.py:\d", site.reason) or "around it" in site.reason

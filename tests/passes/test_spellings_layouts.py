@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -47,6 +49,21 @@ def _baddbmm(site, q, k, v):
     mask = torch.zeros(t, t).masked_fill(~causal(t), float("-inf")).expand(b * h, t, t)
     y = torch.bmm(F.softmax(torch.baddbmm(mask, q, k.transpose(1, 2), alpha=SCALE), dim=-1), v)
     return y.view(b, h, t, d).transpose(1, 2).reshape(b, t, h * d)
+
+
+def _baddbmm_onto_nothing(site, q, k, v):
+    b, t, h, d = q.shape
+    q, k, v = (x.transpose(1, 2).reshape(b * h, t, d) for x in (q, k, v))
+    scores = torch.baddbmm(q.new_empty(b * h, t, t), q, k.transpose(1, 2), beta=0.0, alpha=SCALE)
+    y = torch.bmm(F.softmax(scores, dim=-1), v)
+    return y.view(b, h, t, d).transpose(1, 2).reshape(b, t, h * d)
+
+
+def _fairseq(site, q, k, v):
+    b, t, h, d = q.shape
+    q, k, v = (x.transpose(0, 1).reshape(t, b * h, d).transpose(0, 1) for x in (q, k, v))
+    weights = F.softmax(torch.bmm(q * SCALE, k.transpose(1, 2)) + torch.full((t, t), -torch.inf).triu(1), -1)
+    return torch.bmm(weights, v).transpose(0, 1).reshape(t, b, h * d).transpose(0, 1)
 
 
 def _length_first(site, q, k, v):
@@ -117,6 +134,30 @@ def _einsum(first, second, *, swapped=False):
     return attend
 
 
+def _einsum_in_any_order(seed):
+    """Both products with the letters of every tensor in an order drawn from ``seed``."""
+    draw = random.Random(seed)
+    of_q, of_k, of_v, scores, out = (
+        "".join(draw.sample(word, 4)) for word in ("bthd", "bshd", "bshe", "bhts", "bthe")
+    )
+
+    def attend(site, q, k, v):
+        q, k, v = (
+            x.permute(*map(order.index, own))
+            for x, order, own in ((q, "bthd", of_q), (k, "bshd", of_k), (v, "bshe", of_v))
+        )
+        weights = F.softmax(torch.einsum(f"{of_q},{of_k}->{scores}", q, k) * SCALE, dim=scores.index("s"))
+        y = torch.einsum(f"{of_v},{scores}->{out}", v, weights)
+        return y.permute(*map(out.index, "bthe")).flatten(2)
+
+    return attend
+
+
+def _einsum_by_numbers(site, q, k, v):
+    weights = F.softmax(torch.einsum(q, [0, 1, 2, 3], k, [0, 4, 2, 3], [0, 2, 1, 4]) * SCALE, dim=-1)
+    return torch.einsum(weights, [0, 2, 1, 4], v, [0, 4, 2, 3], [0, 1, 2, 3]).flatten(2)
+
+
 def _differential(site, q, k, v):
     """As the Differential Transformer in two calls: the same weights for either half of the values."""
     half = k.shape[2] // 2
@@ -143,9 +184,17 @@ SPELLINGS: dict[str, Callable[[], nn.Module]] = {
     "bmm on (b h) t d": lambda: Site(_merged),
     "a mask in between on b h t s": lambda: Site(_merged_with_mask),
     "baddbmm": lambda: Site(_baddbmm),
+    "baddbmm onto nothing": lambda: Site(_baddbmm_onto_nothing),
+    "bmm on t (b h) d": lambda: Site(_fairseq),
     "einsum bthd,bshd->bhts": lambda: Site(_einsum("bthd,bshd->bhts", "bhts,bshd->bthd")),
     "einsum in another order": lambda: Site(_einsum("bihc,bjhc->hbij", "hbij,bjhc->bihc")),
     "einsum, keys first": lambda: Site(_einsum("zkyx,zqyx->zyqk", "zyqk,zkyx->zqyx", swapped=True)),
+    "einsum with spaces": lambda: Site(_einsum("b i h d, b j h d -> b h i j", "b h i j, b j h d -> b i h d")),
+    "einsum by numbers": lambda: Site(_einsum_by_numbers),
+    **{
+        f"einsum, order {seed}": partial(lambda seed: Site(_einsum_in_any_order(seed), value_dim=12), seed)
+        for seed in range(12)
+    },
     "einsum, values first": lambda: Site(
         lambda site, q, k, v: torch.einsum(
             "bshd,bhts->bthd", v, F.softmax(torch.einsum("bthd,bshd->bhts", q, k) * SCALE, dim=-1)
@@ -171,6 +220,11 @@ SPELLINGS: dict[str, Callable[[], nn.Module]] = {
     "scale on q": lambda: Site(lambda site, q, k, v: softmax_of(lambda _, s: s)(site, q * SCALE, k, v)),
     "scale on k": lambda: Site(lambda site, q, k, v: softmax_of(lambda _, s: s)(site, q, k / DIM**0.5, v)),
     "repeat_interleave": lambda: Site(_repeated(lambda x: x.repeat_interleave(2, dim=1)), kv_heads=2),
+    "repeat": lambda: Site(
+        _repeated(lambda x: x[:, :, None].repeat(1, 1, 2, 1, 1).flatten(1, 2)), kv_heads=2
+    ),
+    "heads of keys one behind the other": lambda: Site(_repeated(lambda x: x.repeat(1, 2, 1, 1)), kv_heads=2),
+    "heads of keys by number": lambda: Site(_repeated(lambda x: x[:, torch.arange(HEADS) // 2]), kv_heads=2),
     "repeat_kv": lambda: Site(_repeated(repeat), kv_heads=2),
     "einsum with dots": lambda: Site(
         lambda site, q, k, v: flat(

@@ -90,6 +90,12 @@ FUSED = {
     "index": lambda y: [
         y.view(*y.shape[:2], HEADS, 3, DIM)[..., place, :].transpose(1, 2) for place in range(3)
     ],
+    "tensor_split": lambda y: [
+        part.unflatten(2, (HEADS, DIM)).transpose(1, 2) for part in y.tensor_split(3, dim=-1)
+    ],
+    "narrow": lambda y: [
+        y.narrow(2, WIDTH * place, WIDTH).unflatten(2, (HEADS, DIM)).transpose(1, 2) for place in range(3)
+    ],
     "slices": lambda y: [
         y[..., WIDTH * place : WIDTH * (place + 1)].unflatten(-1, (HEADS, DIM)).transpose(1, 2)
         for place in range(3)
@@ -97,11 +103,57 @@ FUSED = {
 }
 
 
-class Latent(nn.Module):
-    """Multi-head latent attention: keys and values from one latent, one rotary key for all heads, wider keys."""
+class FusedGroups(nn.Module):
+    """One projection of four heads of queries, two of keys and two of values, group by group or part by part."""
+
+    def __init__(self, *, by_group: bool) -> None:
+        super().__init__()
+        self.qkv, self.proj, self.by_group = nn.Linear(WIDTH, 8 * DIM), nn.Linear(WIDTH, WIDTH), by_group
+
+    def forward(self, x):
+        b, t, _ = x.shape
+        if self.by_group:  # as Falcon and GPT-NeoX have it
+            q, k, v = self.qkv(x).view(b, t, 2, 4, DIM).split([2, 1, 1], dim=3)
+        else:
+            q, k, v = self.qkv(x).unflatten(2, (8, DIM)).split([4, 2, 2], dim=2)
+        q, k, v = (part.reshape(b, t, -1, DIM).transpose(1, 2) for part in (q, k, v))
+        k, v = (part.repeat_interleave(2, dim=1) for part in (k, v))
+        return self.proj(flat(F.softmax(q @ k.transpose(2, 3) * SCALE, dim=-1) @ v))
+
+
+class Head(nn.Module):
+    """One head of several, as in a lecture: without a head axis, the heads side by side."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.key, self.query, self.value = (nn.Linear(WIDTH, DIM, bias=False) for _ in range(3))
+        self.register_buffer("tril", torch.tril(torch.ones(MOST, MOST)))
+        self.dropout = nn.Dropout(0.1)
+
+    def forward(self, x):
+        T = x.shape[1]
+        k, q = self.key(x), self.query(x)
+        wei = q @ k.transpose(-2, -1) * k.shape[-1] ** -0.5
+        wei = wei.masked_fill(self.tril[:T, :T] == 0, float("-inf"))
+        wei = self.dropout(F.softmax(wei, dim=-1))
+        return wei @ self.value(x)
+
+
+class Heads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(Head() for _ in range(HEADS))
+
+    def forward(self, x):
+        return torch.cat([h(x) for h in self.heads], dim=-1)
+
+
+class Latent(nn.Module):
+    """Multi-head latent attention: keys and values from one latent, one rotary key for all heads, wider keys."""
+
+    def __init__(self, *, fused: bool = False) -> None:
+        super().__init__()
+        self.fused = fused
         self.q, self.latent = nn.Linear(WIDTH, HEADS * (DIM + 4)), nn.Linear(WIDTH, 12 + 4)
         self.norm, self.kv = nn.LayerNorm(12), nn.Linear(12, HEADS * (DIM + 6))
         self.out = nn.Linear(HEADS * 6, WIDTH)
@@ -115,6 +167,8 @@ class Latent(nn.Module):
         k, v = self.kv(self.norm(latent)).view(b, t, HEADS, DIM + 6).transpose(1, 2).split([DIM, 6], dim=-1)
         k_turned = _turned(k_turned.view(b, 1, t, 4), turn).expand(-1, HEADS, -1, -1)
         q, k = torch.cat([q[..., :DIM], _turned(q[..., DIM:], turn)], -1), torch.cat([k, k_turned], -1)
+        if self.fused:
+            return self.out(flat(F.scaled_dot_product_attention(q, k, v, is_causal=True)))
         scores = (q @ k.transpose(2, 3) * (DIM + 4) ** -0.5).masked_fill(~causal(t), -torch.inf)
         return self.out(flat(F.softmax(scores, dim=-1) @ v))
 
@@ -176,21 +230,22 @@ class TypedWeights(WithWeights):
 class Torch(nn.Module):
     """nn.MultiheadAttention, called as self-attention."""
 
-    def __init__(self, *, weights=False, causal=False, **options) -> None:
+    def __init__(self, *, weights=False, causal=False, mean=True, **options) -> None:
         super().__init__()
         self.mha = nn.MultiheadAttention(WIDTH, HEADS, **options)
-        self.weights, self.causal = weights, causal
+        self.weights, self.causal, self.mean = weights, causal, mean
 
     def forward(self, x):
         mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1]) if self.causal else None
         x = x if self.mha.batch_first else x.transpose(0, 1)
-        y = self.mha(x, x, x, need_weights=self.weights, attn_mask=mask, is_causal=self.causal)[0]
+        options = {"need_weights": self.weights, "average_attn_weights": self.mean, "is_causal": self.causal}
+        y = self.mha(x, x, x, attn_mask=mask, **options)[0]
         return y if self.mha.batch_first else y.transpose(0, 1)
 
 
-def _encoder():
-    layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 48, dropout=0.0, batch_first=True)
-    return nn.TransformerEncoder(layer, 2)
+def _encoder(**options):
+    layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 48, dropout=0.0, batch_first=True, **options)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=not options)
 
 
 class Padded(nn.Module):
@@ -232,6 +287,22 @@ class Twice(nn.Module):
         return self.attn(self.between(self.attn(x)))
 
 
+class Shared(nn.Module):
+    """One attention module under two paths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        attn = Site(causal_sdpa)
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({"attn": attn, "linear": nn.Linear(WIDTH, WIDTH)}) for _ in range(2)
+        )
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + layer["linear"](layer["attn"](x))
+        return x
+
+
 SPELLINGS: dict[str, Callable[[], nn.Module]] = {
     "nanoGPT": FusedChunk,
     "timm": FusedUnbind,
@@ -242,9 +313,20 @@ SPELLINGS: dict[str, Callable[[], nn.Module]] = {
     "nn.MultiheadAttention, length first": Torch,
     "nn.MultiheadAttention, causal": lambda: Torch(batch_first=True, causal=True),
     "nn.MultiheadAttention, length first, weights": lambda: Torch(weights=True, causal=True),
+    "nn.MultiheadAttention, weights of each head": lambda: Torch(batch_first=True, weights=True, mean=False),
+    "nn.MultiheadAttention with a key of its own": lambda: Torch(batch_first=True, add_bias_kv=True),
+    "nn.MultiheadAttention with a key of zeros": lambda: Torch(batch_first=True, add_zero_attn=True),
+    "nn.MultiheadAttention without bias": lambda: Torch(batch_first=True, bias=False),
     "nn.TransformerEncoder": _encoder,
-    "shared between layers": Twice,
+    "nn.TransformerEncoder, norm first": partial(_encoder, norm_first=True, activation="gelu"),
+    "nn.TransformerEncoderLayer": lambda: _encoder().layers[0],
+    "called by two layers": Twice,
+    "shared between layers": Shared,
     "MLA": Latent,
+    "MLA by SDPA": partial(Latent, fused=True),
+    "a module for each head": Heads,
+    "fused grouped heads, part by part": partial(FusedGroups, by_group=False),
+    "fused grouped heads, group by group": partial(FusedGroups, by_group=True),
     "a gate behind it": Gated,
     "several in one forward": Several,
     **{f"fused q, k and v by {name}": partial(Fused, split) for name, split in FUSED.items()},
@@ -269,10 +351,10 @@ PADDING = {
 }
 
 
-@pytest.mark.parametrize("name", PADDING)
+@pytest.mark.parametrize("name", [*PADDING, "nn.MultiheadAttention"])
 def test_padding_is_carried_through(name):
     torch.manual_seed(0)
-    model = Around(Padded(PADDING[name])).eval()
+    model = Around(Padded(PADDING[name]) if name in PADDING else PaddedTorch()).eval()
 
     def padded(rows, tokens):
         (x,) = inputs((rows, tokens))
@@ -313,15 +395,42 @@ def test_the_fast_path_of_torch_gives_way_and_comes_back():
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 48, dropout=0.0, batch_first=True)
     model = nn.TransformerEncoder(layer, 2).eval()
-    (x,) = inputs((3, 12))
-    padding = torch.zeros(3, 12, dtype=torch.bool)
-    padding[1, 9:] = padding[2, 5:] = True  # the fast path leaves these tokens out
-    real = ~padding[..., None]
+
+    def padded(rows, tokens):
+        (x,), padding = inputs((rows, tokens)), torch.zeros(rows, tokens, dtype=torch.bool)
+        padding[-1, tokens // 2 :] = True  # the fast path leaves these tokens out
+        return {"src": x, "src_key_padding_mask": padding}
+
+    examples = [padded(3, 12), padded(2, 5), padded(1, 23)]
     with torch.no_grad():
-        before = model(x, src_key_padding_mask=padding)
-        report = retrofit.convert(model, retrofit.DenseConfig(), {"src": x, "src_key_padding_mask": padding})
+        before = [model(**example) for example in examples]
+        report = retrofit.convert(model, retrofit.DenseConfig(), examples[0])
         assert [site.mask for site in report.converted] == ["key padding"] * 2
-        got = model(x, src_key_padding_mask=padding)
-        torch.testing.assert_close(got * real, before * real, rtol=1e-5, atol=1e-5)
+        for example, expected in zip(examples, before, strict=True):
+            longest = expected.shape[1]  # where a nested tensor ends
+            real = ~example["src_key_padding_mask"][:, :longest, None]
+            got = model(**example)[:, :longest]
+            torch.testing.assert_close(got * real, expected * real, rtol=1e-5, atol=1e-5)
         retrofit.revert(model)
-        assert torch.equal(model(x, src_key_padding_mask=padding), before)
+        assert all(torch.equal(model(**x), expected) for x, expected in zip(examples, before, strict=True))
+
+
+class PaddedTorch(nn.Module):
+    """nn.MultiheadAttention with padding, and weights that nobody takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mha = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+
+    def forward(self, x, mask):
+        return self.mha(x, x, x, key_padding_mask=mask == 0)[0]
+
+
+def test_weights_are_none_where_they_were_returned():
+    model, (x,) = Around(WithWeights()).eval(), inputs((2, 11))
+    y, weights = model(x)
+    assert weights.shape == (2, 11, 11)
+    retrofit.convert(model, retrofit.DenseConfig(), (x,))
+    got, none = model(x)
+    torch.testing.assert_close(got, y, rtol=1e-5, atol=1e-5)
+    assert none is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -72,6 +73,47 @@ def _softcap_mask_and_sinks(site, s):
     both = torch.cat([s, column], dim=-1)
     both = both - both.max(dim=-1, keepdim=True).values
     return F.softmax(both, dim=-1, dtype=torch.float32)[..., :-1]
+
+
+class Filled(Site):
+    """Hides later keys by a value that is a buffer, as GPT-J has it."""
+
+    def __init__(self) -> None:
+        super().__init__(softmax_of(_filled))
+        self.register_buffer("value", torch.tensor(-1e9))
+
+
+def _filled(site, s):
+    return torch.where(site.tril[..., : s.shape[2], : s.shape[3]].bool(), s * SCALE, site.value)
+
+
+def _assigned(site, s):
+    s = s * SCALE
+    s[..., ~causal(s.shape[-1])] = -torch.inf
+    return s
+
+
+def _child_softmax(site, q, k, v):
+    q, k, v = heads(q, k, v)
+    return flat(site.softmax(q @ k.mT * SCALE) @ v)
+
+
+class WithSoftmax(Site):
+    def __init__(self) -> None:
+        super().__init__(_child_softmax)
+        self.softmax = nn.Softmax(dim=-1)
+
+
+FILLS = {
+    "minus infinity": -torch.inf,
+    "the least number": torch.finfo(torch.float32).min,
+    "half of the least number": torch.finfo(torch.float32).min / 2,
+    "-1e30": -1e30,
+    "-1e9": -1e9,
+    "the least half": torch.finfo(torch.float16).min,
+    "-1e4": -1e4,
+}
+"""What acts as minus infinity."""
 
 
 SLOPES = torch.tensor([0.5, 0.3, 0.0, 0.01]).view(HEADS, 1, 1)
@@ -170,6 +212,50 @@ SPELLINGS: dict[str, Callable[[], nn.Module]] = {
             )
         )
     ),
+    "the logarithm of the mask": lambda: Site(
+        softmax_of(lambda site, s: s * SCALE + site.tril[..., : s.shape[2], : s.shape[3]].log())
+    ),
+    "where with a value that is a buffer": Filled,
+    "where with a tensor made for it": lambda: Site(
+        softmax_of(lambda site, s: torch.where(causal(s.shape[-1]), s, torch.full([], -1e9, dtype=s.dtype)))
+    ),
+    "numbers compared": lambda: Site(
+        softmax_of(
+            lambda site, s: s.masked_fill(
+                torch.arange(s.shape[-1]) > torch.arange(s.shape[-2])[:, None], -torch.inf
+            )
+        )
+    ),
+    "by assignment": lambda: Site(softmax_of(_assigned)),
+    "nn.Softmax": WithSoftmax,
+    "Tensor.softmax in float32": lambda: Site(
+        weights_of(lambda site, s: s.softmax(dim=3, dtype=torch.float32).to(s.dtype))
+    ),
+    **{
+        f"masked_fill with {name}": partial(
+            lambda value: Site(
+                softmax_of(lambda site, s: (s * SCALE).masked_fill(~causal(s.shape[-1]), value))
+            ),
+            value,
+        )
+        for name, value in FILLS.items()
+    },
+    **{
+        f"addition of {name}": partial(
+            lambda value: Site(softmax_of(lambda site, s: s * SCALE + torch.full_like(s, value).triu(1))),
+            value,
+        )
+        for name, value in FILLS.items()
+    },
+    **{
+        f"where with {name}": partial(
+            lambda value: Site(
+                softmax_of(lambda site, s: torch.where(causal(s.shape[-1]), s * SCALE, value))
+            ),
+            value,
+        )
+        for name, value in FILLS.items()
+    },
     "1 - mask times a large number": lambda: Site(
         softmax_of(lambda site, s: s * SCALE - (1.0 - site.tril[..., : s.shape[2], : s.shape[3]]) * 1e9)
     ),

@@ -7,7 +7,20 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from spelled import DIM, HEADS, Model, Site, causal, causal_sdpa, check_round_trip, flat, heads, repeat, sdpa
+from spelled import (
+    DIM,
+    HEADS,
+    MOST,
+    Model,
+    Site,
+    causal,
+    causal_sdpa,
+    check_round_trip,
+    flat,
+    heads,
+    repeat,
+    sdpa,
+)
 from torch import nn
 
 
@@ -44,6 +57,72 @@ def _rotary(site, q, k, v):
         return x * cos + torch.cat([-x[..., DIM // 2 :], x[..., : DIM // 2]], -1) * sin
 
     return causal_sdpa(site, rotated(q), rotated(k), v)
+
+
+def _sliced_rotary(site, q, k, v):
+    """From tables for all positions, in float32 whatever the type of the queries."""
+    t, angle = q.shape[1], torch.arange(MOST)[:, None] / 100 ** (torch.arange(DIM // 2) / DIM)
+    cos, sin = (table.repeat(1, 2)[:t].unsqueeze(1) for table in (angle.cos(), angle.sin()))
+
+    def rotated(x):
+        a, b = x.float().chunk(2, dim=-1)
+        return (x.float() * cos + torch.cat((-b, a), -1) * sin).type_as(x)
+
+    return causal_sdpa(site, rotated(q), rotated(k), v)
+
+
+def _gathered_rotary(site, q, k, v):
+    """From a table by the number of each token."""
+    angle = torch.arange(MOST)[:, None] / 100 ** (torch.arange(DIM // 2) / DIM)
+    turn = torch.stack([angle.cos(), angle.sin()], dim=-1)[torch.arange(q.shape[1])][:, None]
+
+    def rotated(x):
+        pairs = x.reshape(*x.shape[:-1], -1, 2)
+        (a, b), (cos, sin) = pairs.unbind(-1), turn.unbind(-1)
+        return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
+
+    return causal_sdpa(site, rotated(q), rotated(k), v)
+
+
+def _rotary_by_matrix(site, q, k, v):
+    angle = torch.arange(q.shape[1])[:, None] / torch.arange(1, DIM // 2 + 1)
+    rows = [torch.stack([angle.cos(), -angle.sin()], -1), torch.stack([angle.sin(), angle.cos()], -1)]
+    turn = torch.stack(rows, dim=-2)  # [t, d / 2, 2, 2]
+
+    def rotated(x):
+        return torch.einsum("tpij,bthpj->bthpi", turn, x.unflatten(-1, (-1, 2))).flatten(-2)
+
+    return causal_sdpa(site, rotated(q), rotated(k), v)
+
+
+def _rotary_with_decay(site, q, k, v):
+    """xPos: what queries are multiplied with, keys are divided by."""
+    t = q.shape[1]
+    decay = ((torch.arange(DIM // 2) + 3) / (DIM // 2 + 3)) ** (torch.arange(t)[:, None] / 64)
+    angle = torch.arange(t)[:, None] / torch.arange(1, DIM // 2 + 1)
+
+    def rotated(x, size):
+        a, b = x.chunk(2, dim=-1)
+        cos, sin = ((f(angle) * size)[:, None] for f in (torch.cos, torch.sin))
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+    return causal_sdpa(site, rotated(q, decay), rotated(k, 1 / decay), v)
+
+
+def _with_backend(site, q, k, v):
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        return causal_sdpa(site, q, k, v)
+
+
+def _mask_of_rows_and_heads(site, q, k, v):
+    b, t, h, _ = q.shape
+    mask = torch.zeros(b, h, t, t).masked_fill(~causal(t), torch.finfo(q.dtype).min)
+    return sdpa(attn_mask=mask, dropout_p=0.0, is_causal=False, scale=0.3)(site, q, k, v)
+
+
+def _by_name(site, q, k, v):
+    q, k, v = heads(q, k, v)
+    return flat(F.scaled_dot_product_attention(value=v, key=k, query=q, is_causal=True, attn_mask=None))
 
 
 def _interleaved_rotary(site, q, k, v):
@@ -107,6 +186,15 @@ SPELLINGS: dict[str, Callable[[], nn.Module]] = {
     "sdpa causal for more than one token": lambda: Site(
         lambda site, q, k, v: sdpa(is_causal=q.shape[1] > 1)(site, q, k, v)
     ),
+    "sdpa by name": lambda: Site(_by_name),
+    "sdpa with a mask for each row and head": lambda: Site(_mask_of_rows_and_heads),
+    "sdpa with a mask of three dimensions": lambda: Site(
+        lambda site, q, k, v: sdpa(attn_mask=causal(q.shape[1])[None])(site, q, k, v)
+    ),
+    "sdpa with a backend": lambda: Site(_with_backend),
+    "sdpa enable_gqa for one kv head, causal": lambda: Site(
+        sdpa(is_causal=True, enable_gqa=True), kv_heads=1
+    ),
     "sdpa by position": lambda: Site(
         lambda site, q, k, v: flat(F.scaled_dot_product_attention(*heads(q, k, v), None, 0.0, True))
     ),
@@ -118,6 +206,10 @@ SPELLINGS: dict[str, Callable[[], nn.Module]] = {
     "sdpa without heads": lambda: Site(_sdpa_no_heads),
     "sdpa value width": lambda: Site(causal_sdpa, value_dim=12),
     "rotary": lambda: Site(_rotary),
+    "rotary from a sliced table": lambda: Site(_sliced_rotary),
+    "rotary from a gathered table": lambda: Site(_gathered_rotary),
+    "rotary by a matrix": lambda: Site(_rotary_by_matrix),
+    "rotary with a decay": lambda: Site(_rotary_with_decay),
     "interleaved rotary": lambda: Site(_interleaved_rotary),
     "partial rotary": lambda: Site(_partial_rotary),
     "complex rotary": lambda: Site(_complex_rotary),
