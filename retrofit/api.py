@@ -141,11 +141,13 @@ def _convert(
         earlier = dict(before)
         chosen: list[tuple[Found, SitePlan, TargetConfig]] = []
         skipped: dict[str, str] = {}
+        kept: list[RetrofittedAttention] = []
         for item in found:
             target = choose(item.path)
             if item.path in left_out or target is None:
                 skipped[item.path] = left_out.get(item.path, "no glob of config matches")
                 if item.path in earlier and skipped[item.path] != KEPT_DENSE:
+                    kept.append(earlier[item.path])
                     skipped[item.path] += f"; stays {earlier[item.path].retrofit.config.target}"
             elif isinstance(item.plan, Refused):
                 skipped[item.path] = item.plan.reason
@@ -170,8 +172,6 @@ def _convert(
             for item, plan, _ in chosen
         ]
         fingerprint = next((site.fingerprint for _, site in before), ()) or _fingerprint(model)
-        away = {item.path for item, _ in built} | {path for path in skipped if skipped[path] == KEPT_DENSE}
-        kept = [site for path, site in before if path not in away]
         admission = admit(model, analysis, built, kept, proofs, progress)
         if not admission.admitted:
             raise VerificationError(f"no site reproduces the original: {_reasons(admission.refused)}")

@@ -277,6 +277,9 @@ def test_other_targets_leave_it_as_it_is(tiny_hsa: HSAConfig) -> None:
         retrofit.convert(model, tiny_hsa, kind="cross")
     mixed = retrofit.convert(model, {"*.encoder_attn": DenseConfig(), "*": tiny_hsa})
     assert not mixed.skipped
+    retrofit.convert(model, tiny_hsa)
+    assert len(retrofit.sites(model)) == 4  # the others have their own attention back, as it says
+    retrofit.convert(model, {"*.encoder_attn": DenseConfig(), "*": tiny_hsa})
     assert torch.equal(generated(model, text), expected)
 
 

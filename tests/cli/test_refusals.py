@@ -47,6 +47,37 @@ def partly(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def biased(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An encoder-decoder whose self-attentions have a position bias: DenseConfig takes all, HSA none."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    folder = tmp_path_factory.mktemp("biased") / "model"
+    sizes: dict[str, Any] = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
+    T5ForConditionalGeneration(T5Config(**sizes, vocab_size=128)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_every_reason_is_named_with_its_sites(
+    retrofit: Run, biased: Path, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    result = retrofit("convert", biased, tmp_path / "out", *options)
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert "encoder.block.0.layer.0.SelfAttention and 1 more: a position bias is added to its scores" in line
+    assert "decoder.block.0.layer.1.EncDecAttention: cross-attention takes DenseConfig() alone" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_one_target_leaves_another_takes_in_full(retrofit: Run, biased: Path, tmp_path: Path) -> None:
+    result = retrofit("convert", biased, tmp_path / "out", "--target", "dense")
+    assert result.exit_code == 0, result.stderr
+    line = "converted 3 of 3 sites to dense (3): 100% of the attention FLOPs of the example"
+    assert line in " ".join(result.stdout.split())
+
+
 def test_a_model_that_is_refused_whole_exits_non_zero_with_the_reasons(
     retrofit: Run, refused: Path, tmp_path: Path
 ) -> None:
