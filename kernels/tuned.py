@@ -84,7 +84,7 @@ class Settings:
         measured: The GPU they were found on; None if they fit and were not measured.
         programs: Programs to a multiprocessor, of kernels whose programs take one tile after another.
         coarse: HSA's ``top_scores`` (rows) and ``refine``.
-        choose: ``choose`` and ``vote_parts``, which have to see the same numbers.
+        vote: HSA's ``vote`` and ``vote_parts``, which have to see the same numbers.
         attend: ``attend_listed`` and ``attend_run``.
         attend_parts: Attention of decoding; the rows are its least.
         query_gradients: HSA's kernel of this name.
@@ -98,7 +98,7 @@ class Settings:
     measured: str | None
     programs: int
     coarse: Tiles
-    choose: Tiles
+    vote: Tiles
     attend: Tiles
     attend_parts: Tiles
     query_gradients: Tiles
@@ -118,11 +118,12 @@ def tiles(listed: Mapping[tuple[int, int], Tile]) -> Tiles:
 
 
 SM_90 = Settings(
-    measured="NVIDIA H200, 32/8 heads of 128 dims in bfloat16",
+    measured="NVIDIA H200, 32/8 heads of 128 dims and 9/3 of 64 in bfloat16",
     programs=2,
     coarse=tiles({(2, 256): Tile(64, 64, 4, 3), (4, 256): Tile(64, 64, 4, 3)}),
-    choose=tiles(
+    vote=tiles(
         {
+            (2, 64): Tile(128, 64, 8, 3, 128, few=(4, 2)),
             (2, 128): Tile(128, 64, 8, 2, 128, few=(4, 2)),
             (2, 256): Tile(64, 32, 8, 2, 128, few=(4, 2)),
             (4, 64): Tile(128, 64, 8, 2, 128, few=(4, 2)),
@@ -132,6 +133,7 @@ SM_90 = Settings(
     ),
     attend=tiles(
         {
+            (2, 64): Tile(128, 64, 8, 5, 128, few=(4, 2)),
             (2, 128): Tile(128, 64, 8, 2, 128, few=(4, 2)),
             (2, 256): Tile(64, 32, 8, 2, 128, few=(4, 2)),
             (4, 64): Tile(128, 64, 8, 2, 128, few=(4, 2)),
@@ -200,7 +202,7 @@ SM_80 = replace(
     SM_90,
     measured=None,
     coarse=tiles({(2, 256): Tile(64, 64, 4, 3), (4, 64): Tile(64, 64, 4, 3), (4, 256): Tile(16, 64, 4, 1)}),
-    choose=tiles(
+    vote=tiles(
         {
             (2, 128): Tile(128, 64, 8, 2, few=(4, 2)),
             (2, 256): Tile(64, 32, 8, 2),
@@ -238,7 +240,7 @@ SM_80 = replace(
 )
 SM_86 = replace(
     SM_80,
-    choose=tiles(
+    vote=tiles(
         {
             (2, 128): Tile(128, 64, 8, 2, few=(4, 2)),
             (2, 256): Tile(64, 32, 4, 2),

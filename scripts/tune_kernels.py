@@ -54,7 +54,7 @@ Value = Tile | Pooling | int
 """What is looked for at a time."""
 TIMED = {
     "coarse": ("hsa", ("top_scores", "refine")),
-    "choose": ("hsa", ("choose",)),
+    "vote": ("hsa", ("vote",)),
     "attend": ("hsa", ("attend_listed", "attend_run")),
     "attend_parts": ("decode", ("attend_parts",)),
     "query_gradients": ("hsa_backward", ("query_gradients",)),
@@ -62,7 +62,7 @@ TIMED = {
     "maha_attend": ("maha", ("attend",)),
     "maha_query_gradients": ("maha_backward", ("query_gradients",)),
     "maha_key_gradients": ("maha_backward", ("key_gradients",)),
-    "programs": ("hsa", ("choose", "attend_run")),
+    "programs": ("hsa", ("vote", "attend_run")),
     "pooling": ("pool", ("halve_levels", "pool_levels", "pool_cells", "measure_spreads")),
 }
 """By attribute of ``Settings``: the operation and the kernels whose time counts."""

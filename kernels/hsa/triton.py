@@ -1,8 +1,8 @@
 """Hierarchical sparse attention by Triton kernels.
 
     top_scores, refine, keep   per level, from the top down  →  spans
-    choose                     spans                         →  choices, shift
-    list_blocks                spans, choices                →  what each query block executes
+    vote                       spans                         →  votes for leaves, shift
+    settle                     votes                         →  choices, and the list of what each block executes
     attend_listed, attend_run  list                          →  out, lse
 
 Nothing is read back from the device, and every buffer's size follows from shapes: a call can be captured in a
@@ -21,20 +21,23 @@ from torch import Tensor
 from retrofit.kernels.dense import fused as dense
 from retrofit.kernels.hsa import triton_execute as execute
 from retrofit.kernels.hsa import triton_select as select
-from retrofit.kernels.hsa.geometry import FADE, Geometry
+from retrofit.kernels.hsa.geometry import Geometry
 from retrofit.kernels.hsa.triton_backward import hsa_attention_backward
 from retrofit.kernels.hsa.triton_call import CALLS, Call, padded, power
-from retrofit.kernels.hsa.triton_choose import choose
+from retrofit.kernels.hsa.triton_choose import settle
+from retrofit.kernels.hsa.triton_vote import vote
 from retrofit.kernels.tuned import settings
 
 __all__ = ["hsa_attention", "hsa_attention_backward", "unsupported"]
 
 FUSED_FROM = 2048
 """Tokens of the dense start from which PyTorch's kernel is worth its launch and two copies."""
-LEVELS_AT_ONCE = 8192
-"""Queries times candidates that choose at a time where leaves are whole."""
-FADING_ROWS = 8
-"""Queries that choose at a time where leaves fade in."""
+BLOCKS_AT_ONCE = 8192
+"""Query blocks whose votes wait in memory."""
+QUERIES_AT_ONCE = 8
+"""Queries that choose at a time."""
+SETTLING_WARPS = 2
+"""Warps that do."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_SUM = {torch.float32: 2.0**100, torch.bfloat16: 2.0**100, torch.float16: 2.0**15}
 """Sum of a query's weights, shifted by the highest score among sinks and window, from which a row is done again."""
@@ -68,7 +71,7 @@ def unsupported(
             return f"{name} that is no power of two, got {size}"
     if 2 * geometry.fanout * geometry.nodes_in_span(0) < 16 or geometry.fanout * geometry.nodes_per_span < 16:
         return "fewer than 16 nodes to a product"
-    if q.dtype == torch.float32 and q.shape[3] > 128 and (4, 256) not in settings(q.device).choose:
+    if q.dtype == torch.float32 and q.shape[3] > 128 and (4, 256) not in settings(q.device).vote:
         return f"float32 heads of {q.shape[3]} dims on this GPU"
     return None
 
@@ -117,10 +120,9 @@ def hsa_attention(
     if not call.is_dense:
         nodes = [x.contiguous() for x in nodes]
         keep_spans(call, q, nodes, start, length, spans, scale, fresh=fresh)
-        shift = _choose_leaves(
+        shift, lists = _choose_leaves(
             call, q, k, nodes[0], spreads, start, length, spans, choices, todo, scale, fresh=fresh
         )
-        lists = call.list_blocks(start, length, spans, choices)
         execute.attend_listed[call.tiles](
             q, k, v, start, length, *lists, shift, todo, out, lse, *strides(q, k, v), *call.extent,
             scale, LARGEST_SUM[q.dtype], **_execution(call),
@@ -188,23 +190,29 @@ def _choose_leaves(
     scale: float,
     *,
     fresh: bool,
-) -> Tensor:
-    """The leaf step: adds to ``choices``, and returns the shift of each query's scores, [B, Hq, T].
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """The leaf step: adds to ``choices``, and returns the shift of each query's scores, [B, Hq, T], and the lists of
+    ``Call.list_blocks``.
 
     Makes ``todo`` an empty list, and fills all of ``choices`` if it is fresh.
     """
-    g, width = call.geometry, power(call.geometry.leaf_width)
+    g, tiles = call.geometry, call.blocks * call.rows
     leaves = nodes.shape[2] // g.nodes_in_span(0)
-    tiles = call.blocks * call.rows
-    programs = min(tiles, call.settings.programs * processors(q.device))
-    scratch = torch.empty(programs, g.query_block, width + g.fanout, dtype=call.votes.dtype, device=q.device)
+    votes = call.empty_votes(min(tiles, BLOCKS_AT_ONCE), q.device)
     shift = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    choose[(programs,)](
-        q, k, nodes, spreads, start, length, spans, choices, shift, scratch, todo, *strides(q, k), *nodes.stride()[:2],
-        *spread_strides(spreads), *call.extent, call.total_blocks, leaves, tiles, scale, g.spread,
-        g.least_vote(call.votes), FRESH=fresh, **choosing(call), **scoring(call),
-    )  # fmt: skip
-    return shift
+    lists = call.empty_lists(q.device)
+    for first in range(0, tiles, BLOCKS_AT_ONCE):
+        end = min(first + BLOCKS_AT_ONCE, tiles)
+        vote[(min(end - first, call.settings.programs * processors(q.device)),)](
+            q, k, nodes, spreads, start, length, spans, votes, shift, todo, *strides(q, k), *nodes.stride()[:2],
+            *spread_strides(spreads), *call.extent, call.total_blocks, leaves, first, end, scale, g.spread,
+            **scoring(call),
+        )  # fmt: skip
+        settle[(end - first,)](
+            start, length, spans, choices, votes, *lists, *call.extent, call.total_blocks, first,
+            g.least_vote(call.votes), FRESH=fresh, **choosing(call), **call.listing, num_warps=SETTLING_WARPS,
+        )  # fmt: skip
+    return shift, lists
 
 
 @lru_cache(CALLS)
@@ -251,7 +259,7 @@ def _execution(call: Call) -> dict[str, Any]:
 @lru_cache(CALLS)
 def scoring(call: Call) -> dict[str, Any]:
     """Constants of the kernels that vote for leaves."""
-    tile = call.settings.choose[call.bytes, padded(call.dim)]
+    tile = call.settings.vote[call.bytes, padded(call.dim)]
     return {
         "PER_LEAF": call.geometry.nodes_in_span(0),
         "GROUP": call.group,
@@ -261,22 +269,21 @@ def scoring(call: Call) -> dict[str, Any]:
         "MOST": call.votes.most,
         **call.product,
         **call.shared,
-        **call.leaves,
+        **call.candidates,
         **call.options(tile),
     }
 
 
 @lru_cache(CALLS)
 def choosing(call: Call) -> dict[str, Any]:
-    """Constants of the kernels that choose leaves by their votes."""
+    """Constants of the kernel that chooses leaves by their votes."""
     g, votes = call.geometry, call.votes
     highest = votes.most - g.least_vote(votes)
-    most = max(1, LEVELS_AT_ONCE // power(g.leaf_width)) if votes.parts == FADE else FADING_ROWS
     return {
         "ROOM": g.leaves_per_query,
         "PARTS": votes.parts,
         "BITS": highest.bit_length(),
-        "ROWS": min(g.query_block, most, power(call.tokens + 7)),
+        "ROWS": QUERIES_AT_ONCE,
     }
 
 

@@ -140,13 +140,17 @@ class Call:
     @cached_property
     def leaves(self) -> dict[str, Any]:
         """Constants of the kernels that meet leaf candidates."""
+        return {**self.candidates, "CHOICES": self.geometry.choices}
+
+    @cached_property
+    def candidates(self) -> dict[str, Any]:
+        """Constants of the kernels that vote for them."""
         g = self.geometry
         return {
             "FANOUT": g.fanout,
             "BEAM": g.beam,
             "WIDTH": g.leaf_width,
             "WIDTH_PAD": power(g.leaf_width),
-            "CHOICES": g.choices,
         }
 
     @cached_property
@@ -184,6 +188,12 @@ class Call:
         shape, g = (self.batch, self.kv_heads, self.total_blocks), self.geometry
         spans, choices = (k.new_empty(*shape, size, dtype=torch.int32) for size in (g.beam, g.choices))
         return spans, choices
+
+    def empty_votes(self, blocks: int, device: torch.device) -> Tensor:
+        """Votes of so many query blocks, as ``triton_vote`` says."""
+        g = self.geometry
+        shape = (blocks, g.query_block, power(g.leaf_width) + g.fanout)
+        return torch.empty(shape, dtype=self.votes.dtype, device=device)
 
     def empty_lists(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """What each query block executes by who sees it first, and how much more of it these see then,

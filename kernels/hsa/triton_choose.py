@@ -1,9 +1,7 @@
 """The leaf step of the selection on a GPU: which leaf is chosen by whom, and the list of what a block executes.
 
-    choose         queries of a block × keys of sinks and window, nodes of the leaf candidates   →  choices, shift
-    list_blocks    choices                                                               →  list, shares, counts
-
-Scores are in powers of two. A tile is a query block times up to HEADS heads of a group.
+settle         votes        →  choices, list, shares, counts
+list_blocks    choices      →  list, shares, counts
 """
 
 from __future__ import annotations
@@ -12,8 +10,9 @@ import triton
 import triton.language as tl
 
 from retrofit.kernels.hsa.geometry import FADE, RISE_BITS, UNUSED
-from retrofit.kernels.hsa.triton_execute import load_keys, near_edges
-from retrofit.kernels.hsa.triton_select import LOG2E, covered_leaves, row_range
+from retrofit.kernels.hsa.triton_execute import near_edges
+from retrofit.kernels.hsa.triton_select import covered_leaves, row_range
+from retrofit.kernels.hsa.triton_vote import spans_kept
 from retrofit.kernels.launch import kernel
 
 WHOLE, NONE = tl.constexpr(FADE), tl.constexpr(UNUSED)
@@ -27,186 +26,30 @@ SOME = tl.constexpr(64)
 
 
 @triton.jit
-def place_and_head(row, HEADS: tl.constexpr):
-    """(place in the query block, head in the tile) of the rows of a tile.
-
-    Of 16 rows, those 8 apart stand in one thread's registers, and neighbours in neighbouring threads: these are the
-    heads of one query, [places / LOW, 2, 8 / LOW, LOW] → place, head.
-    """
-    LOW: tl.constexpr = HEADS // 2 if HEADS > 1 else 1
-    HIGH: tl.constexpr = 2 if HEADS > 1 else 1
-    place = row // (8 * HIGH) * (8 // LOW) + row // LOW % (8 // LOW)
-    return place, row // 8 % HIGH * LOW + row % LOW
-
-
-@triton.jit
-def best_head(x, QUERY_BLOCK: tl.constexpr, HEADS: tl.constexpr, LEAVES: tl.constexpr):
-    """The highest of the heads of each query: x [ROWS, LEAVES] → [QUERY_BLOCK, LEAVES]."""
-    LOW: tl.constexpr = HEADS // 2 if HEADS > 1 else 1
-    HIGH: tl.constexpr = 2 if HEADS > 1 else 1
-    x = tl.max(tl.reshape(x, [QUERY_BLOCK * LOW // 8, HIGH, 8, LEAVES]), 1)
-    x = tl.max(tl.reshape(x, [QUERY_BLOCK, LOW, LEAVES]), 1)
-    return x
-
-
-@triton.jit
 def highest_left(above, ROOM: tl.constexpr, BITS: tl.constexpr):
-    """The highest of the numbers [N, M] for which there is no room in each row; 0 where there is room for all above 0.
+    """The highest of the numbers [N, M], each of less than BITS bits, for which there is no room in each row; 0 where
+    there is room for all above 0.
 
-    Found bit by bit.
+    Found bit by bit. Numbers that fit stand two to a register: their highest bit is free for the comparison.
     """
+    PAIRS: tl.constexpr = BITS < 16
+    above = tl.maximum(above, 0)
+    if PAIRS:
+        left, right = tl.split(tl.reshape(above, [above.shape[0], above.shape[1] // 2, 2]))
+        above = left + (right << 16)
     found = tl.zeros([above.shape[0]], tl.int32)
     step = tl.full([], 1, tl.int32) << BITS
     for _ in range(BITS):
         step = step // 2
         higher = found + step
-        many = tl.sum((above >= higher[:, None]).to(tl.int32), 1) > ROOM
-        found = tl.where(many, higher, found)
+        if PAIRS:
+            reach = ((above + (0x8000 - higher)[:, None] * 0x10001) >> 15) & 0x10001
+            count = tl.sum(reach, 1)
+            count = (count & 0xFFFF) + (count >> 16)
+        else:
+            count = tl.sum((above >= higher[:, None]).to(tl.int32), 1)
+        found = tl.where(count > ROOM, higher, found)
     return found
-
-
-@triton.jit
-def rounded(x):
-    """The integers next to floats x of at most 2²²: added to 3·2²², they stand in its low bits."""
-    return (x + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
-
-
-@triton.jit
-def weigh(top, total, s):
-    """One step of a log-sum-exp: scores s [M, N]."""
-    new_top = tl.maximum(top, tl.max(s, 1))
-    safe = tl.where(new_top == -float("inf"), 0.0, new_top)
-    return new_top, total * tl.exp2(top - safe) + tl.sum(tl.exp2(s - safe[:, None]), 1)
-
-
-@triton.jit
-def weigh_near(
-    x, keys, stride_kt, t, t0, high, factor,
-    DIM: tl.constexpr, DIM_PAD: tl.constexpr, ROWS: tl.constexpr, WINDOW: tl.constexpr, SINK: tl.constexpr,
-    BLOCK: tl.constexpr, QUERY_BLOCK: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Highest score and log-sum-exp [ROWS] of the queries x [ROWS, DIM_PAD] at t for sinks and window.
-
-    In the order sinks, window, and the part of the window that only the first rows see.
-    """
-    key = tl.arange(0, KEYS)
-    top = tl.full([ROWS], -float("inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    first, last, whole = near_edges(t0, WINDOW, SINK, BLOCK, QUERY_BLOCK)
-    from_ = tl.maximum(t + 1 - WINDOW, 0) // BLOCK * BLOCK
-    alike = (SINK + whole - last) // KEYS * KEYS
-    for n in range(0, alike, KEYS):
-        j = n + key + tl.where(n + key < SINK, 0, last - SINK)
-        y = load_keys(keys, j, stride_kt, None, DIM, DIM_PAD)
-        top, total = weigh(top, total, tl.dot(x, y, input_precision=PRECISION) * factor)
-    end = SINK + t0 + QUERY_BLOCK - last
-    for n in range(alike, end + last - first, KEYS):
-        j = n + key + tl.where(n + key < SINK, 0, tl.where(n + key < end, last - SINK, first - end))
-        inside = (n + key < end + last - first) & (j < high)
-        y = load_keys(keys, j, stride_kt, inside, DIM, DIM_PAD)
-        s = tl.dot(x, y, input_precision=PRECISION) * factor
-        visible = (j[None] <= t[:, None]) & ((j[None] < SINK) | (j[None] >= from_[:, None]))
-        top, total = weigh(top, total, tl.where(visible & inside[None], s, -float("inf")))
-    return top, top + tl.log2(total)
-
-
-@triton.jit
-def span_at(kept, index, used, edge):
-    """Number of the span in place ``index``: kept ones, then those of the cover's edge."""
-    return tl.where(index < used, tl.load(kept + index, mask=index < used, other=0), edge + index - used)
-
-
-@triton.jit
-def vote_spans(
-    q, k, nodes, spreads, shift, kept, held, b, h, t0, low, high, offset, begin, from_pair, to_pair,
-    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_nb, stride_nh, stride_sb, stride_sh,
-    tokens, leaves, scale, spread,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
-    WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr, FANOUT: tl.constexpr, PER_LEAF: tl.constexpr,
-    BEAM: tl.constexpr, QUERY_BLOCK: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr,
-    KEYS: tl.constexpr, PRECISION: tl.constexpr, STEPS: tl.constexpr, MOST: tl.constexpr,
-):  # fmt: skip
-    """Votes of the queries of the block at t0 for the leaves of its spans, from one pair of spans to another.
-
-    Writes them to ``held`` [QUERY_BLOCK, WIDTH_PAD + FANOUT], integers, and the highest scores among sinks and window
-    to ``shift`` [B, Hq, T]. Spans are those in ``kept`` and then those of the cover's edge. HEADS of the group's
-    heads meet the nodes of two spans in one product.
-    """
-    ROWS: tl.constexpr = HEADS * QUERY_BLOCK
-    STRIDE: tl.constexpr = WIDTH_PAD + FANOUT
-    LEAVES: tl.constexpr = 2 * FANOUT
-    EDGE_SPANS: tl.constexpr = (WIDTH - BEAM * FANOUT + FANOUT - 1) // FANOUT
-    row = tl.arange(0, ROWS)
-    dim = tl.arange(0, DIM_PAD)
-    # Columns are (four leaves, nodes by PAIR, leaf of the four, node of the pair): where an accumulator has columns
-    # 0 1 … 8 9 … in one thread's registers, these are the nodes of a leaf, one after another.
-    PAIR: tl.constexpr = 2 if PER_LEAF > 1 else 1
-    column = tl.arange(0, LEAVES * PER_LEAF)
-    column_leaf = column // (4 * PER_LEAF) * 4 + column // PAIR % 4
-    column_node = column // (4 * PAIR) % (PER_LEAF // PAIR) * PAIR + column % PAIR
-    leaf = tl.arange(0, LEAVES)
-    node = tl.arange(0, PER_LEAF)
-    place = tl.arange(0, QUERY_BLOCK)
-    factor = scale * LOG2E
-    base = nodes + b * stride_nb + h * stride_nh
-    keys = k + b * stride_kb + h * stride_kh + begin.to(tl.int64) * stride_kt
-    edge = covered_leaves(t0, WINDOW, SINK, BLOCK) // FANOUT
-    used = spans_kept(kept, BEAM, WIDTH_PAD // FANOUT)
-    for h0 in range(0, GROUP, HEADS):
-        row_place, row_head = place_and_head(row, HEADS)
-        head = h * GROUP + h0 + row_head
-        t = t0 + row_place
-        at = (t + offset).to(tl.int64)
-        new = (t >= low) & (t < high) & (head < (h + 1) * GROUP)
-        at_q = b * stride_qb + head * stride_qh + at * stride_qt
-        x = tl.load(q + at_q[:, None] + dim[None], mask=new[:, None] & (dim[None] < DIM), other=0.0)
-        wide = x.to(tl.float32)
-        second = tl.sum(wide * wide, 1) * (0.5 * spread * scale)
-        top, near = weigh_near(
-            x, keys, stride_kt, t, t0, high, factor,
-            DIM, DIM_PAD, ROWS, WINDOW, SINK, BLOCK, QUERY_BLOCK, KEYS, PRECISION,
-        )  # fmt: skip
-        if shift is not None:
-            tl.store(shift + (b * KV_HEADS * GROUP + head) * tokens + at, top, mask=new)
-        near = tl.where(new, near * STEPS, float("inf"))
-        first_span = 2 * from_pair
-        left, right = span_at(kept, first_span, used, edge), span_at(kept, first_span + 1, used, edge)
-        for j in range(first_span, tl.minimum(used + EDGE_SPANS, 2 * to_pair), 2):
-            of_leaf = tl.where(leaf < FANOUT, left, right)
-            of_column = tl.where(column_leaf < FANOUT, left, right)
-            left, right = span_at(kept, j + 2, used, edge), span_at(kept, j + 3, used, edge)
-            # Leaves that are not complete are nobody's candidates; the last one stands for them.
-            n = tl.minimum(of_column * FANOUT + column_leaf % FANOUT, leaves - 1) * PER_LEAF + column_node
-            y = load_keys(base, n, DIM, None, DIM, DIM_PAD)
-            if spreads is not None:
-                m = tl.minimum(of_leaf * FANOUT + leaf % FANOUT, leaves - 1)
-                spread_at = spreads + b * stride_sb + h * stride_sh
-                apart = tl.load(spread_at + m[:, None] * PER_LEAF + node[None])
-            s = tl.dot(x, y, input_precision=PRECISION)
-            if spreads is not None:
-                apart = tl.reshape(apart, [LEAVES // 4, 4, PER_LEAF // PAIR, PAIR])
-                apart = tl.reshape(tl.permute(apart, (0, 2, 1, 3)), [LEAVES * PER_LEAF])
-                s = tl.fma(
-                    tl.broadcast_to(second[:, None], s.shape), tl.broadcast_to(apart[None], s.shape), s
-                )
-            best = tl.max(tl.reshape(s, [ROWS, LEAVES // 4, PER_LEAF // PAIR, 4, PAIR]), 4)
-            best = tl.reshape(tl.max(best, 2), [ROWS, LEAVES])
-            weight = best_head(best * (factor * STEPS) - near[:, None], QUERY_BLOCK, HEADS, LEAVES)
-            vote = rounded(tl.minimum(tl.maximum(weight, -MOST), MOST))
-            at_leaf = tl.where(j + leaf // FANOUT >= used, BEAM - used, 0) * FANOUT + j * FANOUT + leaf
-            to = held + place[:, None] * STRIDE + at_leaf[None]
-            if GROUP > HEADS:
-                earlier = tl.load(to, mask=(at_leaf < WIDTH_PAD)[None], other=0)
-                vote = tl.where(h0 > 0, tl.maximum(vote, earlier), vote)
-            tl.store(to, vote, mask=(at_leaf < WIDTH_PAD)[None])
-        tl.debug_barrier()  # every thread has written its votes
-
-
-@triton.jit
-def spans_kept(kept, BEAM: tl.constexpr, PLACES: tl.constexpr):
-    """How many of the BEAM places hold a span."""
-    slot = tl.arange(0, PLACES)
-    return tl.sum((tl.load(kept + slot, mask=slot < BEAM, other=-1) >= 0).to(tl.int32), 0)
 
 
 @triton.jit
@@ -246,7 +89,7 @@ def read_choices(
 
 
 @triton.jit
-def settle(
+def choose_leaves(
     kept, choices, held, t0, low, high, least,
     WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr, FANOUT: tl.constexpr, BEAM: tl.constexpr,
     QUERY_BLOCK: tl.constexpr, ROOM: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr,
@@ -274,7 +117,7 @@ def settle(
         open_ = open_ | (candidate < used * FANOUT)[None]
         new = (t0 + some >= low) & (t0 + some < high)
         at = held + some[:, None] * STRIDE + candidate[None]
-        vote = tl.load(at, mask=open_, other=0).to(tl.int32)
+        vote = tl.load(at).to(tl.int32)  # of leaves that are not open they are whatever was in memory
         level = tl.where(open_ & new[:, None], vote - least, 0)
         if tl.max(tl.sum((level > 0).to(tl.int32), 1), 0) > ROOM:
             level -= highest_left(level, ROOM, BITS)[:, None]
@@ -315,56 +158,6 @@ def leave_unused(choices, count, candidate, CHOICES: tl.constexpr, WIDTH_PAD: tl
         tl.store(choices + place, place * 0 + NONE, mask=(place >= count) & (place < CHOICES))
 
 
-@kernel(do_not_specialize=["slots", "tokens", "blocks", "total_blocks", "leaves", "tiles"])
-def choose(
-    q, k, nodes, spreads, start, length, spans, choices, shift, scratch, todo,
-    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_nb, stride_nh, stride_sb, stride_sh,
-    slots, tokens, blocks, total_blocks, leaves, tiles, scale, spread, least,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr, WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr,
-    FANOUT: tl.constexpr, PER_LEAF: tl.constexpr, BEAM: tl.constexpr, QUERY_BLOCK: tl.constexpr,
-    DENSE_END: tl.constexpr, ROOM: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr,
-    CHOICES: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr, STEPS: tl.constexpr, MOST: tl.constexpr,
-    PARTS: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, FRESH: tl.constexpr, LAYOUT: tl.constexpr,
-):  # fmt: skip
-    """Each new query chooses the leaves that weigh enough, ROOM at most: adds to ``choices``.
-
-    ``spreads`` is [B, Hkv, leaves·PER_LEAF, …] and ``choices`` [B·Hkv, total_blocks, CHOICES]; ``shift`` [B, Hq, T]
-    gets the highest scores among sinks and window. The votes of a block wait in ``scratch``
-    [programs, QUERY_BLOCK, WIDTH_PAD + FANOUT], integers, until all are known. Votes count that are above ``least``.
-    ``todo`` becomes an empty list, its length first. If ``choices`` is FRESH, unused places get NONE.
-    """
-    if tl.program_id(0) == 0:
-        tl.store(todo, 0)
-    held = scratch + tl.program_id(0).to(tl.int64) * (QUERY_BLOCK * (WIDTH_PAD + FANOUT))
-    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        i = tile % blocks
-        bh = (tile // blocks).to(tl.int64)
-        b, h = bh // KV_HEADS, bh % KV_HEADS
-        low, high, offset, begin = row_range(start, length, slots, tokens, b, LAYOUT)
-        number = low // QUERY_BLOCK + i
-        t0 = number * QUERY_BLOCK
-        made = choices + (bh * total_blocks + number) * CHOICES
-        if (t0 + QUERY_BLOCK > DENSE_END) & (t0 < high):
-            kept = spans + (bh * total_blocks + number) * BEAM
-            vote_spans(
-                q, k, nodes, spreads, shift, kept, held, b, h, t0, low, high, offset, begin, 0, WIDTH,
-                stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_nb, stride_nh,
-                stride_sb, stride_sh, tokens, leaves, scale, spread,
-                KV_HEADS, GROUP, HEADS, DIM, DIM_PAD, WINDOW, SINK, BLOCK, FANOUT, PER_LEAF, BEAM, QUERY_BLOCK,
-                WIDTH, WIDTH_PAD, KEYS, PRECISION, STEPS, MOST,
-            )  # fmt: skip
-            settle(
-                kept, made, held, t0, low, high, least,
-                WINDOW, SINK, BLOCK, FANOUT, BEAM, QUERY_BLOCK, ROOM, WIDTH, WIDTH_PAD, CHOICES, PARTS, BITS, ROWS,
-                FRESH,
-            )  # fmt: skip
-            tl.debug_barrier()  # the next tile's votes take their place
-        elif FRESH:
-            count = tl.where(number < total_blocks, 0, CHOICES)
-            leave_unused(made, count, tl.arange(0, WIDTH_PAD), CHOICES, WIDTH_PAD)
-
-
 @triton.jit
 def chosen_leaf(kept, candidate, t0, WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr,
                 FANOUT: tl.constexpr, BEAM: tl.constexpr):  # fmt: skip
@@ -403,6 +196,48 @@ def list_block(
     tl.store(shares + near + number, rise.to(tl.float32) / WHOLE, mask=near + number < LIST)
     seen = near + tl.cumsum(tl.histogram(row, QUERY_BLOCK, mask=used), 0)
     tl.store(seen_by + tl.arange(0, QUERY_BLOCK), seen)
+
+
+@kernel(do_not_specialize=["slots", "tokens", "blocks", "total_blocks", "first"])
+def settle(
+    start, length, spans, choices, votes, ordered, shares, counts,
+    slots, tokens, blocks, total_blocks, first, least,
+    KV_HEADS: tl.constexpr, WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr,
+    FANOUT: tl.constexpr, BEAM: tl.constexpr, QUERY_BLOCK: tl.constexpr, DENSE_END: tl.constexpr,
+    ROOM: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, CHOICES: tl.constexpr,
+    LIST: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, FRESH: tl.constexpr,
+    LAYOUT: tl.constexpr,
+):  # fmt: skip
+    """Each new query of a block chooses the leaves that weigh enough, ROOM at most; then lists what the block executes.
+
+    The blocks are number ``first`` and following of [B·Hkv, blocks], whose ``votes`` are as in ``triton_vote``; those
+    count that are above ``least``. Adds to ``choices`` [B·Hkv, total_blocks, CHOICES]; if these are FRESH, unused places
+    get NONE. The lists are those of ``list_blocks``.
+    """
+    tile = first + tl.program_id(0)
+    bh = (tile // blocks).to(tl.int64)
+    low, high, _, _ = row_range(start, length, slots, tokens, bh // KV_HEADS, LAYOUT)
+    number = low // QUERY_BLOCK + tile % blocks
+    t0 = number * QUERY_BLOCK
+    made = choices + (bh * total_blocks + number) * CHOICES
+    if (t0 + QUERY_BLOCK > DENSE_END) & (t0 < high):
+        kept = spans + (bh * total_blocks + number) * BEAM
+        choose_leaves(
+            kept, made, votes + tl.program_id(0).to(tl.int64) * (QUERY_BLOCK * (WIDTH_PAD + FANOUT)),
+            t0, low, high, least,
+            WINDOW, SINK, BLOCK, FANOUT, BEAM, QUERY_BLOCK, ROOM, WIDTH, WIDTH_PAD, CHOICES, PARTS, BITS, ROWS,
+            FRESH,
+        )  # fmt: skip
+        tl.debug_barrier()  # every thread has written its choices
+        at = tile.to(tl.int64)
+        list_block(
+            kept, made, ordered + at * LIST, shares + at * LIST, counts + at * QUERY_BLOCK, t0,
+            WINDOW, SINK, BLOCK, FANOUT, BEAM, QUERY_BLOCK, WIDTH, CHOICES, LIST,
+        )  # fmt: skip
+    elif FRESH:
+        leave_unused(
+            made, tl.where(number < total_blocks, 0, CHOICES), tl.arange(0, WIDTH_PAD), CHOICES, WIDTH_PAD
+        )
 
 
 @kernel(do_not_specialize=["slots", "tokens", "blocks", "total_blocks"])

@@ -1,6 +1,9 @@
 """Hierarchical sparse attention of the last few tokens of each row by Triton kernels, in place.
 
-    k, v  →  nodes, spreads of what the tokens complete  →  spans, choices  →  out
+    k, v  →  nodes, spreads of what the tokens complete  →  spans  →  votes  →  choices, lists  →  out
+
+The work on one token is spread over many programs. Its votes are those of ``triton.hsa_attention`` to the bit: products
+have the same shape.
 
 Nothing is read back from the device. Where tokens end is read there as well, if the call says ``ending``: it can be
 captured in a CUDA graph and replayed after new tokens have been written and ``length`` has been raised.
@@ -26,7 +29,9 @@ from retrofit.kernels.hsa.triton import (
     strides,
 )
 from retrofit.kernels.hsa.triton_call import CALLS, Call, power
+from retrofit.kernels.hsa.triton_choose import settle
 from retrofit.kernels.hsa.triton_select import WHOLE
+from retrofit.kernels.hsa.triton_vote import vote_parts
 from retrofit.kernels.pyramid import triton as pyramid
 
 MOST_PARTS = 16
@@ -84,20 +89,18 @@ def _choose(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The leaf step: adds to ``choices``, and returns the lists as ``Call.list_blocks`` does."""
-    g, width = call.geometry, power(call.geometry.leaf_width)
+    g, tiles = call.geometry, call.blocks * call.rows
     pairs = -(-g.leaf_width // (2 * g.fanout))
-    each = -(-pairs // _parts(call, q.device, call.blocks * call.rows, pairs))
-    shape = (call.rows, call.blocks)
-    votes = torch.empty(*shape, g.query_block, width + g.fanout, dtype=call.votes.dtype, device=q.device)
-    parts.vote_parts[(call.blocks, call.rows, -(-pairs // each))](
+    each = -(-pairs // _parts(call, q.device, tiles, pairs))
+    votes, lists = call.empty_votes(tiles, q.device), call.empty_lists(q.device)
+    vote_parts[(call.blocks, call.rows, -(-pairs // each))](
         q, k, nodes, spreads, start, length, spans, votes, *strides(q, k), *nodes.stride()[:2],
         *spread_strides(spreads), *call.extent, call.total_blocks, nodes.shape[2] // g.nodes_in_span(0), each,
         scale, g.spread, **scoring(call),
     )  # fmt: skip
-    lists = call.empty_lists(q.device)
-    parts.settle_parts[(call.blocks, call.rows)](
-        start, length, spans, choices, votes, *lists, *call.extent, call.total_blocks, g.least_vote(call.votes),
-        **choosing(call), **call.listing, num_warps=4,
+    settle[(tiles,)](
+        start, length, spans, choices, votes, *lists, *call.extent, call.total_blocks, 0, g.least_vote(call.votes),
+        FRESH=False, **choosing(call), **call.listing, num_warps=4,
     )  # fmt: skip
     return lists
 

@@ -1,20 +1,13 @@
 """Attention of the last few tokens of each row, the work on one of them spread over many programs.
 
-    coarse steps   where a token begins a query block                        →  spans
-    vote_parts     queries of a block × keys of sinks and window, and nodes of some of its spans   →  votes
-    settle_parts   votes                                                     →  choices, lists
-    attend_parts   one query × part of what it sees                          →  sums of the part
-    join_parts     sums of the parts                                         →  out
-
-The votes are those of ``choose`` to the bit: products have the same shape. Which tokens there are is read on the
-device, and every size follows from shapes: a call can be captured in a CUDA graph and replayed for later tokens.
+attend_parts   one query × part of what it sees   →  sums of the part
+join_parts     sums of the parts                  →  out
 """
 
 from __future__ import annotations
 
 import triton.language as tl
 
-from retrofit.kernels.hsa.triton_choose import list_block, settle, vote_spans
 from retrofit.kernels.hsa.triton_execute import (
     add_tile,
     listed_keys,
@@ -25,69 +18,6 @@ from retrofit.kernels.hsa.triton_execute import (
 )
 from retrofit.kernels.hsa.triton_select import LOG2E, row_range
 from retrofit.kernels.launch import kernel
-
-
-@kernel(do_not_specialize=["slots", "tokens", "blocks", "total_blocks", "leaves", "pairs"])
-def vote_parts(
-    q, k, nodes, spreads, start, length, spans, votes,
-    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_nb, stride_nh, stride_sb, stride_sh,
-    slots, tokens, blocks, total_blocks, leaves, pairs, scale, spread,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr, WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr,
-    FANOUT: tl.constexpr, PER_LEAF: tl.constexpr, BEAM: tl.constexpr, QUERY_BLOCK: tl.constexpr,
-    DENSE_END: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr,
-    CHOICES: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr, STEPS: tl.constexpr, MOST: tl.constexpr,
-    LAYOUT: tl.constexpr,
-):  # fmt: skip
-    """Votes [B·Hkv, blocks, QUERY_BLOCK, WIDTH_PAD + FANOUT], integers; each program those of ``pairs`` pairs of spans."""
-    i = tl.program_id(0)
-    bh = tl.program_id(1).to(tl.int64)
-    b, h = bh // KV_HEADS, bh % KV_HEADS
-    low, high, offset, begin = row_range(start, length, slots, tokens, b, LAYOUT)
-    number = low // QUERY_BLOCK + i
-    t0 = number * QUERY_BLOCK
-    if (t0 + QUERY_BLOCK > DENSE_END) & (t0 < high):
-        from_pair = tl.program_id(2) * pairs
-        vote_spans(
-            q, k, nodes, spreads, None, spans + (bh * total_blocks + number) * BEAM,
-            votes + (bh * blocks + i) * (QUERY_BLOCK * (WIDTH_PAD + FANOUT)),
-            b, h, t0, low, high, offset, begin, from_pair, from_pair + pairs,
-            stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_nb, stride_nh,
-            stride_sb, stride_sh, tokens, leaves, scale, spread,
-            KV_HEADS, GROUP, HEADS, DIM, DIM_PAD, WINDOW, SINK, BLOCK, FANOUT, PER_LEAF, BEAM, QUERY_BLOCK,
-            WIDTH, WIDTH_PAD, KEYS, PRECISION, STEPS, MOST,
-        )  # fmt: skip
-
-
-@kernel(do_not_specialize=["slots", "tokens", "blocks", "total_blocks"])
-def settle_parts(
-    start, length, spans, choices, votes, ordered, shares, counts,
-    slots, tokens, blocks, total_blocks, least,
-    KV_HEADS: tl.constexpr, WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr,
-    FANOUT: tl.constexpr, BEAM: tl.constexpr, QUERY_BLOCK: tl.constexpr, DENSE_END: tl.constexpr,
-    ROOM: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, CHOICES: tl.constexpr,
-    LIST: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, LAYOUT: tl.constexpr,
-):  # fmt: skip
-    """Adds to ``choices`` by the votes, and lists what each block executes as ``list_blocks`` does."""
-    i = tl.program_id(0)
-    bh = tl.program_id(1).to(tl.int64)
-    low, high, _, _ = row_range(start, length, slots, tokens, bh // KV_HEADS, LAYOUT)
-    number = low // QUERY_BLOCK + i
-    t0 = number * QUERY_BLOCK
-    if (t0 + QUERY_BLOCK > DENSE_END) & (t0 < high):
-        kept = spans + (bh * total_blocks + number) * BEAM
-        at = bh * blocks + i
-        made = choices + (bh * total_blocks + number) * CHOICES
-        settle(
-            kept, made, votes + at * (QUERY_BLOCK * (WIDTH_PAD + FANOUT)), t0, low, high, least,
-            WINDOW, SINK, BLOCK, FANOUT, BEAM, QUERY_BLOCK, ROOM, WIDTH, WIDTH_PAD, CHOICES, PARTS, BITS,
-            ROWS, False,
-        )  # fmt: skip
-        tl.debug_barrier()  # every thread has written its choices
-        list_block(
-            kept, made, ordered + at * LIST, shares + at * LIST, counts + at * QUERY_BLOCK, t0,
-            WINDOW, SINK, BLOCK, FANOUT, BEAM, QUERY_BLOCK, WIDTH, CHOICES, LIST,
-        )  # fmt: skip
 
 
 @kernel(do_not_specialize=["slots", "tokens", "blocks"])

@@ -32,10 +32,10 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture
 def search(script: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Settings, dict[Any, float]]]:
-    """Searches for tiles of ``choose`` that are fastest at 4 warps, 3 stages and 128 keys."""
+    """Searches for tiles of ``vote`` that are fastest at 4 warps, 3 stages and 128 keys."""
 
     def milliseconds(run: Any, kernels: Sequence[str]) -> float:
-        tile = tuned.settings(CPU).choose[KIND]
+        tile = tuned.settings(CPU).vote[KIND]
         return (
             1.0 + abs(tile.warps - 4) + abs(tile.stages - 3) + 128 / tile.keys + (tile.registers is not None)
         )
@@ -44,7 +44,7 @@ def search(script: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[
 
     def run(operation: Callable[[], Sequence[Tensor]]) -> tuple[Settings, dict[Any, float]]:
         row = tuned.ROWS[9, 0]
-        return script.search(row, "choose", KIND, operation, ("choose",), 1e-4, CPU)
+        return script.search(row, "vote", KIND, operation, ("vote",), 1e-4, CPU)
 
     return run
 
@@ -52,10 +52,10 @@ def search(script: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[
 def test_the_fastest_neighbours_are_followed_and_nothing_else_changes(search: Any) -> None:
     before = tuned.ROWS[9, 0]
     row, tried = search(lambda: [torch.ones(3)])
-    assert row.choose[KIND] == Tile(128, 128, 4, 3, None, few=(4, 2))
-    assert min(tried, key=tried.__getitem__) == row.choose[KIND]
-    assert {kind: tile for kind, tile in row.choose.items() if kind != KIND} == {
-        kind: tile for kind, tile in before.choose.items() if kind != KIND
+    assert row.vote[KIND] == Tile(128, 128, 4, 3, None, few=(4, 2))
+    assert min(tried, key=tried.__getitem__) == row.vote[KIND]
+    assert {kind: tile for kind, tile in row.vote.items() if kind != KIND} == {
+        kind: tile for kind, tile in before.vote.items() if kind != KIND
     }
     assert row.attend is before.attend
     assert tuned.settings(CPU) is before
@@ -63,18 +63,18 @@ def test_the_fastest_neighbours_are_followed_and_nothing_else_changes(search: An
 
 def test_what_does_not_fit_is_passed_over(search: Any) -> None:
     def run() -> Sequence[Tensor]:
-        if tuned.settings(CPU).choose[KIND].keys > 64:
+        if tuned.settings(CPU).vote[KIND].keys > 64:
             raise OutOfResources(300_000, 232_448, "shared memory")
         return [torch.ones(3)]
 
     row, tried = search(run)
-    assert row.choose[KIND].keys == 64
+    assert row.vote[KIND].keys == 64
     assert torch.inf in tried.values()
 
 
 def test_other_results_end_the_search(search: Any) -> None:
     with pytest.raises(SystemExit, match=r"results differ by 1\.00e-03"):
-        search(lambda: [torch.ones(3) + 1e-3 * (tuned.settings(CPU).choose[KIND].warps == 4)])
+        search(lambda: [torch.ones(3) + 1e-3 * (tuned.settings(CPU).vote[KIND].warps == 4)])
 
 
 @pytest.mark.parametrize("name", ["programs", "pooling"])
@@ -86,7 +86,7 @@ def test_settings_without_tiles_are_searched_too(
         return abs(row.programs - 4) + abs(row.pooling.cells - 64) + 1.0
 
     monkeypatch.setattr(script, "milliseconds", milliseconds)
-    row, _ = script.search(tuned.ROWS[9, 0], name, KIND, lambda: [torch.ones(3)], ("choose",), 1e-4, CPU)
+    row, _ = script.search(tuned.ROWS[9, 0], name, KIND, lambda: [torch.ones(3)], ("vote",), 1e-4, CPU)
     assert (row.programs, row.pooling.cells) == ((4, 32) if name == "programs" else (2, 64))
 
 

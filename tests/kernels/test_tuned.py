@@ -22,14 +22,14 @@ SHARED = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0
 TENSOR_COLUMNS = 512
 """Of a multiprocessor's tensor memory."""
 KERNELS = {
-    "hsa": {"top_scores", "refine", "keep", "choose", "list_blocks", "attend_listed", "attend_run"},
+    "hsa": {"top_scores", "refine", "keep", "vote", "settle", "attend_listed", "attend_run"},
     "hsa_backward": {
         *("list_blocks", "query_gradients", "key_gradients", "join_gradients"),
         *("count_entries", "write_entries", "count_steps"),
     },
     "decode": {
         *("grow_levels", "top_scores", "refine", "keep"),
-        *("vote_parts", "settle_parts", "attend_parts", "join_parts"),
+        *("vote_parts", "settle", "attend_parts", "join_parts"),
     },
     "maha": {"attend", "query_gradients", "key_gradients"},
     "pyramid": {"halve_levels", "pool_levels", "pool_cells", "measure_spreads"},
