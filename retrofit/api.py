@@ -22,8 +22,9 @@ from retrofit.capture.site_plan import Refused, SitePlan
 from retrofit.configs import DenseConfig, HSAConfig, TargetConfig
 from retrofit.errors import ModelLoadError, NoAttentionFound, VerificationError
 from retrofit.exchange import dense as dense
-from retrofit.exchange import originals, put_back, put_in
+from retrofit.exchange import originals, outlined, put_back, put_in
 from retrofit.exchange import sites as sites
+from retrofit.outlined import with_parts
 from retrofit.reports import ConvertReport, InspectReport, RevertReport, SiteInfo
 from retrofit.selection import Selection, attention_paths, first_match, matching, of_kind, side
 from retrofit.site import RetrofittedAttention, build_target
@@ -52,9 +53,11 @@ def inspect(
     Raises:
         CaptureError: If an example is needed, or the model cannot be called with it.
     """
-    targets = {path: site.retrofit.config.target for path, site in sites(model)}
+    converted = sites(model)
+    targets = {path: site.retrofit.config.target for path, site in converted}
     with originals(model):
-        found = analyse(model, example_inputs, progress).found
+        analysis = analyse(model, example_inputs, progress)
+        found = with_parts(model, analysis, outlined([site for _, site in converted]), progress).found
     numbers = attention_paths(found)
     infos = tuple(_info(item, targets.get(item.path), numbers) for item in found)
     return InspectReport(infos, observed=len(found))
@@ -134,6 +137,7 @@ def _convert(
     try:
         put_back(model)
         analysis = analyse(model, example_inputs, progress)
+        analysis = with_parts(model, analysis, outlined([site for _, site in before]), progress)
         found = analysis.found
         if not any(isinstance(item.plan, SitePlan) for item in found):
             raise NoAttentionFound(_none_found(model, found))

@@ -11,10 +11,36 @@ from contextlib import contextmanager
 from torch import nn
 
 from retrofit import masks, outputs
+from retrofit.capture.attend import Attend
+from retrofit.capture.outline import Outline
 from retrofit.capture.probes import is_transformers
+from retrofit.captured_module import CapturedModule
 from retrofit.site import RetrofittedAttention
 
+_AROUND = "_around"
 _NESTED = "_retrofit_use_nested_tensor"
+
+
+class Outlined(CapturedModule):
+    """Runs a module that has several attentions, each of them a child of its own.
+
+    Args:
+        original: The module whose place this takes.
+        path: Where it is in the model.
+        outline: The module without its attentions.
+    """
+
+    def __init__(self, original: nn.Module, path: str, outline: Outline) -> None:
+        super().__init__(original, path, outline.plan, outline.attends)
+        self.attends = tuple(outline.attends)
+        for attend in outline.attends.values():
+            vars(attend)[_AROUND] = (self,)
+
+
+def outlined(converted: Sequence[RetrofittedAttention]) -> dict[str, Outlined]:
+    """The modules with several attentions that ``converted`` are parts of, by path."""
+    found = [vars(site.original)[_AROUND][0] for site in converted if isinstance(site.original, Attend)]
+    return {around.path: around for around in found}
 
 
 def sites(model: nn.Module) -> list[tuple[str, RetrofittedAttention]]:
@@ -53,8 +79,10 @@ def put_in(model: nn.Module, converted: Sequence[RetrofittedAttention]) -> None:
     """Puts sites in the place of their originals and has what surrounds them deal with them."""
     if not converted:
         return
+    for around in outlined(converted).values():
+        exchange(model, around.original, around)
     for site in sorted(converted, key=lambda site: site.path.count(".")):  # what is around another one first
-        _exchange(model, site.original, site)
+        exchange(model, site.original, site)
     masks.enable(model)
     _keep_padded(model)
     if is_transformers(model):
@@ -71,10 +99,13 @@ def put_back(model: nn.Module) -> None:
     if is_transformers(model):
         outputs.release(model)
     for _, site in found:
-        _exchange(model, site, site.restored())
+        exchange(model, site, site.restored())
+    for around in [module for module in model.modules() if isinstance(module, Outlined)]:
+        exchange(model, around, around.restored())
 
 
-def _exchange(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+def exchange(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Puts ``new`` in the place of ``old``, wherever that is in ``model``."""
     for module in list(model.modules()):
         if module is new:
             continue

@@ -5,7 +5,7 @@ model  →  recorded calls on every probe  →  one Found per owner, convertible
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -60,10 +60,20 @@ def analyse(
 ) -> Analysis:
     """Probes ``model``, which has its original attention, and plans what can be converted."""
     with restored(model.modules()):
-        return _analyse(model, make_probes(model, example_inputs), progress)
+        return _analyse(model, make_probes(model, example_inputs), None, progress)
 
 
-def _analyse(model: nn.Module, probes: Sequence[Probe], progress: Progress | None) -> Analysis:
+def analyse_again(
+    model: nn.Module, probes: Sequence[Probe], paths: Collection[str], progress: Progress | None
+) -> Sequence[Found]:
+    """Plans the modules at ``paths`` alone, on the same probes."""
+    with restored(model.modules()):
+        return _analyse(model, probes, paths, progress).found
+
+
+def _analyse(
+    model: nn.Module, probes: Sequence[Probe], only: Collection[str] | None, progress: Progress | None
+) -> Analysis:
     calls: dict[str, list[ProbedCall]] = {}
     every: dict[str, list[OwnerCall]] = {}
     flops: dict[str, int] = {}
@@ -75,6 +85,8 @@ def _analyse(model: nn.Module, probes: Sequence[Probe], progress: Progress | Non
             exchanged |= recording.exchanged
             outputs.append(recording.output)
             for path, of_path in recording.owners.items():
+                if only is not None and path not in only:
+                    continue
                 first = of_path[0]
                 flops.setdefault(path, sum(call.flops for call in of_path))
                 every.setdefault(path, []).extend(of_path)

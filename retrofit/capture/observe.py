@@ -47,6 +47,7 @@ class Normalized:
         reason: Why there is none.
         kind: What kind of module it is then.
         nearest: The refusal of the rule that came nearest to it.
+        several: The canonical nodes, if there are more than one.
     """
 
     captured: Captured
@@ -54,6 +55,7 @@ class Normalized:
     reason: str
     kind: str = "unknown"
     nearest: Refusal | None = None
+    several: tuple[Node, ...] = ()
 
 
 def kind_of(attention: Node) -> str:

@@ -11,11 +11,12 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import Node
 
 from retrofit.capture.assemble import assembled, assembled_keys
-from retrofit.capture.call import CACHE_NAMES, LeafPath, Signature, is_cache, leaves
+from retrofit.capture.call import CACHE_NAMES, LeafPath, Signature
+from retrofit.capture.call_plan import parts_of_call
 from retrofit.capture.cross import cross_mask
 from retrofit.capture.export import Captured, capture
 from retrofit.capture.identity import identity
@@ -115,6 +116,7 @@ class Planner:
                     normalized.kind,
                     nearest.source if nearest else None,
                     f"{nearest.rule}, all but {nearest.stage}" if nearest else None,
+                    several=bool(normalized.several) and not self.managed,
                 )
             primary = primary or normalized
             kinds.add(kind_of(normalized.attention))
@@ -153,7 +155,7 @@ class Planner:
             return _refused(primary.attention, slot, "the place in the cache", kind)
         training = self._in_training(module, calls[0].call, primary)
         if id(primary) not in self._ignored:
-            self._ignored[id(primary)] = ignored_arguments(module, calls[0].call, primary, _normalized)
+            self._ignored[id(primary)] = ignored_arguments(module, calls[0].call, primary, normalized_of)
         hides = self._hides(primary, calls, signature)
         step = step_bias(module, primary, calls[0], hides) if mask.biased and kind == "self" else None
         return _plan(
@@ -222,18 +224,18 @@ class Planner:
     def _in_training(self, module: nn.Module, call: OwnerCall, evaluated: Normalized) -> Training:
         key = id(evaluated)
         if key not in self._training:
-            self._training[key] = training_of(module, call, evaluated, _normalized)
+            self._training[key] = training_of(module, call, evaluated, normalized_of)
         return self._training[key]
 
     def _normalized(self, module: nn.Module, call: OwnerCall, signature: Signature) -> Normalized:
         key = identity(module, call, signature)
         if key not in self._graphs:
             self.captures += 1
-            self._graphs[key] = _normalized(capture(module, call))
+            self._graphs[key] = normalized_of(capture(module, call))
         return self._graphs[key]
 
 
-def _normalized(captured: Captured) -> Normalized:
+def normalized_of(captured: Captured) -> Normalized:
     """Finds the one attention of a captured module."""
     refusals = normalize(captured.graph).refusals
     found = attentions(captured.graph)
@@ -245,7 +247,8 @@ def _normalized(captured: Captured) -> Normalized:
     if len(found) != 1:
         names = f" (at {'; at '.join(map(_where, found))})" if found else ""
         differing = f", which differ in {' and '.join(differences(*found[:2]))}" if found else ""
-        return Normalized(captured, None, f"{len(found)} attentions in one module{differing}{names}")
+        reason = f"{len(found)} attentions in one module{differing}{names}"
+        return Normalized(captured, None, reason, several=tuple(found))
     return Normalized(captured, found[0], "")
 
 
@@ -308,29 +311,17 @@ def _plan(
     argument = next(iter(mask_paths), None) if managed else None
     if managed and argument is None and MASK_NAME in signature.names and (MASK_NAME,) not in inputs:
         argument = (MASK_NAME,)  # never a tensor on the probes; a converted model may hand padding over
-    bound = signature.bind(call.args, call.kwargs)
+    argument = next(iter(mask_paths), None) if managed else None
+    taken = {captured.inputs[name] for name in source.inputs}
+    if managed and argument is None and MASK_NAME in signature.names and (MASK_NAME,) not in taken:
+        argument = (MASK_NAME,)  # never a tensor on the probes; a converted model may hand padding over
     around = (*CACHE_NAMES, *GOES_AROUND, *ignored, slot.argument)
-    known = tuple(
-        (path, value)
-        for path, value in leaves(bound).items()
-        if not isinstance(value, Tensor) and path[0] not in around and not is_cache(value)
-    )
     return SitePlan(
-        source=source.code,
-        keys=None if keys is None else keys.code,
-        key_inputs=() if keys is None else tuple(captured.inputs[name] for name in keys.inputs),
+        **parts_of_call(captured, source, signature, call, around, closed=not managed, mask=argument),
         training=None if training.reason or trained is None else trained.code,
         untrainable=training.reason,
-        inputs=inputs,
-        sizes=tuple((path, sizes) for path, sizes in captured.sizes().items() if path != argument),
-        same=tuple(captured.same.items()),
-        rows=captured.rows,
-        signature=signature,
-        known=known,
-        only=None if managed else frozenset(bound),  # modules of transformers hand on what they do not know
-        output=captured.output,
-        lost=tuple(place for place, item in enumerate(source.results) if item is None),
-        constants=tuple(captured.constants.items()),
+        keys=None if keys is None else keys.code,
+        key_inputs=() if keys is None else tuple(captured.inputs[name] for name in keys.inputs),
         mask_argument=None if argument is None else read(argument),
         keep_mask=keep_mask,
         mask=mask,
@@ -347,4 +338,5 @@ def _plan(
         sinks=attention.args[8] is not None,
         slot=slot,
         step=step,
+        unkept=frozenset(),
     )

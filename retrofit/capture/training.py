@@ -55,7 +55,7 @@ def training_of(
         evaluated: Its graph in evaluation.
         normalized: Finds the one attention of a graph.
     """
-    if not _is_random(module, call):
+    if not is_random(module, call):
         return Training()
     with _marked(module) as names:
         try:
@@ -79,7 +79,7 @@ def training_of(
     return Training(found, names.get(p, p))
 
 
-def _is_random(module: nn.Module, call: OwnerCall) -> bool:
+def is_random(module: nn.Module, call: OwnerCall) -> bool:
     """Whether ``module`` draws random numbers in training."""
     values = without_cache(Signature.of(module).bind(call.args, call.kwargs))
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
