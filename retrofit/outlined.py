@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from retrofit.capture.analyse import Analysis, Found, Progress, analyse_again, evaluating
-from retrofit.capture.outline import Outline, outline
+from retrofit.capture.outline import outline
 from retrofit.capture.site_plan import Refused
 from retrofit.errors import CaptureError
 from retrofit.exchange import Outlined, exchange

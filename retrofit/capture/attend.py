@@ -15,11 +15,13 @@ class Attend(nn.Module):
         is_causal: Whether later keys are hidden.
         softcap: Bound c of the scores, which become c·tanh(score / c); 0 for none.
         alone: Whether queries and keys are the same tokens.
+        trace: The lines of the model's code that it was made from.
     """
 
-    def __init__(self, scale: float, is_causal: bool, softcap: float, alone: bool) -> None:
+    def __init__(self, scale: float, is_causal: bool, softcap: float, alone: bool, trace: str | None) -> None:
         super().__init__()
-        self.scale, self.is_causal, self.softcap, self.alone = scale, is_causal, softcap, alone
+        self.scale, self.is_causal, self.softcap = scale, is_causal, softcap
+        self.alone, self.trace = alone, trace
 
     def forward(
         self,
@@ -32,8 +34,9 @@ class Attend(nn.Module):
         """Attends from query [B, Hq, T, D] to key, value [B, Hkv, N, …] as the canonical node does."""
         group = query.shape[1] // key.shape[1]
         if not self.softcap and sinks is None:
-            options = {"is_causal": self.is_causal, "scale": self.scale, "enable_gqa": group > 1}
-            return F.scaled_dot_product_attention(query, key, value, mask, **options)
+            return F.scaled_dot_product_attention(
+                query, key, value, mask, is_causal=self.is_causal, scale=self.scale, enable_gqa=group > 1
+            )
         scores = query @ key.repeat_interleave(group, 1).transpose(2, 3) * self.scale
         if self.softcap:
             scores = self.softcap * torch.tanh(scores / self.softcap)

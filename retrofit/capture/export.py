@@ -200,15 +200,16 @@ def _dynamic(example: tuple[Tensor, ...]) -> tuple[dict[int, Any], ...]:
     batch = first.shape[0]
     lengths = {first.shape[2] if first.dim() == 4 else first.shape[1] if first.dim() > 1 else 0}
     lengths |= {example[place].shape[1 - dim] for place, dim in _batches(example)}
-    lengths |= {tensor.shape[2] for tensor in example if tensor.dim() == first.dim() == 4}
+    lengths |= {tensor.shape[2] for tensor in example if tensor.dim() == first.dim() == 4} - {1}
     lengths |= {sum(pair) for pair in combinations(lengths, 2)}  # of sequences that attend as one
     # A sequence [B, N, C] of as many tokens as channels has no second length.
     square = first.shape if first.dim() == 3 and first.shape[1] == first.shape[2] else None
+    heads = 3 if _are_ready_made(example) else 0  # whose widths are no lengths, whatever numbers they are
     auto = torch.export.Dim.AUTO
     return tuple(
         {
             dim: auto
-            for dim, size in enumerate(tensor.shape)
+            for dim, size in enumerate(tensor.shape[: 3 if place < heads else None])
             if size > 1
             and (
                 (size == batch and (dim == 0 or size > 2))
@@ -217,8 +218,13 @@ def _dynamic(example: tuple[Tensor, ...]) -> tuple[dict[int, Any], ...]:
                 or _counts_blocks(tensor, dim, lengths)
             )
         }
-        for tensor in example
+        for place, tensor in enumerate(example)
     )
+
+
+def _are_ready_made(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether a call begins with queries, keys and values [B, H, N, D]."""
+    return len(tensors) >= 3 and all(tensor.dim() == 4 for tensor in tensors[:3])
 
 
 def _counts_blocks(tensor: Tensor, dim: int, lengths: set[int]) -> bool:
@@ -243,7 +249,7 @@ def _batches(tensors: tuple[Tensor, ...]) -> list[tuple[int, int]]:
 
 def _keys_of_queries(tensors: tuple[Tensor, ...]) -> list[int]:
     """Which tensors [B, H, N, D] are as long as the first one, of a call that is handed ready-made q, k and v."""
-    if len(tensors) < 3 or any(tensor.dim() != 4 for tensor in tensors[:3]):
+    if not _are_ready_made(tensors):
         return []
     return [place for place in (1, 2) if _hint(tensors[place].shape[2]) == _hint(tensors[0].shape[2])]
 

@@ -78,4 +78,5 @@ def _taken_out(graph: Graph, node: Node, name: str) -> Attend:
     node.replace_all_uses_with(call)
     graph.erase_node(node)
     free_layout(call)
-    return Attend(given["scale"], given["is_causal"], given["softcap"], alone)
+    trace = node.meta.get("stack_trace")
+    return Attend(given["scale"], given["is_causal"], given["softcap"], alone, trace)

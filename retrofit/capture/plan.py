@@ -15,6 +15,7 @@ from torch import nn
 from torch.fx import Node
 
 from retrofit.capture.assemble import assembled, assembled_keys
+from retrofit.capture.attend import Attend
 from retrofit.capture.call import CACHE_NAMES, LeafPath, Signature
 from retrofit.capture.call_plan import parts_of_call
 from retrofit.capture.cross import cross_mask
@@ -231,7 +232,11 @@ class Planner:
         key = identity(module, call, signature)
         if key not in self._graphs:
             self.captures += 1
-            self._graphs[key] = normalized_of(capture(module, call))
+            captured = capture(module, call)
+            if isinstance(module, Attend):  # whose lines are retrofit's own
+                for node in captured.graph.nodes:
+                    node.meta["stack_trace"] = module.trace
+            self._graphs[key] = normalized_of(captured)
         return self._graphs[key]
 
 
