@@ -45,7 +45,7 @@ def check_trainable(site: CapturedModule) -> None:
     plan = site.plan
     if plan.untrainable is not None:
         raise CaptureError(
-            f"{site.path} cannot be trained with its dropout: {plan.untrainable}; set its dropout to 0 and convert "
+            f"{site.path} cannot be trained: {plan.untrainable}; set its dropout to 0 and convert "
             "again, or call eval() on the site"
         )
     if plan.training is not None:

@@ -20,7 +20,7 @@ from retrofit.capture.observe import kind_of
 from retrofit.capture.plan import normalized_of
 from retrofit.capture.record import OwnerCall
 from retrofit.capture.site_plan import CallPlan
-from retrofit.capture.training import is_random
+from retrofit.capture.training import differs
 from retrofit.passes.attention.arguments import arguments
 from retrofit.passes.attention.rewrite import free_layout
 
@@ -62,7 +62,7 @@ def outline(module: nn.Module, call: OwnerCall) -> Outline | None:
     plan = CallPlan(
         **parts_of_call(captured, source, signature, call, GOES_AROUND, closed=True),
         training=None,
-        untrainable="it has several attentions" if is_random(module, call) else None,
+        untrainable="it has several attentions" if differs(module, call) else None,
         unkept=frozenset(),
     )
     return Outline(plan, attends)
