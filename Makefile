@@ -30,7 +30,7 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 test: $(READY)
-	$(TEST_ENV) $(BIN)/python -m pytest -m 'not gpu' $(PYTEST_ARGS) $(PATHS)
+	$(TEST_ENV) $(BIN)/python -m pytest -m 'not gpu and not thorough' $(PYTEST_ARGS) $(PATHS)
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py

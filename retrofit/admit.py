@@ -17,7 +17,7 @@ from retrofit.errors import RetrofitError, VerificationError
 from retrofit.exchange import dense, put_back, put_in
 from retrofit.reports import Verification
 from retrofit.site import RetrofittedAttention
-from retrofit.verify import ModelCheck, first_tensor, proof, verify_site
+from retrofit.verify import ModelCheck, first_tensor, for_rows, proof, verify_site
 
 Candidate = tuple[Found, RetrofittedAttention]
 
@@ -168,6 +168,7 @@ def _real_tokens(analysis: Analysis, candidates: Sequence[Candidate]) -> list[Te
     for number, (probe, output) in enumerate(zip(analysis.probes, analysis.outputs, strict=True)):
         shape = first_tensor(output).shape
         calls = [item.calls[number].keep for item, _ in candidates if len(item.calls) == len(analysis.probes)]
-        fitting = [keep for keep in (probe.keep, *calls) if keep is not None and keep.shape == shape[:2]]
+        known = [for_rows(keep, shape[0]) for keep in (probe.keep, *calls) if keep is not None]
+        fitting = [keep for keep in known if keep.shape == shape[:2]]
         found.append(fitting[0] if fitting else None)
     return found

@@ -36,10 +36,12 @@ KINDS = {
     "bidirectional": torch.int8,
     "sliding": torch.int16,
     "bidirectional sliding": torch.uint8,
+    "whole causal": torch.uint16,
 }
 """The kinds of two-dimensional masks and the dtype that tells them apart; nonzero is a real token.
 
-None is bool or int64: such masks models make themselves, as for attention at sampled points.
+A whole causal mask is one that the model wants as a tensor even where nothing is padded, as for an indexer of keys. No
+kind is bool or int64: such masks models make themselves, as for attention at sampled points.
 """
 
 _FUNCTIONS = {
@@ -47,9 +49,11 @@ _FUNCTIONS = {
     "bidirectional": "create_bidirectional_mask",
     "sliding": "create_sliding_window_causal_mask",
     "bidirectional sliding": "create_bidirectional_sliding_window_mask",
+    "whole causal": "create_causal_mask",
 }
 _ORIGINAL = "retrofit_attn_implementation"
 _MASK_ARGUMENTS = ("attention_mask", "mask")
+_OF_ENCODER = "encoder_attention_mask"
 
 
 def kind(mask: Tensor | None) -> str | None:
@@ -166,6 +170,8 @@ def _from_dense(
             f"got {list(mask.shape)}"
         )
     mask = mask[..., :key_length]
+    if not mask.is_floating_point():
+        mask = mask != 0
     visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
     if mask.dtype != torch.bool and bool((mask.masked_fill(~visible, 0) != 0).any()):
         raise MaskError(
@@ -252,6 +258,8 @@ def _make(
             **{**options, "allow_is_causal_skip": False},
         )
         return whole
+    if made == "causal" and options.get("allow_is_causal_skip") is False:
+        made = "whole causal"
     seen = kv_length + kv_offset
     if attention_mask is None:
         if original is None:
@@ -361,9 +369,13 @@ def enable(model: nn.Module) -> None:
     sites = [module for module in model.modules() if isinstance(module, RetrofittedAttention)]
     for config in _configs(model, sites):
         original = config._attn_implementation_internal or "eager"
-        dense = [module for module in _masked(model) if _config_of(model, module) is config]
-        for module in dense:
-            _keep_dense(module, config)
+        dense = [
+            (module, own)
+            for module, own, of_model in ((m, *_configs_of(model, m)) for m in _masked(model))
+            if config is own or config is of_model
+        ]
+        for module, own in dense:
+            _keep_dense(module, config if own is None else own)
         vars(config)[_ORIGINAL] = original
         plain = not dense and not _wants_a_mask(model, config)
         config._attn_implementation_internal = IMPLEMENTATION if plain else f"{IMPLEMENTATION}|{original}"
@@ -401,19 +413,16 @@ def _configs(model: nn.Module, sites: list[Any]) -> list[Any]:
     return list(found.values())
 
 
-def _config_of(model: nn.Module, module: nn.Module) -> Any:
-    """The configuration of ``module``: its own, or if it keeps none that of the innermost model around it."""
+def _configs_of(model: nn.Module, module: nn.Module) -> tuple[Any, Any]:
+    """The configuration that ``module`` keeps, as one of its layer alone, and that of the innermost model around it."""
     from transformers import PreTrainedModel
 
-    own = getattr(module, "config", None)
-    if own is not None:
-        return own
     around = [
         above
         for above in model.modules()
         if isinstance(above, PreTrainedModel) and any(child is module for child in above.modules())
     ]
-    return around[-1].config if around else None
+    return getattr(module, "config", None), around[-1].config if around else None
 
 
 def _wants_a_mask(model: nn.Module, config: Any) -> bool:
@@ -425,7 +434,10 @@ def _wants_a_mask(model: nn.Module, config: Any) -> bool:
 
 
 def _masked(model: nn.Module) -> Iterator[nn.Module]:
-    """The innermost modules that take a mask and are not converted."""
+    """The innermost modules that take a mask and are not converted, and those around them that project and cache.
+
+    Such an attention module hands its mask on to a child, as to an indexer of keys.
+    """
     from retrofit.site import RetrofittedAttention
 
     def takes_mask(module: nn.Module) -> bool:
@@ -434,7 +446,11 @@ def _masked(model: nn.Module) -> Iterator[nn.Module]:
     for module in model.modules():
         if takes_mask(module) and not isinstance(module, RetrofittedAttention):
             below = [child for child in module.modules() if child is not module]
-            if not any(isinstance(child, RetrofittedAttention) or takes_mask(child) for child in below):
+            projects = any(isinstance(child, nn.Linear) for child in module.children())
+            caches = getattr(module, "layer_idx", None) is not None
+            if any(isinstance(child, RetrofittedAttention) for child in below):
+                continue
+            if (projects and caches) or not any(takes_mask(child) for child in below):
                 yield module
 
 
@@ -448,18 +464,23 @@ def _keep_dense(module: nn.Module, config: Any) -> None:
 def _rebuild(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Forward pre-hook of a module left dense: gives it the mask it would have got without retrofit."""
     given = Signature.of(module).bind(args, kwargs)
-    name = next((name for name in _MASK_ARGUMENTS if name in given), None)
-    mask = given[name] if name is not None else None
-    made = kind(mask)
-    if name is None or mask is None or made is None:
-        return None
-    hidden = next(value for value in given.values() if isinstance(value, Tensor) and value.dim() == 3)
-    past = given.get("past_key_values") if made in ("causal", "sliding") else None
-    rebuilt = _rebuilt(mask, made, module, hidden, past)
-    if name in kwargs:
-        return args, {**kwargs, name: rebuilt}
-    place = list(inspect.signature(module.forward).parameters).index(name)
-    return (*args[:place], rebuilt, *args[place + 1 :]), kwargs
+    places = list(inspect.signature(module.forward).parameters)
+    changed = False
+    for name in (*_MASK_ARGUMENTS, _OF_ENCODER):
+        mask = given.get(name)
+        made = kind(mask)
+        if mask is None or made is None or (name == _OF_ENCODER and made != "bidirectional"):
+            continue
+        hidden = next(value for value in given.values() if isinstance(value, Tensor) and value.dim() == 3)
+        past = given.get("past_key_values") if made in ("causal", "whole causal", "sliding") else None
+        rebuilt = _rebuilt(mask, made, module, hidden, past)
+        if name in kwargs:
+            kwargs = {**kwargs, name: rebuilt}
+        else:
+            place = places.index(name)
+            args = (*args[:place], rebuilt, *args[place + 1 :])
+        changed = True
+    return (args, kwargs) if changed else None
 
 
 def _rebuilt(mask: Tensor, made: str, module: nn.Module, hidden: Tensor, past: Any) -> Tensor | None:
@@ -473,6 +494,8 @@ def _rebuilt(mask: Tensor, made: str, module: nn.Module, hidden: Tensor, past: A
     layer = getattr(module, "layer_idx", None)
     if past is not None and layer is not None and "layer_idx" in inspect.signature(function).parameters:
         options["layer_idx"] = layer
+    if made == "whole causal" and "allow_is_causal_skip" in inspect.signature(function).parameters:
+        options["allow_is_causal_skip"] = False
     rebuilt: Tensor | None = function(
         config=module.config, inputs_embeds=hidden, attention_mask=mask != 0, past_key_values=past, **options
     )

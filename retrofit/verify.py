@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from retrofit.capture.analyse import Found, evaluating
-from retrofit.capture.call import is_cache
+from retrofit.capture.call import is_cache, rebuild
 from retrofit.capture.observe import ProbedCall
 from retrofit.capture.probes import Probe, same_draws
 from retrofit.errors import VerificationError
@@ -127,7 +127,8 @@ def _as_converted(site: RetrofittedAttention, probed: ProbedCall) -> dict[str, A
     if plan.mask_argument is not None and probed.keep is not None and plan.kind == "self":
         device = next(value.device for value in values.values() if isinstance(value, Tensor))
         whole = bool(probed.keep.all())
-        values[str(plan.mask_argument.path[0])] = None if whole else probed.keep.to(device)
+        path = plan.mask_argument.path
+        values = rebuild({str(path[0]): None, **values}, {path: None if whole else probed.keep.to(device)})
     return values
 
 
@@ -184,7 +185,8 @@ class ModelCheck:
         if not steps:
             return None
         number = next(number for number, probe in enumerate(self.probes) if probe.name == name)
-        at_once = self.outputs[number] * real_rows(self.probes[number])
+        at_once = self.outputs[number]
+        at_once = at_once * for_rows(real_rows(self.probes[number]), len(at_once))
         error = relative_error(torch.cat(list(steps), dim=1), at_once, None)
         if error <= max(MODEL_TOLERANCE, 32 * torch.finfo(at_once.dtype).eps):
             return None
@@ -294,7 +296,8 @@ def cached_steps(model: nn.Module, probes: Sequence[Probe], name: str) -> list[T
             cache = getattr(output, "past_key_values", None)
             if cache is None:
                 return []
-            logits.append(first_tensor(output.logits) * real[:, position:stop])
+            found = first_tensor(output.logits)
+            logits.append(found * for_rows(real, len(found))[:, position:stop])
             position = stop
     return logits
 
@@ -303,8 +306,13 @@ def real_rows(probe: Probe) -> Tensor:
     """1 at the real tokens that a text probe decodes, 0 at padding: [B, N, 1]."""
     prefix = "decoder_" if "decoder_input_ids" in probe.kwargs else ""
     ids = probe.kwargs[f"{prefix}input_ids"]
-    mask: Tensor = probe.kwargs.get(f"{prefix}attention_mask", torch.ones_like(ids))
+    mask: Tensor = probe.kwargs.get(f"{prefix}attention_mask", ids.new_ones(ids.shape[:2]))
     return mask[..., None]
+
+
+def for_rows(keep: Tensor, rows: int) -> Tensor:
+    """``keep`` [B, …] for an output with several rows in turn for each sequence, as one for each codebook."""
+    return keep.repeat_interleave(rows // len(keep), dim=0) if rows % len(keep) == 0 else keep
 
 
 def first_tensor(output: Any) -> Tensor:

@@ -16,7 +16,8 @@ from collections import Counter
 from typing import Any
 
 import torch
-from tiny_models import built, example
+from tiny_examples import ROWS, example
+from tiny_models import built
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -87,9 +88,9 @@ def check(name: str, config_class: type, model_class: type) -> dict[str, Any]:
 def _is_text(model: Any, inputs: dict[str, Any]) -> bool:
     """Whether retrofit makes up an example of its own, which is padded on both sides."""
     text = model.config.get_text_config(decoder=True)
-    return set(inputs) <= {"input_ids", "decoder_input_ids"} and isinstance(
-        getattr(text, "vocab_size", None), int
-    )
+    rows = all(value.dim() == 2 and len(value) == ROWS for value in inputs.values())  # no codebooks
+    named = set(inputs) <= {"input_ids", "decoder_input_ids"}
+    return rows and named and isinstance(getattr(text, "vocab_size", None), int)
 
 
 def verdict(row: dict[str, Any]) -> str:
@@ -222,7 +223,8 @@ def _prompts(model: Any, inputs: dict[str, Any]) -> dict[str, _Prompt]:
     """What to generate from: the example, and the same with padding before its second row."""
     if "input_ids" not in inputs or not getattr(model, "can_generate", lambda: False)():
         return {}
-    rest = {key: value for key, value in inputs.items() if key not in ("input_ids", "decoder_input_ids")}
+    made = ("input_ids", "decoder_input_ids", "decoder_attention_mask")
+    rest = {key: value for key, value in inputs.items() if key not in made}
     ids = inputs["input_ids"]
     keep = torch.ones_like(ids)
     keep[1, :5] = 0

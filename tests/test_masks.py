@@ -33,6 +33,12 @@ def test_padding_on_both_sides(dtype: torch.dtype) -> None:
     assert _read(mask) == [[2, 0, 1, 0], [4, 3, 4, 0]]
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64])
+def test_a_whole_mask_may_be_of_whole_numbers(dtype: torch.dtype) -> None:
+    mask = _whole([0, 2], [6, 4], keys=6, queries=6)
+    assert _read(mask.to(dtype)) == _read(mask) == [[0, 2], [6, 4]]
+
+
 def test_holes_are_refused() -> None:
     with pytest.raises(MaskError, match=r"padding between real tokens \(row 1\)"):
         _read(torch.tensor([[1, 1, 1, 1], [1, 0, 1, 1]]))
@@ -344,6 +350,40 @@ def test_attention_left_dense_may_keep_no_configuration() -> None:
     assert "config" not in vars(model.model.decoder.layers[0].self_attn)
     with torch.no_grad():
         assert torch.equal(model(**inputs).logits, before)
+
+
+def test_attention_left_dense_may_hand_its_mask_to_a_child() -> None:
+    package = pytest.importorskip("transformers.models.dots3_note")
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "q_lora_rank": 16, "kv_lora_rank": 16}
+    widths = {"head_dim": 16, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    config = package.Dots3NoteTextConfig(
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        layer_types=["indexed_attention", "sliding_attention"],
+        mlp_layer_types=["dense", "dense"],
+        sliding_window=9,
+        index_topk=8,
+        index_head_dim=16,
+        index_n_heads=2,
+        qk_rope_head_dim=8,
+        pad_token_id=0,
+        **heads,
+        **widths,
+        **{f"swa_{name}": size for name, size in {**heads, **widths}.items()},
+    )
+    dense = package.Dots3NoteForCausalLM(config).eval()
+    model = copy.deepcopy(dense)
+    report = retrofit.convert(model, retrofit.DenseConfig())
+    assert [site.path for site in report.converted] == ["model.layers.1.self_attn"]
+    inputs = _padded()
+    for given in (inputs, {"input_ids": inputs["input_ids"]}):
+        mask = given.get("attention_mask", torch.ones(2, 40))
+        _close(model(**given).logits, dense(**given).logits, mask)
+    retrofit.revert(model)
+    assert torch.equal(model(**inputs).logits, dense(**inputs).logits)
 
 
 class Sampled(nn.Module):

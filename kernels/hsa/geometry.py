@@ -70,6 +70,11 @@ class Votes(NamedTuple):
         """Votes are at most this: weights beyond 2^±31 are all alike."""
         return 31 * self.steps
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The integers that hold votes."""
+        return torch.int16 if self.most < 2**15 else torch.int32
+
     @staticmethod
     def of(dtype: torch.dtype) -> Votes:
         """For queries and keys of ``dtype``."""

@@ -12,7 +12,7 @@ CUDA graph.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -23,20 +23,14 @@ from retrofit.kernels.hsa import triton_execute as execute
 from retrofit.kernels.hsa import triton_select as select
 from retrofit.kernels.hsa.geometry import FADE, Geometry
 from retrofit.kernels.hsa.triton_backward import hsa_attention_backward
-from retrofit.kernels.hsa.triton_call import Call, power
+from retrofit.kernels.hsa.triton_call import CALLS, Call, padded, power
 from retrofit.kernels.hsa.triton_choose import choose
+from retrofit.kernels.tuned import settings
 
 __all__ = ["hsa_attention", "hsa_attention_backward", "unsupported"]
 
-KEYS = 64
-"""Keys of one step of the softmax, for rows of at most 256 bytes."""
-PROGRAMS = 2
-"""Programs to a multiprocessor, of kernels whose programs take one tile after another."""
-CHOOSE = {"num_warps": 8, "num_stages": 2, "maxnreg": 128}
-ATTEND = {"num_warps": 8, "num_stages": 2, "maxnreg": 128}
-"""Found on an H200 for 32 and 8 heads of 128 dims in bfloat16: two programs fit into a multiprocessor."""
-SMALL = {"num_warps": 4, "num_stages": 2}
-"""For tiles of fewer rows."""
+FUSED_FROM = 2048
+"""Tokens of the dense start from which PyTorch's kernel is worth its launch and two copies."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_SUM = {torch.float32: 2.0**100, torch.bfloat16: 2.0**100, torch.float16: 2.0**15}
 """Sum of a query's weights, shifted by the highest score among sinks and window, from which a row is done again."""
@@ -70,6 +64,8 @@ def unsupported(
             return f"{name} that is no power of two, got {size}"
     if 2 * geometry.fanout * geometry.nodes_in_span(0) < 16 or geometry.fanout * geometry.nodes_per_span < 16:
         return "fewer than 16 nodes to a product"
+    if q.dtype == torch.float32 and q.shape[3] > 128 and (4, 256) not in settings(q.device).choose:
+        return f"float32 heads of {q.shape[3]} dims on this GPU"
     return None
 
 
@@ -98,8 +94,13 @@ def hsa_attention(
     """
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     call = Call.of(q, k, v, geometry, padded=padded)
-    spans, choices = geometry.selection(k, past_spans, past_choices)
-    fused = call.starts_dense and dense.can_attend(q, k, v)
+    fresh = past_spans is None and call.tokens == call.slots and not call.is_dense
+    spans, choices = call.empty_selection(k) if fresh else geometry.selection(k, past_spans, past_choices)
+    fused = (
+        call.starts_dense
+        and dense.can_attend(q, k, v)
+        and (call.is_dense or geometry.dense_end >= FUSED_FROM)
+    )
     if call.is_dense and fused:
         out, lse = dense.attend(q, k, v, scale)
         return out, spans, choices, lse
@@ -108,11 +109,13 @@ def hsa_attention(
     lse = make(q.shape[:3], dtype=torch.float32, device=q.device)
     lists = start, start, length  # not read where nothing is sparse
     tiles = call.tiles[0] * call.tiles[1]
-    todo = torch.zeros(1 + tiles, dtype=torch.int32, device=q.device)
+    todo = (torch.zeros if call.is_dense else torch.empty)(1 + tiles, dtype=torch.int32, device=q.device)
     if not call.is_dense:
         nodes = [x.contiguous() for x in nodes]
-        keep_spans(call, q, nodes, start, length, spans, scale)
-        shift = _choose_leaves(call, q, k, nodes[0], spreads, start, length, spans, choices, scale)
+        keep_spans(call, q, nodes, start, length, spans, scale, fresh=fresh)
+        shift = _choose_leaves(
+            call, q, k, nodes[0], spreads, start, length, spans, choices, todo, scale, fresh=fresh
+        )
         lists = call.list_blocks(start, length, spans, choices)
         execute.attend_listed[call.tiles](
             q, k, v, start, length, *lists, shift, todo, out, lse, *strides(q, k, v), *call.extent,
@@ -121,7 +124,7 @@ def hsa_attention(
     if fused:
         end = geometry.dense_end
         out[:, :, :end], lse[:, :, :end] = dense.attend(q[:, :, :end], k[:, :, :end], v[:, :, :end], scale)
-    execute.attend_run[(min(tiles, PROGRAMS * processors(q.device)),)](
+    execute.attend_run[(min(tiles, call.settings.programs * processors(q.device)),)](
         q, k, v, start, length, *lists, todo, out, lse, *strides(q, k, v), *call.extent, call.batch,
         0 if fused else min(call.blocks, geometry.dense_end // geometry.query_block), scale, **_execution(call),
     )  # fmt: skip
@@ -129,41 +132,41 @@ def hsa_attention(
 
 
 def keep_spans(
-    call: Call, q: Tensor, nodes: Sequence[Tensor], start: Tensor, length: Tensor, spans: Tensor, scale: float
+    call: Call,
+    q: Tensor,
+    nodes: Sequence[Tensor],
+    start: Tensor,
+    length: Tensor,
+    spans: Tensor,
+    scale: float,
+    *,
+    fresh: bool,
 ) -> None:
-    """The coarse steps: fills ``spans`` where a new query is the first of its block."""
+    """The coarse steps: fills ``spans`` where a new query is the first of its block, all of it if it is fresh."""
     g = call.geometry
-    width = g.beam * g.fanout + g.fanout
+    width = _coarse_width(g)
     scores = torch.empty(call.rows, call.blocks, call.group, width, dtype=torch.float32, device=q.device)
-    coarse = {
-        **call.shared,
-        "LEVELS": g.levels,
-        "GROUP": call.group,
-        "FANOUT": g.fanout,
-        "BEAM": g.beam,
-        "WIDTH": width,
-    }
-    group_pad = power(call.group)
+    coarse, products, group_pad = _coarse(call), _coarse_products(call), power(call.group)
+    rows = max(group_pad, call.settings.coarse[call.bytes, padded(call.dim)].rows)
     highest = g.top_level(g.covered(call.slots - 1))
     for level in range(highest, 0, -1):
         at_nodes = (nodes[level].stride(0), nodes[level].stride(1))
         count = nodes[level].shape[2]
-        per_tile = 64 // group_pad
+        per_tile = rows // group_pad
         select.top_scores[(-(-call.blocks // per_tile), call.rows)](
             q, nodes[level], start, length, scores, *strides(q), *at_nodes, *call.extent, count,
-            LEVEL=level, GROUP_PAD=group_pad, PER_SPAN=g.nodes_per_span, TILE=64, **call.product, **coarse,
-            num_warps=4,
+            LEVEL=level, GROUP_PAD=group_pad, PER_SPAN=g.nodes_per_span, TILE=rows, **products,
         )  # fmt: skip
         if level < highest:
             select.refine[(call.blocks, call.rows)](
                 q, nodes[level], start, length, spans, scores, *strides(q), *at_nodes,
                 *call.extent, call.total_blocks, count,
-                LEVEL=level, PER_SPAN=g.nodes_per_span, TILE=max(16, group_pad), **call.product, **coarse,
-                num_warps=4,
+                LEVEL=level, PER_SPAN=g.nodes_per_span, TILE=max(16, group_pad), **products,
             )  # fmt: skip
         select.keep[(call.blocks, call.rows)](
             start, length, spans, scores, *call.extent, call.total_blocks, scale,
-            LEVEL=level, WIDTH_PAD=power(width), BEAM_PAD=min(power(g.beam), power(width)), **coarse, num_warps=4,
+            LEVEL=level, WIDTH_PAD=power(width), BEAM_PAD=min(power(g.beam), power(width)), FRESH=fresh, **coarse,
+            num_warps=4,
         )  # fmt: skip
 
 
@@ -177,72 +180,94 @@ def _choose_leaves(
     length: Tensor,
     spans: Tensor,
     choices: Tensor,
+    todo: Tensor,
     scale: float,
+    *,
+    fresh: bool,
 ) -> Tensor:
-    """The leaf step: adds to ``choices``, and returns the shift of each query's scores, [B, Hq, T]."""
+    """The leaf step: adds to ``choices``, and returns the shift of each query's scores, [B, Hq, T].
+
+    Makes ``todo`` an empty list, and fills all of ``choices`` if it is fresh.
+    """
     g, width = call.geometry, power(call.geometry.leaf_width)
     leaves = nodes.shape[2] // g.nodes_in_span(0)
     tiles = call.blocks * call.rows
-    programs = min(tiles, PROGRAMS * processors(q.device))
-    scratch = torch.empty(programs, g.query_block, width + g.fanout, dtype=torch.int32, device=q.device)
+    programs = min(tiles, call.settings.programs * processors(q.device))
+    scratch = torch.empty(programs, g.query_block, width + g.fanout, dtype=call.votes.dtype, device=q.device)
     shift = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     choose[(programs,)](
-        q, k, nodes, spreads, start, length, spans, choices, shift, scratch, *strides(q, k), *nodes.stride()[:2],
+        q, k, nodes, spreads, start, length, spans, choices, shift, scratch, todo, *strides(q, k), *nodes.stride()[:2],
         *spread_strides(spreads), *call.extent, call.total_blocks, leaves, tiles, scale, g.spread,
-        g.least_vote(call.votes), **choosing(call), **scoring(call),
+        g.least_vote(call.votes), FRESH=fresh, **choosing(call), **scoring(call),
     )  # fmt: skip
     return shift
 
 
-def _execution(call: Call) -> dict[str, Any]:
-    """Constants of the kernels that attend."""
+@lru_cache(CALLS)
+def _coarse(call: Call) -> dict[str, Any]:
+    """Constants of the kernels of the coarse steps."""
+    g = call.geometry
     return {
-        "LIST": call.list_width,
-        "GROUP": call.group,
-        "HEADS": call.tile_heads,
-        "KEYS": attended_keys(call),
-        **call.product,
-        **call.values,
         **call.shared,
-        **(ATTEND if is_large(call) else SMALL),
+        "LEVELS": g.levels,
+        "GROUP": call.group,
+        "FANOUT": g.fanout,
+        "BEAM": g.beam,
+        "WIDTH": _coarse_width(g),
     }
 
 
+@lru_cache(CALLS)
+def _coarse_products(call: Call) -> dict[str, Any]:
+    """Constants of those of them that score."""
+    tile = call.settings.coarse[call.bytes, padded(call.dim)]
+    return {**call.product, **_coarse(call), **tile.options(tile.rows)}
+
+
+def _coarse_width(g: Geometry) -> int:
+    return g.beam * g.fanout + g.fanout
+
+
+@lru_cache(CALLS)
+def _execution(call: Call) -> dict[str, Any]:
+    """Constants of the kernels that attend."""
+    tile = call.tile(call.settings.attend)
+    return {
+        "LIST": call.list_width,
+        "GROUP": call.group,
+        "HEADS": call.heads_per_tile(tile.rows),
+        "KEYS": max(call.geometry.block, tile.keys),
+        **call.product,
+        **call.values,
+        **call.shared,
+        **call.options(tile),
+    }
+
+
+@lru_cache(CALLS)
 def scoring(call: Call) -> dict[str, Any]:
     """Constants of the kernels that vote for leaves."""
+    tile = call.settings.choose[call.bytes, padded(call.dim)]
     return {
         "PER_LEAF": call.geometry.nodes_in_span(0),
         "GROUP": call.group,
-        "HEADS": call.tile_heads,
-        "KEYS": max(16, _step_keys(call, call.dim)),
+        "HEADS": call.heads_per_tile(tile.rows),
+        "KEYS": tile.keys,
         "STEPS": call.votes.steps,
         "MOST": call.votes.most,
         **call.product,
         **call.shared,
         **call.leaves,
-        **(CHOOSE if is_large(call) else SMALL),
+        **call.options(tile),
     }
 
 
+@lru_cache(CALLS)
 def choosing(call: Call) -> dict[str, Any]:
     """Constants of the kernels that choose leaves by their votes."""
     votes = call.votes
     highest = 2 * votes.most + FADE  # above the least
     return {"ROOM": call.geometry.leaves_per_query, "PARTS": votes.parts, "BITS": highest.bit_length()}
-
-
-def attended_keys(call: Call) -> int:
-    """Keys of one step of the kernels that attend, a leaf or more."""
-    return max(call.geometry.block, _step_keys(call, max(call.dim, call.value_dim)))
-
-
-def _step_keys(call: Call, dim: int) -> int:
-    return KEYS if dim * call.bytes <= 256 else KEYS // 2
-
-
-def is_large(call: Call) -> bool:
-    """Whether the tiles of a query block have enough rows for eight warps."""
-    return call.tile_heads * call.geometry.query_block >= 128
 
 
 def strides(*tensors: Tensor) -> tuple[int, ...]:

@@ -21,20 +21,6 @@ from retrofit.kernels.hsa import triton_inverse as inverse
 from retrofit.kernels.hsa.geometry import Geometry
 from retrofit.kernels.hsa.triton_call import Call
 
-QUERY_ROWS = 128
-"""Queries times heads in a tile of ``query_gradients``, for rows of at most 256 bytes."""
-QUERY_KEYS = 32
-"""Keys of one of its steps."""
-KEY_ROWS = 64
-"""Queries times heads in a step of ``key_gradients``; half of them in float32."""
-KEY_TILE = 32
-"""Keys of one of its tiles."""
-BY_QUERY = {"num_warps": 8, "num_stages": 2, "maxnreg": 128}
-BY_KEY = {"num_warps": 4, "num_stages": 2}
-SMALL = {"num_warps": 4, "num_stages": 1}
-"""For tiles of fewer rows."""
-WIDE = {"num_warps": 8, "num_stages": 1}
-"""For rows of more than 256 bytes."""
 SHORTEST_PART = 64
 """Steps below which a tile is not split."""
 FEWEST_PARTS = 1024
@@ -85,29 +71,29 @@ def hsa_attention_backward(
     q, k, v, grad = (_in_rows(x) for x in (q, k, v, grad))
     call = Call.of(q, k, v, geometry, padded=padded)
     delta = torch.empty_like(lse)
-    wide = max(call.dim, call.value_dim) * call.bytes > 256
-    heads = call.heads_per_tile(QUERY_ROWS // 2 if wide else QUERY_ROWS)
+    tile = call.tile(call.settings.query_gradients)
+    heads = call.heads_per_tile(tile.rows)
     lists = call.list_blocks(start, length, spans, choices)
     gradients.query_gradients[(call.blocks, -(-call.group // heads) * call.rows)](
         q, k, v, out, grad, lse, start, length, *lists, grad_q, delta,
         *_strides(q, k, v, out, grad, grad_q), *call.extent, scale,
         LIST=call.list_width, GROUP=call.group, HEADS=heads,
-        KEYS=max(geometry.block, QUERY_KEYS), **call.product, **call.values, **call.shared,
-        **(WIDE if wide else BY_QUERY if heads * geometry.query_block >= 128 else SMALL),
+        KEYS=max(geometry.block, tile.keys), **call.product, **call.values, **call.shared, **call.options(tile),
     )  # fmt: skip
 
-    keys = max(geometry.block, min(KEY_TILE, 4 * geometry.block, geometry.fanout * geometry.block))
+    tile = call.tile(call.settings.key_gradients)
+    keys = max(geometry.block, min(tile.keys, 4 * geometry.block, geometry.fanout * geometry.block))
     tiles = -(-geometry.sink // keys) + -(-max(0, call.slots - geometry.sink) // keys)
     entries, ends, steps = _entries(call, keys, tiles, start, length, spans, choices)
     parts, part_ends, owners, size = _parts(steps, 4 * call.blocks)
     held = torch.empty(owners.shape[0], keys, call.dim + call.value_dim, dtype=torch.float32, device=q.device)
-    heads = call.heads_per_tile(KEY_ROWS // 2 if call.bytes == 4 else KEY_ROWS)
+    heads = call.heads_per_tile(tile.rows)
     gradients.key_gradients[(owners.shape[0] + steps.shape[0],)](
         q, k, v, grad, lse, delta, start, length, entries, ends, steps, parts, part_ends, owners, size,
         grad_k, grad_v, held, *_strides(q, k, v, grad, grad_k, grad_v), *call.extent,
         tiles, CHUNKS, steps.shape[0], owners.shape[0], scale,
         GROUP=call.group, HEADS=heads, KEYS=keys, **call.product, **call.values, **call.shared,
-        **(WIDE if wide else BY_KEY),
+        **call.options(tile),
     )  # fmt: skip
     gradients.join_gradients[(steps.shape[0],)](
         held, start, length, parts, part_ends, grad_k, grad_v, *_strides(grad_k, grad_v), tiles,

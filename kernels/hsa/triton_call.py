@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -11,11 +12,12 @@ from torch import Tensor
 from retrofit.kernels.hsa.geometry import Geometry, Votes
 from retrofit.kernels.hsa.triton_choose import list_blocks
 from retrofit.kernels.hsa.triton_select import ENDING, PADDED, WHOLE
+from retrofit.kernels.tuned import Settings, Tile, Tiles, settings
 
-TILE_ROWS = 128
-"""Queries times heads in a tile of 128 dims or fewer."""
 MOST_KEYS = 128
 """Keys in a step of any kernel, at most."""
+CALLS = 256
+"""Calls of different sizes that are remembered."""
 
 
 def power(n: int) -> int:
@@ -28,9 +30,9 @@ def padded(dim: int) -> int:
     return max(16, power(dim))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Call:
-    """The sizes of one call."""
+    """The sizes of one call. Calls of the same sizes are one object, so that what follows from them is found once."""
 
     batch: int
     heads: int
@@ -43,6 +45,7 @@ class Call:
     layout: int
     geometry: Geometry
     total_blocks: int
+    settings: Settings
 
     @staticmethod
     def of(
@@ -70,37 +73,34 @@ class Call:
         slots, value_dim = k.shape[2], v.shape[3]
         layout = (ENDING if ending else PADDED if padded else WHOLE).value
         room = geometry.blocks(slots) if total_blocks is None else total_blocks
-        return Call(
-            batch, heads, k.shape[1], tokens, slots, dim, value_dim, q.element_size(), layout, geometry, room
-        )
+        return _call(
+            batch, heads, k.shape[1], tokens, slots, dim, value_dim, q.element_size(), layout, geometry, room,
+            settings(q.device),
+        )  # fmt: skip
 
-    @property
+    @cached_property
     def group(self) -> int:
         """Query heads to a kv head."""
         return self.heads // self.kv_heads
 
-    @property
+    @cached_property
     def rows(self) -> int:
         """Batch rows times kv heads."""
         return self.batch * self.kv_heads
 
-    @property
+    @cached_property
     def blocks(self) -> int:
         """Query blocks that the new queries of a row can reach into."""
         size = self.geometry.query_block
         return (self.tokens + 2 * size - 2) // size
 
-    @property
-    def tile_heads(self) -> int:
-        """Heads of a group in a tile of the kernels that choose and attend."""
-        return self.heads_per_tile(TILE_ROWS // 2 if max(self.dim, self.value_dim) > 128 else TILE_ROWS)
-
-    @property
+    @cached_property
     def tiles(self) -> tuple[int, int]:
         """Grid of the kernels that attend."""
-        return self.blocks, -(-self.group // self.tile_heads) * self.rows
+        heads = self.heads_per_tile(self.tile(self.settings.attend).rows)
+        return self.blocks, -(-self.group // heads) * self.rows
 
-    @property
+    @cached_property
     def votes(self) -> Votes:
         """How finely votes are counted."""
         return Votes.of(torch.float32 if self.bytes == 4 else torch.bfloat16)
@@ -120,7 +120,7 @@ class Call:
         """What every kernel is told of the lengths."""
         return self.slots, self.tokens, self.blocks
 
-    @property
+    @cached_property
     def shared(self) -> dict[str, Any]:
         """Constants of every kernel."""
         g = self.geometry
@@ -134,7 +134,12 @@ class Call:
             "LAYOUT": self.layout,
         }
 
-    @property
+    @cached_property
+    def listing(self) -> dict[str, Any]:
+        """Constants of the kernels that list leaves."""
+        return {**self.shared, **self.leaves, "LIST": self.list_width}
+
+    @cached_property
     def leaves(self) -> dict[str, Any]:
         """Constants of the kernels that meet leaf candidates."""
         g = self.geometry
@@ -146,26 +151,40 @@ class Call:
             "CHOICES": g.choices,
         }
 
-    @property
+    @cached_property
     def product(self) -> dict[str, Any]:
         """Constants of products with queries."""
         precision = "ieee" if self.bytes == 4 else "tf32"
         return {"DIM": self.dim, "DIM_PAD": padded(self.dim), "PRECISION": precision}
 
-    @property
+    @cached_property
     def values(self) -> dict[str, Any]:
         """Constants of products with values."""
         return {"VALUE_DIM": self.value_dim, "VALUE_PAD": padded(self.value_dim)}
+
+    def tile(self, tiles: Tiles) -> Tile:
+        """The tile of a kernel that reads keys and values."""
+        return tiles[self.bytes, padded(max(self.dim, self.value_dim))]
+
+    def options(self, tile: Tile) -> dict[str, int]:
+        """What the compiler is told of a kernel whose tiles are of query blocks."""
+        return tile.options(self.heads_per_tile(tile.rows) * self.geometry.query_block)
 
     def heads_per_tile(self, rows: int) -> int:
         """Heads of a group in a tile of about so many rows."""
         return max(1, min(power(self.group), rows // self.geometry.query_block))
 
-    @property
+    @cached_property
     def list_width(self) -> int:
         """Places of the list of a block: sinks, window, all choices, and room to read on."""
         g = self.geometry
         return power(g.choices) + (g.sink + g.window) // g.block + MOST_KEYS // g.block
+
+    def empty_selection(self, k: Tensor) -> tuple[Tensor, Tensor]:
+        """``spans`` and ``choices`` as in ``Geometry.selection``, to be filled."""
+        shape, g = (self.batch, self.kv_heads, self.total_blocks), self.geometry
+        spans, choices = (k.new_empty(*shape, size, dtype=torch.int32) for size in (g.beam, g.choices))
+        return spans, choices
 
     def empty_lists(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """What each query block executes by who sees it first, and how much more of it these see then,
@@ -181,7 +200,9 @@ class Call:
         """The lists, filled."""
         lists = self.empty_lists(choices.device)
         list_blocks[(self.blocks, self.rows)](
-            start, length, spans, choices, *lists, *self.extent, self.total_blocks,
-            **self.shared, **self.leaves, CHOICES_PAD=power(self.geometry.choices), LIST=self.list_width, num_warps=1,
+            start, length, spans, choices, *lists, *self.extent, self.total_blocks, **self.listing, num_warps=1
         )  # fmt: skip
         return lists
+
+
+_call = lru_cache(CALLS)(Call)

@@ -14,13 +14,16 @@ import triton.language as tl
 from retrofit.kernels.hsa.geometry import FADE, RISE_BITS, UNUSED
 from retrofit.kernels.hsa.triton_execute import load_keys, near_edges
 from retrofit.kernels.hsa.triton_select import LOG2E, covered_leaves, row_range
+from retrofit.kernels.launch import kernel
 
 FEW = tl.constexpr(8)
 """Queries whose leaves are chosen at a time."""
 WHOLE, NONE = tl.constexpr(FADE), tl.constexpr(UNUSED)
 SHIFT, RISES = tl.constexpr(RISE_BITS), tl.constexpr(2**RISE_BITS - 1)
+MANY = tl.constexpr(32)
+"""Choices that are counted at a time."""
 SOME = tl.constexpr(64)
-"""Choices that are read at a time."""
+"""Choices that are listed at a time."""
 
 
 @triton.jit
@@ -125,7 +128,7 @@ def vote_spans(
 ):  # fmt: skip
     """Votes of the queries of the block at t0 for the leaves of its spans, from one pair of spans to another.
 
-    Writes them to ``held`` [QUERY_BLOCK, WIDTH_PAD + FANOUT], int32, and the highest scores among sinks and window
+    Writes them to ``held`` [QUERY_BLOCK, WIDTH_PAD + FANOUT], integers, and the highest scores among sinks and window
     to ``shift`` [B, Hq, T]. Spans are those in ``kept`` and then those of the cover's edge. HEADS of the group's
     heads meet the nodes of two spans in one product.
     """
@@ -218,15 +221,34 @@ def unpack(choice, QUERY_BLOCK: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def read_choices(
+    choices, candidate, some, QUERY_BLOCK: tl.constexpr, WIDTH: tl.constexpr, CHOICES: tl.constexpr
+):  # fmt: skip
+    """How many choices there are, and how far each candidate has risen by them; nothing is read unless ``some``."""
+    place = tl.arange(0, MANY)
+    risen = candidate * 0
+    count = tl.full([], 0, tl.int32)
+    more = tl.full([], 0, tl.int32) + some
+    while more > 0:
+        choice = tl.load(choices + count + place, mask=count + place < CHOICES, other=NONE)
+        _row, which, rise = unpack(choice, QUERY_BLOCK, WIDTH)
+        risen += tl.sum(tl.where(which[:, None] == candidate[None], rise[:, None], 0), 0)
+        count += tl.sum((choice < NONE).to(tl.int32), 0)
+        more = tl.min((choice < NONE).to(tl.int32), 0)
+    return count, risen
+
+
+@triton.jit
 def settle(
     kept, choices, held, t0, low, high, least,
     WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr, FANOUT: tl.constexpr, BEAM: tl.constexpr,
     QUERY_BLOCK: tl.constexpr, ROOM: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr,
-    CHOICES: tl.constexpr, MOST: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr,
+    CHOICES: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr, FRESH: tl.constexpr,
 ):  # fmt: skip
     """Each new query of the block at t0 chooses by the votes ``held``: adds to ``choices`` [CHOICES].
 
-    Uses the place of the votes for how far each query wants the leaves.
+    Where leaves fade in, how far each query wants the leaves takes the place of the votes. If ``choices`` is FRESH,
+    the places behind the last one get NONE.
     """
     STRIDE: tl.constexpr = WIDTH_PAD + FANOUT
     CHILDREN: tl.constexpr = BEAM * FANOUT
@@ -234,17 +256,8 @@ def settle(
     is_edge = (candidate >= CHILDREN) & (candidate < WIDTH)
     edge = covered_leaves(t0, WINDOW, SINK, BLOCK) // FANOUT
     used = spans_kept(kept, BEAM, WIDTH_PAD // FANOUT)
-    reached = tl.zeros([WIDTH_PAD], tl.int32)
-    count = low * 0
-    if low > t0:
-        place = tl.arange(0, FEW)
-        more = count + 1
-        while more > 0:
-            choice = tl.load(choices + count + place, mask=count + place < CHOICES, other=NONE)
-            _row, which, rise = unpack(choice, QUERY_BLOCK, WIDTH)
-            reached += tl.sum(tl.where(which[:, None] == candidate[None], rise[:, None], 0), 0)
-            count += tl.sum((choice < NONE).to(tl.int32), 0)
-            more = tl.min((choice < NONE).to(tl.int32), 0)
+    count, reached = read_choices(choices, candidate, low > t0, QUERY_BLOCK, WIDTH, CHOICES)
+    when = tl.full([FEW, WIDTH_PAD], QUERY_BLOCK, tl.int32)
     for r in range(tl.maximum(low - t0, 0) // FEW * FEW, tl.minimum(high - t0, QUERY_BLOCK), FEW):
         row = tl.arange(0, FEW)
         some = r + row
@@ -253,30 +266,50 @@ def settle(
         open_ = open_ | (candidate < used * FANOUT)[None]
         new = (t0 + some >= low) & (t0 + some < high)
         at = held + some[:, None] * STRIDE + candidate[None]
-        level = tl.where(open_ & new[:, None], tl.load(at, mask=open_, other=-MOST - WHOLE) - least, 0)
+        vote = tl.load(at, mask=open_, other=0).to(tl.int32)
+        level = tl.where(open_ & new[:, None], vote - least, 0)
         if tl.max(tl.sum((level > 0).to(tl.int32), 1), 0) > ROOM:
             level -= highest_left(level, ROOM, BITS)[:, None]
-        level = tl.minimum(tl.minimum(tl.maximum(level, 0), WHOLE) * PARTS, WHOLE)
-        if tl.max(tl.reshape(level - reached[None], [FEW * WIDTH_PAD]), 0) > 0:
-            tl.debug_barrier()  # every thread has read its votes
-            tl.store(at, level)
-            tl.debug_barrier()
-            before = tl.broadcast_to(reached[None], level.shape)
-            for back in tl.static_range(1, FEW):
-                earlier = tl.load(at - back * STRIDE, mask=(row >= back)[:, None], other=0)
-                before = tl.maximum(before, earlier)
-            rise = tl.maximum(level - before, 0)
-            risen = tl.reshape((rise > 0).to(tl.int32), [FEW * WIDTH_PAD])
-            to = count + tl.reshape(tl.cumsum(risen, 0), [FEW, WIDTH_PAD]) - 1
-            choice = ((some[:, None] * WIDTH + candidate[None]) << SHIFT) + rise
-            tl.store(choices + to, choice, mask=(rise > 0) & (to < CHOICES))
-            count += tl.sum(risen, 0)
-            reached = tl.maximum(reached, tl.max(level, 0))
+        if PARTS == WHOLE:
+            when = tl.minimum(when, tl.where(level > 0, some[:, None], QUERY_BLOCK))
+        else:
+            level = tl.minimum(tl.maximum(level, 0) * PARTS, WHOLE)
+            if tl.max(tl.reshape(level - reached[None], [FEW * WIDTH_PAD]), 0) > 0:
+                tl.debug_barrier()  # every thread has read its votes
+                tl.store(at, level)
+                tl.debug_barrier()
+                before = tl.broadcast_to(reached[None], level.shape)
+                for back in tl.static_range(1, FEW):
+                    earlier = tl.load(at - back * STRIDE, mask=(row >= back)[:, None], other=0)
+                    before = tl.maximum(before, earlier)
+                rise = tl.maximum(level - before, 0)
+                risen = tl.reshape((rise > 0).to(tl.int32), [FEW * WIDTH_PAD])
+                to = count + tl.reshape(tl.cumsum(risen, 0), [FEW, WIDTH_PAD]) - 1
+                choice = ((some[:, None] * WIDTH + candidate[None]) << SHIFT) + rise
+                tl.store(choices + to, choice, mask=(rise > 0) & (to < CHOICES))
+                count += tl.sum(risen, 0)
+                reached = tl.maximum(reached, tl.max(level, 0))
+    if PARTS == WHOLE:
+        first = tl.min(when, 0)
+        is_new = (first < QUERY_BLOCK) & (reached == 0)
+        choice = tl.sort(tl.where(is_new, ((first * WIDTH + candidate) << SHIFT) + WHOLE, NONE))
+        tl.store(choices + count + candidate, choice, mask=(choice < NONE) & (count + candidate < CHOICES))
+        count += tl.sum(is_new.to(tl.int32), 0)
+    if FRESH:
+        leave_unused(choices, count, candidate, CHOICES, WIDTH_PAD)
 
 
-@triton.jit(do_not_specialize=["slots", "tokens", "blocks", "total_blocks", "leaves", "tiles"])
+@triton.jit
+def leave_unused(choices, count, candidate, CHOICES: tl.constexpr, WIDTH_PAD: tl.constexpr):
+    """Marks the places of ``choices`` from ``count`` on as unused."""
+    for n in range(0, CHOICES, WIDTH_PAD):
+        place = n + candidate
+        tl.store(choices + place, place * 0 + NONE, mask=(place >= count) & (place < CHOICES))
+
+
+@kernel(do_not_specialize=["slots", "tokens", "blocks", "total_blocks", "leaves", "tiles"])
 def choose(
-    q, k, nodes, spreads, start, length, spans, choices, shift, scratch,
+    q, k, nodes, spreads, start, length, spans, choices, shift, scratch, todo,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_nb, stride_nh, stride_sb, stride_sh,
     slots, tokens, blocks, total_blocks, leaves, tiles, scale, spread, least,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
@@ -284,14 +317,17 @@ def choose(
     FANOUT: tl.constexpr, PER_LEAF: tl.constexpr, BEAM: tl.constexpr, QUERY_BLOCK: tl.constexpr,
     DENSE_END: tl.constexpr, ROOM: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr,
     CHOICES: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr, STEPS: tl.constexpr, MOST: tl.constexpr,
-    PARTS: tl.constexpr, BITS: tl.constexpr, LAYOUT: tl.constexpr,
+    PARTS: tl.constexpr, BITS: tl.constexpr, FRESH: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Each new query chooses the leaves that weigh enough, ROOM at most: adds to ``choices``.
 
     ``spreads`` is [B, Hkv, leaves·PER_LEAF, …] and ``choices`` [B·Hkv, total_blocks, CHOICES]; ``shift`` [B, Hq, T]
     gets the highest scores among sinks and window. The votes of a block wait in ``scratch``
-    [programs, QUERY_BLOCK, WIDTH_PAD + FANOUT], int32, until all are known. Votes count that are above ``least``.
+    [programs, QUERY_BLOCK, WIDTH_PAD + FANOUT], integers, until all are known. Votes count that are above ``least``.
+    ``todo`` becomes an empty list, its length first. If ``choices`` is FRESH, unused places get NONE.
     """
+    if tl.program_id(0) == 0:
+        tl.store(todo, 0)
     held = scratch + tl.program_id(0).to(tl.int64) * (QUERY_BLOCK * (WIDTH_PAD + FANOUT))
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         i = tile % blocks
@@ -300,6 +336,7 @@ def choose(
         low, high, offset, begin = row_range(start, length, slots, tokens, b, LAYOUT)
         number = low // QUERY_BLOCK + i
         t0 = number * QUERY_BLOCK
+        made = choices + (bh * total_blocks + number) * CHOICES
         if (t0 + QUERY_BLOCK > DENSE_END) & (t0 < high):
             kept = spans + (bh * total_blocks + number) * BEAM
             vote_spans(
@@ -310,10 +347,13 @@ def choose(
                 WIDTH, WIDTH_PAD, KEYS, PRECISION, STEPS, MOST,
             )  # fmt: skip
             settle(
-                kept, choices + (bh * total_blocks + number) * CHOICES, held, t0, low, high, least,
-                WINDOW, SINK, BLOCK, FANOUT, BEAM, QUERY_BLOCK, ROOM, WIDTH, WIDTH_PAD, CHOICES, MOST, PARTS, BITS,
+                kept, made, held, t0, low, high, least,
+                WINDOW, SINK, BLOCK, FANOUT, BEAM, QUERY_BLOCK, ROOM, WIDTH, WIDTH_PAD, CHOICES, PARTS, BITS, FRESH,
             )  # fmt: skip
             tl.debug_barrier()  # the next tile's votes take their place
+        elif FRESH:
+            count = tl.where(number < total_blocks, 0, CHOICES)
+            leave_unused(made, count, tl.arange(0, WIDTH_PAD), CHOICES, WIDTH_PAD)
 
 
 @triton.jit
@@ -327,25 +367,10 @@ def chosen_leaf(kept, candidate, t0, WINDOW: tl.constexpr, SINK: tl.constexpr, B
 
 
 @triton.jit
-def choices_before(choices, row, WIDTH: tl.constexpr, CHOICES: tl.constexpr, CHOICES_PAD: tl.constexpr):
-    """How many of a block's choices the queries before each ``row`` have made."""
-    limit = (row * WIDTH) << SHIFT
-    count = row * 0
-    step = tl.full([], CHOICES_PAD, tl.int32)
-    while step > 0:
-        last = count + step - 1
-        choice = tl.load(choices + last, mask=last < CHOICES, other=NONE)
-        count = tl.where(choice < limit, count + step, count)
-        step = step // 2
-    return count
-
-
-@triton.jit
 def list_block(
     kept, choices, listed, shares, seen_by, t0,
     WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr, FANOUT: tl.constexpr, BEAM: tl.constexpr,
-    QUERY_BLOCK: tl.constexpr, WIDTH: tl.constexpr, CHOICES: tl.constexpr, CHOICES_PAD: tl.constexpr,
-    LIST: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr, WIDTH: tl.constexpr, CHOICES: tl.constexpr, LIST: tl.constexpr,
 ):  # fmt: skip
     """What ``triton_execute`` calls the list of the query block at t0, and how many of it each of its rows sees.
 
@@ -361,25 +386,28 @@ def list_block(
         block += tl.where(block < SINK // BLOCK, 0, (last - SINK) // BLOCK)
         tl.store(listed + n + some, block, mask=n + some < near)
         tl.store(shares + n + some, some * 0.0 + 1.0, mask=n + some < near)
-    seen = choices_before(choices, place + 1, WIDTH, CHOICES, CHOICES_PAD)
-    tl.store(seen_by + place, near + seen)
-    for n in range(0, tl.max(seen, 0) + SOME, SOME):
+    seen, n, more = place * 0 + near, t0 * 0, t0 * 0 + 1
+    while more > 0:
         choice = tl.load(choices + n + some, mask=n + some < CHOICES, other=NONE)
-        _row, candidate, rise = unpack(choice, QUERY_BLOCK, WIDTH)
+        row, candidate, rise = unpack(choice, QUERY_BLOCK, WIDTH)
         leaf = chosen_leaf(kept, candidate, t0, WINDOW, SINK, BLOCK, FANOUT, BEAM)
-        inside = near + n + some < LIST
-        tl.store(listed + near + n + some, tl.where(choice < NONE, SINK // BLOCK + leaf, 0), mask=inside)
-        tl.store(shares + near + n + some, rise.to(tl.float32) / WHOLE, mask=inside)
+        to = near + n + some
+        tl.store(listed + to, tl.where(choice < NONE, SINK // BLOCK + leaf, 0), mask=to < LIST)
+        tl.store(shares + to, rise.to(tl.float32) / WHOLE, mask=to < LIST)
+        seen += tl.sum((row[None] <= place[:, None]).to(tl.int32), 1)
+        n += SOME
+        more = tl.max((choice < NONE).to(tl.int32), 0)
+    tl.store(seen_by + place, seen)
 
 
-@triton.jit(do_not_specialize=["slots", "tokens", "blocks", "total_blocks"])
+@kernel(do_not_specialize=["slots", "tokens", "blocks", "total_blocks"])
 def list_blocks(
     start, length, spans, choices, ordered, shares, counts,
     slots, tokens, blocks, total_blocks,
     KV_HEADS: tl.constexpr, WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr,
     FANOUT: tl.constexpr, BEAM: tl.constexpr, QUERY_BLOCK: tl.constexpr, DENSE_END: tl.constexpr,
-    WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, CHOICES: tl.constexpr, CHOICES_PAD: tl.constexpr,
-    LIST: tl.constexpr, LAYOUT: tl.constexpr,
+    WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, CHOICES: tl.constexpr, LIST: tl.constexpr,
+    LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Writes ``ordered`` and ``shares`` [B·Hkv, blocks, LIST] and ``counts`` [B·Hkv, blocks, QUERY_BLOCK], as
     ``list_block`` says."""
@@ -393,5 +421,5 @@ def list_blocks(
         list_block(
             spans + at * BEAM, choices + at * CHOICES, ordered + to * LIST, shares + to * LIST,
             counts + to * QUERY_BLOCK, t0,
-            WINDOW, SINK, BLOCK, FANOUT, BEAM, QUERY_BLOCK, WIDTH, CHOICES, CHOICES_PAD, LIST,
+            WINDOW, SINK, BLOCK, FANOUT, BEAM, QUERY_BLOCK, WIDTH, CHOICES, LIST,
         )  # fmt: skip

@@ -9,6 +9,8 @@ captured in a CUDA graph and replayed after new tokens have been written and ``l
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +18,6 @@ from torch import Tensor
 from retrofit.kernels.hsa import triton_parts as parts
 from retrofit.kernels.hsa.geometry import Geometry
 from retrofit.kernels.hsa.triton import (
-    PROGRAMS,
-    attended_keys,
     choosing,
     keep_spans,
     processors,
@@ -25,7 +25,7 @@ from retrofit.kernels.hsa.triton import (
     spread_strides,
     strides,
 )
-from retrofit.kernels.hsa.triton_call import Call, power
+from retrofit.kernels.hsa.triton_call import CALLS, Call, power
 from retrofit.kernels.hsa.triton_select import WHOLE
 from retrofit.kernels.pyramid import triton as pyramid
 
@@ -66,7 +66,7 @@ def hsa_decode(
     lists = length, length, length  # not read where nothing is sparse
     if not call.is_dense:
         if _may_complete(call, g.query_block, 1):  # the token behind a block begins the next one
-            keep_spans(call, q, nodes, start, length, spans, scale)
+            keep_spans(call, q, nodes, start, length, spans, scale, fresh=False)
         lists = _choose(call, q, k, nodes[0], spreads, start, length, spans, choices, scale)
     return _attend(call, q, k, v, start, length, lists, scale)
 
@@ -86,9 +86,9 @@ def _choose(
     """The leaf step: adds to ``choices``, and returns the lists as ``Call.list_blocks`` does."""
     g, width = call.geometry, power(call.geometry.leaf_width)
     pairs = -(-g.leaf_width // (2 * g.fanout))
-    each = -(-pairs // _parts(q.device, call.blocks * call.rows, pairs))
+    each = -(-pairs // _parts(call, q.device, call.blocks * call.rows, pairs))
     shape = (call.rows, call.blocks)
-    votes = torch.empty(*shape, g.query_block, width + g.fanout, dtype=torch.int32, device=q.device)
+    votes = torch.empty(*shape, g.query_block, width + g.fanout, dtype=call.votes.dtype, device=q.device)
     parts.vote_parts[(call.blocks, call.rows, -(-pairs // each))](
         q, k, nodes, spreads, start, length, spans, votes, *strides(q, k), *nodes.stride()[:2],
         *spread_strides(spreads), *call.extent, call.total_blocks, nodes.shape[2] // g.nodes_in_span(0), each,
@@ -97,7 +97,7 @@ def _choose(
     lists = call.empty_lists(q.device)
     parts.settle_parts[(call.blocks, call.rows)](
         start, length, spans, choices, votes, *lists, *call.extent, call.total_blocks, g.least_vote(call.votes),
-        **choosing(call), MOST=call.votes.most, CHOICES_PAD=power(g.choices), LIST=call.list_width, **call.shared, **call.leaves, num_warps=4,
+        **choosing(call), **call.listing, num_warps=4,
     )  # fmt: skip
     return lists
 
@@ -113,23 +113,39 @@ def _attend(
     scale: float,
 ) -> Tensor:
     """Attends to what is listed, by parts of it."""
-    rows = max(16, power(call.group))
-    split = power(_parts(q.device, call.tokens * call.rows, MOST_PARTS))
+    constants = _attending(call)
+    split = power(_parts(call, q.device, call.tokens * call.rows, MOST_PARTS))
     sums = torch.empty(
         call.tokens, call.rows, split, call.group, call.value_dim, dtype=torch.float32, device=q.device
     )
     totals, tops = torch.empty(2, *sums.shape[:-1], dtype=torch.float32, device=q.device).unbind()
     parts.attend_parts[(call.tokens, call.rows, split)](
         q, k, v, start, length, *lists, sums, totals, tops, *strides(q, k, v), *call.extent, scale,
-        LIST=call.list_width, GROUP=call.group, ROWS=rows, KEYS=attended_keys(call),
-        **call.product, **call.values, **call.shared, num_warps=4, num_stages=3,
+        **constants,
     )  # fmt: skip
     out = torch.empty(*q.shape[:3], call.value_dim, dtype=q.dtype, device=q.device)
     parts.join_parts[(call.tokens, call.rows)](
         start, length, sums, totals, tops, out, *call.extent[:2], KV_HEADS=call.kv_heads, GROUP=call.group,
-        ROWS=rows, PARTS=split, LAYOUT=call.layout, **call.values, num_warps=4,
+        ROWS=constants["ROWS"], PARTS=split, LAYOUT=call.layout, **call.values, num_warps=4,
     )  # fmt: skip
     return out
+
+
+@lru_cache(CALLS)
+def _attending(call: Call) -> dict[str, Any]:
+    """Constants of the kernel that attends to a part."""
+    tile = call.tile(call.settings.attend_parts)
+    rows = max(tile.rows, power(call.group))
+    return {
+        "LIST": call.list_width,
+        "GROUP": call.group,
+        "ROWS": rows,
+        "KEYS": max(call.geometry.block, tile.keys),
+        **call.product,
+        **call.values,
+        **call.shared,
+        **tile.options(rows),
+    }
 
 
 def _may_complete(call: Call, size: int, offset: int) -> bool:
@@ -142,6 +158,6 @@ def _may_complete(call: Call, size: int, offset: int) -> bool:
     return (call.slots - offset) // size > (call.slots - call.tokens - offset) // size
 
 
-def _parts(device: torch.device, tiles: int, most: int) -> int:
-    """Into how many parts the work on each of so many tiles is cut, for about two programs a multiprocessor."""
-    return max(1, min(most, PROGRAMS * processors(device) // tiles))
+def _parts(call: Call, device: torch.device, tiles: int, most: int) -> int:
+    """Into how many parts the work on each of so many tiles is cut, for as many programs as there is room for."""
+    return max(1, min(most, call.settings.programs * processors(device) // tiles))

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from retrofit.kernels.hsa.triton_select import LOG2E, row_range
+from retrofit.kernels.launch import kernel
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -100,7 +101,7 @@ def add_shifted(acc, total, p, values, ROWS: tl.constexpr, KEYS: tl.constexpr, P
     return settled(tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)), total
 
 
-@triton.jit(do_not_specialize=["slots", "tokens", "blocks"])
+@kernel(do_not_specialize=["slots", "tokens", "blocks"])
 def attend_listed(
     q, k, v, start, length, ordered, shares, counts, shift, todo, out, lse,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
@@ -193,7 +194,7 @@ def add_tile(acc, total, top, s, values, PRECISION: tl.constexpr):
     return acc, total, new_top
 
 
-@triton.jit(do_not_specialize=["slots", "tokens", "blocks"])
+@kernel(do_not_specialize=["slots", "tokens", "blocks"])
 def attend_run(
     q, k, v, start, length, ordered, shares, counts, todo, out, lse,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,

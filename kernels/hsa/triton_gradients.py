@@ -19,6 +19,7 @@ from retrofit.kernels.hsa.triton_choose import WHOLE
 from retrofit.kernels.hsa.triton_execute import listed_keys, listed_shares, load_values, near_edges, settled
 from retrofit.kernels.hsa.triton_inverse import near_blocks, tile_keys, unpack_entry
 from retrofit.kernels.hsa.triton_select import LOG2E, row_range
+from retrofit.kernels.launch import kernel
 
 
 @triton.jit
@@ -32,7 +33,7 @@ def scores_and_products(x, slope, keys, values, lse, factor, PRECISION: tl.const
     return tl.exp2(s * factor - lse), products
 
 
-@triton.jit
+@kernel()
 def query_gradients(
     q, k, v, out, grad, lse, start, length, ordered, shares, counts, grad_q, delta,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
@@ -113,7 +114,7 @@ def query_gradients(
         )
 
 
-@triton.jit
+@kernel()
 def key_gradients(
     q, k, v, grad, lse, delta, start, length, entries, ends, steps, parts, part_ends, owners, size,
     grad_k, grad_v, held,
@@ -233,7 +234,7 @@ def key_gradients(
             tl.store(to_v, dv.to(grad_v.dtype.element_ty), mask=inside & has_value)
 
 
-@triton.jit
+@kernel()
 def join_gradients(
     held, start, length, parts, part_ends, grad_k, grad_v,
     stride_xb, stride_xh, stride_xt, stride_yb, stride_yh, stride_yt, tiles,

@@ -22,6 +22,7 @@ import triton.language as tl
 
 from retrofit.kernels.hsa.triton_choose import NONE, SOME, chosen_leaf, unpack
 from retrofit.kernels.hsa.triton_select import row_range
+from retrofit.kernels.launch import kernel
 
 
 @triton.jit
@@ -68,7 +69,7 @@ def block_entries(
     return choice < NONE, SINKS + leaf // LEAVES, entry
 
 
-@triton.jit
+@kernel()
 def count_entries(
     start, length, spans, choices, counts,
     slots, tokens, blocks, total_blocks, tiles, chunks, per_chunk,
@@ -98,7 +99,7 @@ def count_entries(
             more = tl.min(known.to(tl.int32), 0)
 
 
-@triton.jit
+@kernel()
 def write_entries(
     start, length, spans, choices, places, entries,
     slots, tokens, blocks, total_blocks, tiles, chunks, per_chunk,
@@ -136,7 +137,7 @@ def write_entries(
                 more = tl.min(known.to(tl.int32), 0)
 
 
-@triton.jit
+@kernel()
 def count_steps(
     start, length, ends, steps,
     slots, tokens, blocks, tiles, chunks,

@@ -12,7 +12,6 @@ device, and every size follows from shapes: a call can be captured in a CUDA gra
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
 from retrofit.kernels.hsa.triton_choose import list_block, settle, vote_spans
@@ -25,9 +24,10 @@ from retrofit.kernels.hsa.triton_execute import (
     near_edges,
 )
 from retrofit.kernels.hsa.triton_select import LOG2E, row_range
+from retrofit.kernels.launch import kernel
 
 
-@triton.jit(do_not_specialize=["slots", "tokens", "blocks", "total_blocks", "leaves", "pairs"])
+@kernel(do_not_specialize=["slots", "tokens", "blocks", "total_blocks", "leaves", "pairs"])
 def vote_parts(
     q, k, nodes, spreads, start, length, spans, votes,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_nb, stride_nh, stride_sb, stride_sh,
@@ -39,7 +39,7 @@ def vote_parts(
     CHOICES: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr, STEPS: tl.constexpr, MOST: tl.constexpr,
     LAYOUT: tl.constexpr,
 ):  # fmt: skip
-    """Votes [B·Hkv, blocks, QUERY_BLOCK, WIDTH_PAD + FANOUT], int32; each program those of ``pairs`` pairs of spans."""
+    """Votes [B·Hkv, blocks, QUERY_BLOCK, WIDTH_PAD + FANOUT], integers; each program those of ``pairs`` pairs of spans."""
     i = tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // KV_HEADS, bh % KV_HEADS
@@ -59,14 +59,14 @@ def vote_parts(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["slots", "tokens", "blocks", "total_blocks"])
+@kernel(do_not_specialize=["slots", "tokens", "blocks", "total_blocks"])
 def settle_parts(
     start, length, spans, choices, votes, ordered, shares, counts,
     slots, tokens, blocks, total_blocks, least,
     KV_HEADS: tl.constexpr, WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr,
     FANOUT: tl.constexpr, BEAM: tl.constexpr, QUERY_BLOCK: tl.constexpr, DENSE_END: tl.constexpr,
     ROOM: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, CHOICES: tl.constexpr,
-    CHOICES_PAD: tl.constexpr, LIST: tl.constexpr, MOST: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr, LAYOUT: tl.constexpr,
+    LIST: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Adds to ``choices`` by the votes, and lists what each block executes as ``list_blocks`` does."""
     i = tl.program_id(0)
@@ -80,16 +80,17 @@ def settle_parts(
         made = choices + (bh * total_blocks + number) * CHOICES
         settle(
             kept, made, votes + at * (QUERY_BLOCK * (WIDTH_PAD + FANOUT)), t0, low, high, least,
-            WINDOW, SINK, BLOCK, FANOUT, BEAM, QUERY_BLOCK, ROOM, WIDTH, WIDTH_PAD, CHOICES, MOST, PARTS, BITS,
+            WINDOW, SINK, BLOCK, FANOUT, BEAM, QUERY_BLOCK, ROOM, WIDTH, WIDTH_PAD, CHOICES, PARTS, BITS,
+            False,
         )  # fmt: skip
         tl.debug_barrier()  # every thread has written its choices
         list_block(
             kept, made, ordered + at * LIST, shares + at * LIST, counts + at * QUERY_BLOCK, t0,
-            WINDOW, SINK, BLOCK, FANOUT, BEAM, QUERY_BLOCK, WIDTH, CHOICES, CHOICES_PAD, LIST,
+            WINDOW, SINK, BLOCK, FANOUT, BEAM, QUERY_BLOCK, WIDTH, CHOICES, LIST,
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["slots", "tokens", "blocks"])
+@kernel(do_not_specialize=["slots", "tokens", "blocks"])
 def attend_parts(
     q, k, v, start, length, ordered, shares, counts, sums, totals, tops,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
@@ -170,7 +171,7 @@ def attend_parts(
         tl.store(tops + to, top, mask=row < GROUP)
 
 
-@triton.jit(do_not_specialize=["slots", "tokens"])
+@kernel(do_not_specialize=["slots", "tokens"])
 def join_parts(
     start, length, sums, totals, tops, out,
     slots, tokens,

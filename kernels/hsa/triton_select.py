@@ -13,6 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from retrofit.kernels.launch import kernel
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-(2**31))
 """Sorts below every candidate."""
@@ -68,7 +70,7 @@ def among_best(keys, COUNT: tl.constexpr, COUNT_PAD: tl.constexpr):
     return above | level
 
 
-@triton.jit(do_not_specialize=["slots", "tokens", "blocks", "node_count"])
+@kernel(do_not_specialize=["slots", "tokens", "blocks", "node_count"])
 def top_scores(
     q, nodes, start, length, scores,
     stride_qb, stride_qh, stride_qt, stride_nb, stride_nh,
@@ -116,7 +118,7 @@ def top_scores(
             tl.store(out[:, None] + s_id[None], best, mask=mine[:, None] & (s_id[None] < end))
 
 
-@triton.jit(do_not_specialize=["slots", "tokens", "blocks", "total_blocks", "node_count"])
+@kernel(do_not_specialize=["slots", "tokens", "blocks", "total_blocks", "node_count"])
 def refine(
     q, nodes, start, length, spans, scores,
     stride_qb, stride_qh, stride_qt, stride_nb, stride_nh,
@@ -165,16 +167,19 @@ def refine(
                 )
 
 
-@triton.jit(do_not_specialize=["slots", "tokens", "blocks", "total_blocks"])
+@kernel(do_not_specialize=["slots", "tokens", "blocks", "total_blocks"])
 def keep(
     start, length, spans, scores,
     slots, tokens, blocks, total_blocks, scale,
     LEVEL: tl.constexpr, LEVELS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr, FANOUT: tl.constexpr,
     BEAM: tl.constexpr, QUERY_BLOCK: tl.constexpr, DENSE_END: tl.constexpr, WIDTH: tl.constexpr,
-    WIDTH_PAD: tl.constexpr, BEAM_PAD: tl.constexpr, LAYOUT: tl.constexpr,
+    WIDTH_PAD: tl.constexpr, BEAM_PAD: tl.constexpr, FRESH: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
-    """Writes the best BEAM spans of LEVEL, ascending, to ``spans`` [B·Hkv, total_blocks, BEAM]."""
+    """Writes the best BEAM spans of LEVEL, ascending, to ``spans`` [B·Hkv, total_blocks, BEAM].
+
+    If ``spans`` is FRESH, what has no spans of LEVEL gets −1.
+    """
     i = tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
     low, high, _, _ = row_range(start, length, slots, tokens, bh // KV_HEADS, LAYOUT)
@@ -182,9 +187,9 @@ def keep(
     t = number * QUERY_BLOCK
     covered = covered_leaves(t, WINDOW, SINK, BLOCK)
     top = top_level(covered, FANOUT, BEAM * FANOUT, LEVELS)
+    kept = spans + (bh * total_blocks + number) * BEAM
+    place = tl.arange(0, WIDTH_PAD)
     if (t >= low) & (t < high) & (t + QUERY_BLOCK > DENSE_END) & (top >= LEVEL):
-        kept = spans + (bh * total_blocks + number) * BEAM
-        place = tl.arange(0, WIDTH_PAD)
         count = covered // FANOUT**LEVEL
         is_child = place < BEAM * FANOUT
         parent = tl.load(kept + place // FANOUT, mask=is_child, other=-1).to(tl.int32)
@@ -208,3 +213,5 @@ def keep(
         tl.debug_barrier()  # every thread has read the parents
         tl.store(kept + slot, ids, mask=picked)
         tl.store(kept + place, place * 0 - 1, mask=(place >= total) & (place < BEAM))
+    elif FRESH:
+        tl.store(kept + place, place * 0 - 1, mask=place < tl.where(number < total_blocks, BEAM, 0))

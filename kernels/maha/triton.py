@@ -14,21 +14,10 @@ from torch import Tensor
 from retrofit.kernels.maha import triton_backward as backward
 from retrofit.kernels.maha import triton_execute as execute
 from retrofit.kernels.maha.bands import Bands
+from retrofit.kernels.tuned import settings
 
-TILE_ROWS = 128
-"""Queries times heads in a tile, for rows of at most 256 bytes."""
 FEW_ROWS = 16
-"""The same where there are no more queries than that."""
-KEYS = 64
-"""Keys of one step of the softmax, for rows of at most 256 bytes."""
-BACKWARD_TILE = 64
-"""Rows and keys of a tile of the gradients, for rows of at most 256 bytes."""
-ATTEND = {"num_warps": 8, "num_stages": 2, "maxnreg": 128}
-"""Two programs fit into a multiprocessor of an H200 for 128 dims in bfloat16."""
-SMALL = {"num_warps": 4, "num_stages": 2}
-"""For tiles of fewer rows."""
-GRADIENTS = {"num_warps": 8, "num_stages": 2}
-"""For the gradients of keys and values."""
+"""Queries times heads in a tile where there are no more queries than that."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 UNBOUNDED = 2**30
 """Tokens back to an edge that no position reaches."""
@@ -119,7 +108,8 @@ class _Call:
         )
         self.slots, self.tokens, self.scale, self.scales = k.shape[2], q.shape[2], scale, bands.scales
         self.group = q.shape[1] // k.shape[1]
-        self.dim = max(q.shape[3], v.shape[3])
+        self.settings = settings(q.device)
+        self.kind = q.element_size(), _padded(max(q.shape[3], v.shape[3]))
         self.sizes = {
             "KV_HEADS": k.shape[1],
             "GROUP": self.group,
@@ -138,41 +128,41 @@ class _Call:
 
     def attend(self) -> tuple[Tensor, Tensor]:
         """Returns the output and the logarithm to base 2 of each query's mass, −∞ for padding."""
-        rows = self._shrunk(TILE_ROWS)
-        if self.tokens * self.group <= FEW_ROWS:
-            rows = FEW_ROWS
+        tile = self.settings.maha_attend[self.kind]
+        rows = FEW_ROWS if self.tokens * self.group <= FEW_ROWS else tile.rows
         heads, query_block, blocks, programs = self._tiles(rows)
         out = self.q.new_empty(*self.q.shape[:3], self.v.shape[3])
         lse = self.q.new_empty(self.q.shape[:3], dtype=torch.float32)
         execute.attend[(blocks, programs)](
             *self.inputs, out, lse, *self.strides, self.slots, self.tokens, blocks, self.scale,
-            HEADS=heads, QUERY_BLOCK=query_block, KEYS=self._shrunk(KEYS), **self.sizes,
-            **(ATTEND if rows == TILE_ROWS else SMALL),
+            HEADS=heads, QUERY_BLOCK=query_block, KEYS=tile.keys, **self.sizes, **tile.options(rows),
         )  # fmt: skip
         return out, lse
 
     def backward(self, grad: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
         """Returns the gradients of q, of [k, *keys], of [v, *values] and of the offsets."""
         out, lse = self.attend()
-        size = self._shrunk(BACKWARD_TILE)
-        heads, query_block, blocks, programs = self._tiles(size)
-        tiles = {"HEADS": heads, "QUERY_BLOCK": query_block, "KEYS": size}
+        tile = self.settings.maha_query_gradients[self.kind]
+        heads, query_block, blocks, programs = self._tiles(tile.rows)
         grad_q = torch.empty(self.q.shape, dtype=self.q.dtype, device=self.q.device)
         delta = torch.empty_like(lse)
         backward.query_gradients[(blocks, programs)](
             *self.inputs, out, lse, grad, grad_q, delta, *self.strides, self.slots, self.tokens, self.scale,
-            **tiles, **self.sizes, **SMALL,
+            HEADS=heads, QUERY_BLOCK=query_block, KEYS=tile.keys, **self.sizes, **tile.options(tile.rows),
         )  # fmt: skip
         grad_keys = [self.k.new_zeros(x.shape) for x in (self.k, *self.keys)]
         grad_values = [self.v.new_zeros(x.shape) for x in (self.v, *self.values)]
         cells = tuple(x.shape[2] for x in grad_keys)
-        counts = tuple(-(-count // size) for count in cells)
+        tile = self.settings.maha_key_gradients[self.kind]
+        heads, query_block, _, _ = self._tiles(tile.rows)
+        counts = tuple(-(-count // tile.keys) for count in cells)
         rows = self.k.shape[0] * self.k.shape[1]
         parts = -(-self.group // heads)
         parted = torch.zeros(sum(counts), rows, parts * heads, device=self.q.device)
         backward.key_gradients[(sum(counts), rows)](
             *self.inputs, lse, grad, delta, tuple(grad_keys), tuple(grad_values), parted, *self.strides,
-            cells, counts, self.slots, self.tokens, self.scale, **tiles, **self.sizes, **GRADIENTS,
+            cells, counts, self.slots, self.tokens, self.scale,
+            HEADS=heads, QUERY_BLOCK=query_block, KEYS=tile.keys, **self.sizes, **tile.options(tile.rows),
         )  # fmt: skip
         # The first tile of scale 0, those of the coarsest scale, …, and the others of scale 0.
         order = [1, *reversed(counts[1:]), counts[0] - 1]
@@ -187,14 +177,6 @@ class _Call:
         query_block = rows // heads
         blocks = (self.tokens + 2 * query_block - 2) // query_block
         return heads, query_block, blocks, -(-self.group // heads) * self.k.shape[0] * self.k.shape[1]
-
-    def _shrunk(self, size: int) -> int:
-        """The side of a tile: ``size`` for rows of at most 256 bytes, and less for longer ones.
-
-        Products in float32 are not done by tensor cores; half the size keeps their code short.
-        """
-        row = _padded(self.dim) * self.q.element_size() * (2 if self.q.dtype == torch.float32 else 1)
-        return max(16, min(size, size * 256 // row))
 
 
 def _by_rows(x: Tensor) -> Tensor:

@@ -12,14 +12,14 @@ a sink by all from its own on.
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
 from retrofit.kernels.hsa.triton_select import LOG2E
+from retrofit.kernels.launch import kernel
 from retrofit.kernels.maha.triton_execute import cells_at, cells_seen, edges, load_rows, range_sizes
 
 
-@triton.jit
+@kernel()
 def query_gradients(
     q, k, v, start, length, keys, values, offsets, out, lse, grad, grad_q, delta,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
@@ -94,7 +94,7 @@ def query_gradients(
     )
 
 
-@triton.jit
+@kernel()
 def key_gradients(
     q, k, v, start, length, keys, values, offsets, lse, grad, delta, grad_keys, grad_values, grad_offsets,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,

@@ -16,6 +16,7 @@ import triton.language as tl
 
 from retrofit.kernels.hsa.triton_execute import add_tile
 from retrofit.kernels.hsa.triton_select import LOG2E
+from retrofit.kernels.launch import kernel
 
 
 @triton.jit
@@ -113,7 +114,7 @@ def load_rows(pointer, row, stride, dim, DIM: tl.constexpr, DIM_PAD: tl.constexp
     return tl.load(at, mask=dim < DIM, other=0.0)
 
 
-@triton.jit
+@kernel()
 def attend(
     q, k, v, start, length, keys, values, offsets, out, lse,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,

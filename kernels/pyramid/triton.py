@@ -2,7 +2,7 @@
 
 x [B,H,N,D], levels of the first N−T tokens  →  levels of all N tokens
 
-Halving levels that are built from nothing take one launch for up to six of them; others take one each.
+Built from nothing, several levels take one launch; levels that are extended take one each.
 
 Nothing is read back from the device and sizes follow from shapes: a call can be captured in a CUDA graph.
 """
@@ -10,17 +10,19 @@ Nothing is read back from the device and sizes follow from shapes: a call can be
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
+from itertools import accumulate
+from operator import mul
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-CELLS = 32
-"""Cells of a program that pools one level."""
-TILE = 64
-"""Members of a program that halves several times."""
+from retrofit.kernels.launch import kernel
+from retrofit.kernels.tuned import settings
+
+MOST_CELLS = 256
+"""Cells of the first level that a program pools to one of the last, at most."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -51,44 +53,66 @@ def extend_pyramid(
     """As :func:`retrofit.kernels.pyramid.blocked.extend_pyramid`."""
     batch, heads, tokens, dim = x.shape
     room = max(tokens - offset, 0)
-    result: list[Tensor] = []
+    sizes = list(accumulate(ratios, mul))
+    cells = [x.new_empty(batch, heads, room // size, dim) for size in sizes]
     children = x if x.stride(-1) == 1 else x.contiguous()
-    taps = [None if weight is None else weight.contiguous() for weight in weights]
-    if levels is None and all(ratio == 2 for ratio in ratios):
-        sizes = [room >> level + 1 for level in range(len(ratios))]
-        result = [x.new_empty(batch, heads, size, dim) for size in sizes]
-        depth = TILE.bit_length() - 1
-        for first in range(0, sum(size > 0 for size in sizes), depth):
-            out = result[first : first + depth]
-            members = out[0].shape[2] * 2
-            halve_levels[(triton.cdiv(members, TILE), batch * heads)](
-                children, tuple(out), tuple(taps[first : first + depth]), start, *children.stride()[:3],
-                children.shape[2], tuple(x.shape[2] for x in out), heads,
-                FIRST=first == 0, OFFSET=offset, LEVELS=len(out), DIM=dim, DIM_PAD=_padded(dim),
-                POOLING=pooling, TILE=TILE, num_warps=4, enable_fp_fusion=False,
-            )  # fmt: skip
-            children = out[-1]
-        return result
-    for level, ratio in enumerate(ratios):
-        size = prod(ratios[: level + 1])
-        capacity = room // size
-        cells = x.new_empty(batch, heads, capacity, dim)
-        known = 0 if levels is None else levels[level].shape[2]
-        if levels is not None:
-            cells[:, :, :known] = levels[level]
-        cells[:, :, known:] = 0
-        count = capacity if levels is None else (new + size - 1) // size + 1
+    taps = tuple(None if weight is None else weight.contiguous() for weight in weights)
+    if levels is None:
+        _fill(children, cells, taps, start, ratios, offset, pooling)
+        return cells
+    tuned = settings(x.device).pooling
+    for level, (ratio, size, known, own) in enumerate(zip(ratios, sizes, levels, cells, strict=True)):
+        capacity = own.shape[2]
+        own[:, :, : known.shape[2]] = known
+        own[:, :, known.shape[2] :] = 0
+        count = (new + size - 1) // size + 1
         if capacity:
-            pool_cells[(triton.cdiv(count, CELLS), batch * heads)](
-                children, cells, taps[level], start, *children.stride()[:3],
-                children.shape[2], capacity, count, heads,
-                tokens - offset - (tokens if levels is None else new),
+            pool_cells[(triton.cdiv(count, tuned.cells), batch * heads)](
+                children, own, taps[level], start, *children.stride()[:3],
+                children.shape[2], capacity, count, heads, tokens - offset - new,
                 FIRST=level == 0, OFFSET=offset, SIZE=size, RATIO=ratio, DIM=dim, DIM_PAD=_padded(dim),
-                POOLING=pooling, CELLS=CELLS, num_warps=4, enable_fp_fusion=False,
+                POOLING=pooling, CELLS=tuned.cells, num_warps=tuned.warps, enable_fp_fusion=False,
             )  # fmt: skip
-        children = cells
-        result.append(cells)
-    return result
+        children = own
+    return cells
+
+
+def _fill(
+    x: Tensor,
+    cells: list[Tensor],
+    taps: tuple[Tensor | None, ...],
+    start: Tensor,
+    ratios: Sequence[int],
+    offset: int,
+    pooling: str,
+) -> None:
+    """Pools x to all levels, several in a launch."""
+    batch, heads, _, dim = x.shape
+    tuned = settings(x.device).pooling
+    shared = {"OFFSET": offset, "DIM": dim, "DIM_PAD": _padded(dim), "POOLING": pooling}
+    first, end = 0, sum(level.shape[2] > 0 for level in cells)
+    halves = all(ratio == 2 for ratio in ratios)
+    while first < end:
+        until, span = first + 1, 1
+        while until < end and span * ratios[until] <= (tuned.members // 2 if halves else MOST_CELLS):
+            until, span = until + 1, span * ratios[until]
+        out = tuple(cells[first:until])
+        capacities = tuple(level.shape[2] for level in out)
+        arguments = (
+            x, out, taps[first:until], start, *x.stride()[:3], x.shape[2], capacities, heads
+        )  # fmt: skip
+        if halves:
+            halve_levels[(triton.cdiv(2 * capacities[0], tuned.members), batch * heads)](
+                *arguments, FIRST=first == 0, LEVELS=len(out), TILE=tuned.members, **shared,
+                num_warps=tuned.warps, enable_fp_fusion=False,
+            )  # fmt: skip
+        else:
+            span *= max(1, tuned.many // span)
+            pool_levels[(triton.cdiv(capacities[0], span), batch * heads)](
+                *arguments, FIRST=first == 0, LEVELS=len(out), RATIOS=tuple(ratios[first:until]), SPAN=span,
+                CELLS=tuned.many, **shared, num_warps=tuned.many_warps, enable_fp_fusion=False,
+            )  # fmt: skip
+        x, first = out[-1], until
 
 
 def extend_spreads(
@@ -98,15 +122,17 @@ def extend_spreads(
     batch, heads, tokens, dim = x.shape
     x, cells = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, cells))
     capacity, known = cells.shape[2], 0 if spreads is None else spreads.shape[2]
-    found = x.new_zeros(batch, heads, capacity, dtype=torch.float32)
+    found = x.new_empty(batch, heads, capacity, dtype=torch.float32)
     if spreads is not None:
         found[:, :, :known] = spreads
+        found[:, :, known:] = 0
     count = capacity if spreads is None else (new + ratio - 1) // ratio + 1
     if capacity:
-        measure_spreads[(triton.cdiv(count, CELLS), batch * heads)](
+        tuned = settings(x.device).pooling
+        measure_spreads[(triton.cdiv(count, tuned.cells), batch * heads)](
             x, cells, found, start, *x.stride()[:3], *cells.stride()[:3], tokens, capacity, count, heads,
             tokens - offset - (tokens if spreads is None else new),
-            OFFSET=offset, RATIO=ratio, DIM=dim, **_halved(dim), CELLS=CELLS, num_warps=4,
+            OFFSET=offset, RATIO=ratio, DIM=dim, **_halved(dim), CELLS=tuned.cells, num_warps=tuned.warps,
             enable_fp_fusion=False,
         )  # fmt: skip
     return found
@@ -141,11 +167,12 @@ def extend_in_place(
     """
     batch, heads, members, dim = x.shape
     taps = tuple(None if weight is None else weight.contiguous() for weight in weights)
+    tuned = settings(x.device).pooling
     grow_levels[(batch * heads,)](
         x, tuple(levels), taps, spreads, start, length, *x.stride()[:3], members, new,
         tuple(level.shape[2] for level in levels), heads,
         OFFSET=offset, LEVELS=len(levels), RATIOS=tuple(ratios), DIM=dim, **_halved(dim), POOLING=pooling,
-        CELLS=CELLS, num_warps=4, enable_fp_fusion=False,
+        CELLS=tuned.cells, num_warps=tuned.warps, enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -158,11 +185,11 @@ def _padded(dim: int) -> int:
     return max(16, int(triton.next_power_of_2(dim)))
 
 
-@triton.jit
+@kernel()
 def halve_levels(
     x, cells, taps, start, stride_b, stride_h, stride_n, members, capacities, heads,
-    FIRST: tl.constexpr, OFFSET: tl.constexpr, LEVELS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
-    POOLING: tl.constexpr, TILE: tl.constexpr,
+    FIRST: tl.constexpr, LEVELS: tl.constexpr, TILE: tl.constexpr, OFFSET: tl.constexpr, DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr, POOLING: tl.constexpr,
 ):  # fmt: skip
     """Writes ``LEVELS`` levels of [B, H, capacity, DIM], each of the pairs of the one before, the first of x."""
     bh = tl.program_id(1).to(tl.int64)
@@ -238,7 +265,43 @@ def spread_tile(
     return tl.reshape(total, [CELLS]) / (RATIO * DIM)
 
 
-@triton.jit
+@kernel(do_not_specialize=["members"])
+def pool_levels(
+    x, cells, taps, start, stride_b, stride_h, stride_n, members, capacities, heads,
+    FIRST: tl.constexpr, LEVELS: tl.constexpr, RATIOS: tl.constexpr, SPAN: tl.constexpr, CELLS: tl.constexpr,
+    OFFSET: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, POOLING: tl.constexpr,
+):  # fmt: skip
+    """Writes ``LEVELS`` levels of [B, H, capacity, DIM], the first from x; each program ``SPAN`` cells of it, and what
+    becomes of them."""
+    bh = tl.program_id(1).to(tl.int64)
+    b, h = bh // heads, bh % heads
+    dim = tl.arange(0, DIM_PAD)
+    line = x + b * stride_b + h * stride_h + dim[None]
+    stride, rows, origin = stride_n.to(tl.int64), members.to(tl.int64), tl.full([], 0, tl.int64)
+    if FIRST:
+        origin += tl.load(start + b) + OFFSET
+    before, count = tl.program_id(0) * SPAN, tl.full([], SPAN, tl.int32)
+    for level in tl.static_range(LEVELS):
+        if level > 0:
+            before, count = before // RATIOS[level], count // RATIOS[level]
+        tap = x
+        if POOLING == "learned":
+            tap = taps[level] + (h * DIM + dim) * RATIOS[level]
+        own = cells[level] + bh * capacities[level] * DIM + dim[None]
+        after = tl.minimum(before + count, capacities[level])
+        for at in range(before, after, CELLS):
+            cell = at + tl.arange(0, CELLS)
+            mask = (cell < after)[:, None] & (dim[None] < DIM)
+            pooled = pool_tile(
+                line, stride, origin + cell * RATIOS[level], rows, mask, tap, dim, RATIOS[level], DIM, POOLING
+            )
+            tl.store(own + cell[:, None] * DIM, pooled.to(cells[level].dtype.element_ty), mask=mask)
+        tl.debug_barrier()  # the next level reads what has been written
+        line, stride = own, tl.full([], DIM, tl.int64)
+        rows, origin = tl.full([], capacities[level], tl.int64), tl.full([], 0, tl.int64)
+
+
+@kernel()
 def pool_cells(
     x, cells, taps, start, stride_b, stride_h, stride_n, members, capacity, count, heads, past,
     FIRST: tl.constexpr, OFFSET: tl.constexpr, SIZE: tl.constexpr, RATIO: tl.constexpr, DIM: tl.constexpr,
@@ -265,7 +328,7 @@ def pool_cells(
     tl.store(out, pooled.to(cells.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@kernel()
 def measure_spreads(
     x, cells, spreads, start, stride_xb, stride_xh, stride_xn, stride_cb, stride_ch, stride_cn,
     tokens, capacity, count, heads, past,
@@ -300,7 +363,7 @@ def measure_spreads(
     tl.store(spreads + bh * capacity + cell, spread, mask=mine)
 
 
-@triton.jit(do_not_specialize=["members", "new"])
+@kernel(do_not_specialize=["members", "new"])
 def grow_levels(
     x, cells, taps, spreads, start, length, stride_b, stride_h, stride_n, members, new, capacities, heads,
     OFFSET: tl.constexpr, LEVELS: tl.constexpr, RATIOS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,

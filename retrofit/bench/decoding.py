@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from retrofit.attention_call import unpadded
 from retrofit.bench.inputs import Inputs
+from retrofit.bench.measure import graph_ms
 from retrofit.bench.rivals import dense_runs
 from retrofit.cache import RetrofitLayer
 from retrofit.errors import BenchmarkError
@@ -22,7 +22,6 @@ from retrofit.targets.hsa import HSAAttention
 
 SHIFT = 997
 """Tokens by which each row of a batch is the one before, turned around."""
-IN_A_GRAPH, REPLAYS = 10, 30
 TOLERANCE = 3e-2
 """Relative difference from the same token in one call, of bfloat16."""
 
@@ -90,13 +89,13 @@ def decoding(target: HSAAttention, inputs: Inputs, batch: int) -> Decoding:
         )
 
     error = _error(target, step, (q, k, v), length)
-    first = _graph_us(step(length))
-    later = _graph_us(step(length + g.query_block // 2))
+    first = 1e3 * graph_ms(step(length))
+    later = 1e3 * graph_ms(step(length + g.query_block // 2))
     token, keys, values = (
         x[:, :, :end].contiguous() for x, end in ((q, 1), (k, length + 1), (v, length + 1))
     )
     runs = dense_runs(Inputs(token, keys, values, inputs.scale), causal=False)
-    dense = {name: _graph_us(run.forward) for name, run in runs.items()}
+    dense = {name: 1e3 * graph_ms(run.forward) for name, run in runs.items()}
     return Decoding(
         batch,
         length,
@@ -130,27 +129,3 @@ def _error(
             f"decoded tokens differ from one call by {error:.2e}, at most {TOLERANCE:.0e} is allowed; nothing was timed"
         )
     return error
-
-
-def _graph_us(run: Callable[[], Any]) -> float:
-    """Median time of ``run`` within a CUDA graph of several, in microseconds."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(IN_A_GRAPH):
-            run()
-    graph.replay()
-    times = []
-    for _ in range(REPLAYS):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3 / IN_A_GRAPH)
-    return statistics.median(times)

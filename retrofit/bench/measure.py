@@ -16,6 +16,8 @@ import torch
 
 CUDA_MS = 100
 """Milliseconds spent on timing one function on a GPU, repetitions included."""
+IN_A_GRAPH, REPLAYS = 10, 30
+"""Runs in a CUDA graph, and how often it is replayed."""
 
 
 def medians(runs: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, float]:
@@ -53,6 +55,23 @@ def median_ms(run: Callable[[], Any], repeats: int, device: torch.device) -> flo
     while len(times) < repeats or (device.type == "cuda" and sum(times) < CUDA_MS):
         times.append(_once_ms(run, device))
     return statistics.median(times)
+
+
+def graph_ms(run: Callable[[], Any]) -> float:
+    """Returns the median time of ``run`` within a CUDA graph of several, in milliseconds: without the host's time."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(IN_A_GRAPH):
+            run()
+    graph.replay()
+    device = torch.device("cuda")
+    return statistics.median(_once_ms(graph.replay, device) for _ in range(REPLAYS)) / IN_A_GRAPH
 
 
 def _once_ms(run: Callable[[], Any], device: torch.device) -> float:

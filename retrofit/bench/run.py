@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from retrofit.attention_call import AttentionCall, unpadded
 from retrofit.bench.decoding import Decoding, decoding
 from retrofit.bench.inputs import Inputs, record
-from retrofit.bench.measure import environment, medians, peak_memory
+from retrofit.bench.measure import environment, graph_ms, medians, peak_memory
 from retrofit.bench.rivals import Run, dense_runs, flex_run, nsa_run
 from retrofit.bench.scaling import Scaling, time_scaling
 from retrofit.cache import RetrofitLayer
@@ -41,7 +41,9 @@ class Timing:
         dense_ms: Median of the fastest dense backend.
         dense_backends_ms: The medians of all of them.
         target_ms: Median of the converted attention, pooling and selection included.
-        target_from_0_ms: The same with ``dense_until=0``; None for a target without that option.
+        target_graph_ms: The same in a CUDA graph, without the time the host takes to launch kernels;
+            None if it was not asked for.
+        target_from_0_ms: As ``target_ms`` with ``dense_until=0``; None for a target without that option.
         keys: Keys executed per query and kv head, mean over all positions.
         target_tflops: Products with those keys alone, in TFLOP/s.
         dense_bytes: Peak memory of the fastest dense backend.
@@ -55,6 +57,7 @@ class Timing:
     dense_ms: float
     dense_backends_ms: Mapping[str, float]
     target_ms: float
+    target_graph_ms: float | None
     target_from_0_ms: float | None
     keys: float
     target_tflops: float
@@ -108,6 +111,7 @@ def benchmark(
     shape: tuple[int, int, int] | None = None,
     backward: bool = False,
     rivals: Sequence[str] = (),
+    graph: bool = False,
     random: bool = False,
     decode: int = 0,
     scaling: Sequence[int] = (),
@@ -130,6 +134,7 @@ def benchmark(
         backward: Whether to time forward and backward together as well.
         rivals: What else to time: ``flex`` (FlexAttention on the blocks that HSA selected, without the selection)
             and ``nsa`` (fla's native sparse attention).
+        graph: Whether to time the converted attention in a CUDA graph as well.
         random: Whether to time independent random inputs as well, which share no selection.
         decode: Rows of the batches in which to time one decoded token as well, for HSA on CUDA; 0 for none.
         scaling: Lengths at which to time the converted attention alone, for the exponent with which its time grows.
@@ -147,6 +152,8 @@ def benchmark(
         raise BenchmarkError(f"repeats must be at least 1, got {repeats}")
     if unknown := set(rivals) - {"flex", "nsa"}:
         raise BenchmarkError(f"rivals must be among flex and nsa, got {', '.join(sorted(unknown))}")
+    if graph and not next(model.parameters()).is_cuda:
+        raise BenchmarkError("graph needs a model on CUDA, got one on the CPU; load it with device='cuda'")
     if scaling and len(set(scaling)) < 2:
         raise BenchmarkError(f"scaling needs at least two lengths, got {scaling[0]:,} alone")
     found = dict(sites(model))
@@ -176,7 +183,9 @@ def benchmark(
     kinds = {"recorded": inputs, **({"random": inputs.random()} if random else {})}
     for length in track(lengths, "time"):
         for kind, tensors in kinds.items():
-            timings.append(_time(target, tensors.first(length), kind, repeats, backward, rivals, left_out))
+            timings.append(
+                _time(target, tensors.first(length), kind, repeats, backward, rivals, left_out, graph)
+            )
     decoded = []
     if decode:
         if not isinstance(target, HSAAttention):
@@ -203,27 +212,37 @@ def benchmark(
 
 
 def check(target: TargetAttention, inputs: Inputs) -> float:
-    """Compares the op with its reference on the first tokens of the inputs.
+    """Compares the op with its reference on the first tokens of the inputs, for HSA with ``dense_until=0`` as well.
 
     Returns:
-        ‖out − reference‖ / ‖reference‖.
+        ‖out − reference‖ / ‖reference‖, the larger one.
 
     Raises:
         BenchmarkError: If it is above the dtype's tolerance.
     """
     first = inputs.first(CHECK_LENGTH)
-    call = unpadded(first.q)
-    with torch.no_grad():
-        out = target(first.q, first.k, first.v, call).double()
-        reference = with_changes(target, implementation="reference")
-        expected = reference(first.q, first.k, first.v, call).double()
-    error = float((out - expected).norm() / expected.norm())
+    error = max(_error(one, first) for one in {target, _from_0(target)})
     if not error <= TOLERANCES[inputs.q.dtype]:
         raise BenchmarkError(
             f"the op differs from its reference by {error:.2e} on the inputs to be timed, at most "
             f"{TOLERANCES[inputs.q.dtype]:.0e} is allowed for {inputs.q.dtype}; nothing was timed"
         )
     return error
+
+
+def _error(target: TargetAttention, inputs: Inputs) -> float:
+    call = unpadded(inputs.q)
+    reference = with_changes(target, implementation="reference")
+    with torch.no_grad():
+        out, expected = (x(inputs.q, inputs.k, inputs.v, call).double() for x in (target, reference))
+    return float((out - expected).norm() / expected.norm())
+
+
+def _from_0(target: TargetAttention) -> TargetAttention:
+    """The target with ``dense_until=0``; itself where it has no such option."""
+    if not isinstance(target.config, HSAConfig):
+        return target
+    return with_changes(target, config=replace(target.config, dense_until=0))
 
 
 def with_changes(target: TargetAttention, **changes: Any) -> TargetAttention:
@@ -256,13 +275,13 @@ def _time(
     backward: bool,
     rivals: Sequence[str],
     left_out: dict[str, str],
+    graph: bool,
 ) -> Timing:
     tensors, device = (inputs.q, inputs.k, inputs.v), inputs.q.device
     call = unpadded(inputs.q)
     runs = {"target": Run(partial(attend, target, call), tensors)}
     if isinstance(target.config, HSAConfig):
-        from_0 = with_changes(target, config=replace(target.config, dense_until=0))
-        runs["from_0"] = Run(partial(attend, from_0, call), tensors)
+        runs["from_0"] = Run(partial(attend, _from_0(target), call), tensors)
     dense = dense_runs(inputs, target.causal)
     others = _rivals(target, inputs, call, rivals, left_out)
     everyone = {**runs, **dense, **others}
@@ -280,6 +299,7 @@ def _time(
         dense_ms=forward[fastest],
         dense_backends_ms={name: forward[name] for name in dense},
         target_ms=forward["target"],
+        target_graph_ms=graph_ms(runs["target"].forward) if graph else None,
         target_from_0_ms=forward.get("from_0"),
         keys=keys[0],
         target_tflops=products * keys[0] / forward["target"] / 1e9,

@@ -64,7 +64,8 @@ def make_probes(model: nn.Module, example_inputs: ExampleInputs | None) -> list[
                 f"example_inputs is needed for {type(model).__name__}, which is no transformers model; pass a "
                 "tuple or a dict of what its forward takes, two rows or more"
             )
-        return _padded(_made_up(model))
+        made_up = _made_up(model)
+        return _padded(made_up, len(made_up["input_ids"]))
     if isinstance(example_inputs, Tensor):
         example_inputs = (example_inputs,)
     if isinstance(example_inputs, Mapping):
@@ -86,8 +87,9 @@ def make_probes(model: nn.Module, example_inputs: ExampleInputs | None) -> list[
         keep = kwargs["attention_mask"].bool()
         first = Probe("example", (), kwargs, keep)
         plain = {name: value for name, value in kwargs.items() if name != "attention_mask"}
-        return [first, *_padded(plain)] if bool(keep.all()) else [*_padded(plain)[:1], first]
-    return _padded(kwargs)
+        padded = _padded(plain, len(keep))
+        return [first, *padded] if bool(keep.all()) else [*padded[:1], first]
+    return _padded(kwargs, len(ids))
 
 
 def _two_rows(value: Any) -> Any:
@@ -97,20 +99,27 @@ def _two_rows(value: Any) -> Any:
     return value
 
 
-def _padded(kwargs: dict[str, Any]) -> list[Probe]:
+def _padded(kwargs: dict[str, Any], rows: int) -> list[Probe]:
+    """The example with all of its tokens, and with padding on either side.
+
+    Args:
+        kwargs: The example without a mask of ``input_ids``.
+        rows: Of that mask: one for each sequence, which may have a row of token ids for each of several codebooks.
+    """
     ids = kwargs["input_ids"]
-    left, right = torch.ones_like(ids), torch.ones_like(ids)
+    whole = ids.new_ones(rows, ids.shape[1])
+    left, right = whole.clone(), whole.clone()
     pad = max(1, ids.shape[1] // 5)
     left[0, :pad] = 0
     right[-1, ids.shape[1] - pad :] = 0
-    whole = torch.ones_like(ids, dtype=torch.bool)
     to_left, to_right = {"attention_mask": left}, {"attention_mask": right}
     if "decoder_input_ids" in kwargs:
-        decoder = torch.ones_like(kwargs["decoder_input_ids"])
+        tokens = kwargs["decoder_input_ids"]
+        decoder = torch.ones_like(kwargs.get("decoder_attention_mask", tokens.new_ones(tokens.shape[:2])))
         decoder[-1, -pad:] = 0
         to_right["decoder_attention_mask"] = decoder
     return [
-        Probe("plain", (), dict(kwargs), whole),
+        Probe("plain", (), dict(kwargs), whole.bool()),
         Probe("padded left", (), {**kwargs, **to_left}, left.bool()),
         Probe("padded right", (), {**kwargs, **to_right}, right.bool()),
     ]

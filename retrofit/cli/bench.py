@@ -37,6 +37,9 @@ def bench(
     rivals: Annotated[
         str, typer.Option(help="What else to time: flex (FlexAttention on the same blocks), nsa (fla's NSA).")
     ] = "",
+    graph: Annotated[
+        bool, typer.Option("--graph", help="Time the converted attention in a CUDA graph as well.")
+    ] = False,
     random: Annotated[bool, typer.Option("--random", help="Time independent random inputs as well.")] = False,
     decode: Annotated[
         int, typer.Option(help="Time one decoded token in a batch of so many rows as well, on CUDA.")
@@ -80,6 +83,7 @@ def bench(
         shape=None if heads is None else (heads[0], heads[1], heads[2]),
         backward=backward,
         rivals=[name.strip() for name in rivals.split(",") if name.strip()],
+        graph=graph,
         random=random,
         decode=decode,
         scaling=() if scaling is None else whole_numbers("--scaling", scaling),
@@ -103,11 +107,13 @@ def _table(found: Any, earlier: Any) -> Table:
     )
     others = sorted({name for timing in found.timings for name in timing.rivals_ms})
     both = any(timing.backward for timing in found.timings)
+    graph = any(timing.target_graph_ms for timing in found.timings)
     columns = [
         "tokens",
         "dense ms",
         "converted ms",
         "speed-up",
+        *(["in a graph ms"] if graph else []),
         "dense_until=0 ms",
         *(f"{x} ms" for x in others),
     ]
@@ -122,6 +128,7 @@ def _table(found: Any, earlier: Any) -> Table:
             f"{timing.dense_ms:,.2f}",
             f"{timing.target_ms:,.2f}",
             f"{timing.speedup:.2f}",
+            *([_shown(timing.target_graph_ms)] if graph else []),
             _shown(timing.target_from_0_ms),
             *(_shown(timing.rivals_ms.get(name)) for name in others),
         ]

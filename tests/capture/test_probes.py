@@ -29,3 +29,17 @@ def test_windows_of_single_layers_count() -> None:
     windows: Any = {"sliding_window": 24, "per_layer_config": {0: {"sliding_window": 99}}}
     model = MistralForCausalLM(MistralConfig(vocab_size=64, num_key_value_heads=4, **windows, **TINY))
     assert make_probes(model, None)[0].kwargs["input_ids"].shape[1] >= 99 + BEYOND_WINDOW
+
+
+def test_a_mask_has_a_row_for_each_sequence_where_each_codebook_has_one_of_tokens() -> None:
+    from transformers import MusicgenDecoderConfig, MusicgenForCausalLM
+
+    torch.manual_seed(0)
+    sizes: Any = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = MusicgenForCausalLM(MusicgenDecoderConfig(num_codebooks=4, vocab_size=64, **sizes)).eval()
+    ids = torch.randint(1, 60, (2 * 4, 17))
+    example = {"input_ids": ids, "attention_mask": torch.ones(2, 17, dtype=torch.long)}
+    keeps = [probe.keep for probe in make_probes(model, example)]
+    assert all(keep is not None and keep.shape == (2, 17) for keep in keeps)
+    report = retrofit.convert(model, retrofit.DenseConfig(), example)
+    assert len(report.converted) == 2

@@ -12,6 +12,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from retrofit.kernels import tuned
 from retrofit.kernels.hsa import blocked, triton, triton_backward
 from retrofit.kernels.hsa.geometry import FADE, UNUSED, Geometry
 
@@ -140,10 +141,13 @@ def test_interpreted_gradients(build: Callable[..., Any], inputs: dict[str, Any]
 def test_interpreted_parts_add_up(build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     given = problem(build(90, heads=2, kv_heads=1))
     out, lse, expected = given.exact()
-    monkeypatch.setattr(triton_backward, "KEY_TILE", 8)
+    row = tuned.settings(given.grad.device)
+    short = {kind: replace(tile, keys=8) for kind, tile in row.key_gradients.items()}
     monkeypatch.setattr(triton_backward, "SHORTEST_PART", 2)
     monkeypatch.setattr(triton_backward, "FEWEST_PARTS", 24)  # too few for parts of two steps
-    for x, y in zip(given.by_triton(out, lse), expected, strict=True):
+    with tuned.using(given.grad.device, replace(row, key_gradients=short)):
+        found = given.by_triton(out, lse)
+    for x, y in zip(found, expected, strict=True):
         assert error(x, y) < 2e-6
 
 

@@ -1,10 +1,7 @@
-"""The Triton kernels: in Triton's interpreter, compiled for GPUs, and on one."""
+"""The Triton kernels: in Triton's interpreter and on a GPU."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -20,46 +17,10 @@ from retrofit.kernels.pyramid.blocked import extend_pyramid
 
 pytest.importorskip("triton")
 
+from retrofit.kernels import tuned
+
 GROWING = Bands((224, 252, 504, 1008), None, 32, 2)
 """More scales the further back: all but the last hold about 128 cells."""
-
-# Compiles what a call launches, as on GPUs of the given compute capabilities; runs nothing.
-COMPILE = """
-import sys
-import torch, triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime.jit import JITFunction
-from retrofit.kernels.maha import triton as kernels
-from retrofit.kernels.maha.bands import Bands
-from retrofit.kernels.pyramid import triton as pyramid
-
-class Driver:
-    def get_current_target(self): return GPUTarget("cuda", capability, 32)
-    def get_current_device(self): return capability
-    def get_current_stream(self, device=None): return 0
-
-triton.runtime.driver.set_active(Driver())
-run = JITFunction.run
-def warm(self, *args, grid, warmup, **options):
-    code = run(self, *args, grid=grid, warmup=True, **options).asm
-    print(self.__name__, capability, len(code["cubin"]) > 1000, f"sm_{capability}" in code["ptx"])
-JITFunction.run = warm
-bands = Bands((224,), None, 32, 2)
-q, k = (torch.empty(1, heads, 2**18, 32, dtype=torch.bfloat16, device="meta") for heads in (8, 2))
-taps = [torch.empty(2, 32, 2, device="meta")]
-at = torch.zeros(1, dtype=torch.int64, device="meta")
-cells = [torch.empty(1, 2, 2**17, 32, dtype=torch.bfloat16, device="meta")]
-options = {"ratios": (2,), "offset": 0, "pooling": "learned", "weights": taps}
-for capability in map(int, sys.argv[1:]):
-    inputs = (q, k, k, at, at, cells, cells, torch.zeros(8, 2, device="meta"))
-    last = {"scale": 0.1, "bands": bands, "aggregation": "convex", "regularizer": "entropy"}
-    if capability == 90:
-        pyramid.extend_pyramid(k, None, at, new=2**18, **options)
-        pyramid.extend_pyramid(k, cells, at, new=1, **options)
-        kernels.maha_attention_backward(q, *inputs, **last)
-    else:
-        kernels.maha_attention(*inputs, **last)
-"""
 
 
 @dataclass(frozen=True)
@@ -202,22 +163,14 @@ def test_interpreted_kernel_is_causal_to_the_bit() -> None:
     assert not torch.equal(before[:, :, 93:], after[:, :, 93:])
 
 
-def test_kernels_compile_for_every_architecture() -> None:
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", COMPILE, "80", "90", "100"],
-        env={**os.environ, "TRITON_INTERPRET": "0"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    names = {
-        80: ["attend"],
-        90: ["halve_levels", "pool_cells", "attend", "query_gradients", "key_gradients"],
-        100: ["attend"],
-    }
-    expected = [f"{name} {capability} True True" for capability, own in names.items() for name in own]
-    assert result.stdout.splitlines() == expected
+@interpreted
+def test_interpreted_kernels_with_the_settings_of_another_gpu() -> None:
+    own = build(70, bands=Bands((16, 8, 8), None, 8, 2), heads=4, kv_heads=1)
+    with tuned.using(own.q.device, tuned.ROWS[8, 6]):
+        actual, grads = own.run(), own.gradients()
+    torch.testing.assert_close(actual, own.run(), rtol=1e-5, atol=1e-5)
+    for one, other in zip(grads, own.gradients(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize(
