@@ -114,6 +114,7 @@ class CapturedModule(nn.Module):
         plan = self.plan
         vars(self)["_run"] = compiled(plan.source)
         vars(self)["_run_training"] = None if plan.training is None else compiled(plan.training)
+        vars(self)["_run_guards"] = [compiled(guard.source) for guard in plan.guards]
         vars(self)["_unread"] = unread_parameters(self.original)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CapturedModule:
@@ -148,6 +149,7 @@ class CapturedModule(nn.Module):
                 f"{list(tensors[0].shape)}; leave empty batches out"
             )
         self._check_rest(values)
+        self._check_sizes(values)
         results = iter(run(self, *tensors, *self._around(values)))
         return pytree.tree_map(lambda leaf: next(results) if is_tensor_slot(leaf) else leaf, plan.output)
 
@@ -166,6 +168,23 @@ class CapturedModule(nn.Module):
         dropping = self.training and self.plan.training is not None
         function: Callable[..., Any] = vars(self)["_run_training" if dropping else "_run"]
         return function
+
+    def _check_sizes(self, values: Mapping[str, Any]) -> None:
+        """Raises where the original would choose to do something else than the graph does."""
+        plan = self.plan
+        for guard, holds in zip(plan.guards, vars(self)["_run_guards"], strict=True):
+            tensors = [lookup(values, path) for path, _ in guard.sizes]
+            places = [dim for _, dim in guard.sizes]
+            if not all(
+                isinstance(x, Tensor) and dim < x.dim() for x, dim in zip(tensors, places, strict=True)
+            ):
+                continue
+            sizes = [tensor.shape[dim] for tensor, dim in zip(tensors, places, strict=True)]
+            if not holds(self, *sizes):
+                raise CaptureError(
+                    f"{self.path} was captured where {guard.text}, and does something else elsewhere; got "
+                    f"{', '.join(map(str, sizes))}; convert with an example of such a size"
+                )
 
     def _check_rest(self, values: Mapping[str, Any]) -> None:
         plan = self.plan

@@ -10,6 +10,7 @@ from torch import Tensor
 from retrofit.capture.assemble import Source
 from retrofit.capture.call import LeafPath, Signature, is_cache, leaves
 from retrofit.capture.export import Captured
+from retrofit.capture.guards import Guard
 from retrofit.capture.record import OwnerCall
 
 
@@ -21,6 +22,7 @@ def parts_of_call(
     around: Collection[str | None],
     *,
     closed: bool,
+    guards: tuple[Guard, ...],
     mask: LeafPath | None = None,
 ) -> dict[str, Any]:
     """The fields of a :class:`CallPlan` that are about its call.
@@ -33,6 +35,7 @@ def parts_of_call(
         around: Names of arguments that are no part of the graph.
         closed: Whether no other arguments may be given than the call had; modules of transformers hand on what they
             do not know.
+        guards: Conditions on its sizes.
         mask: The argument that is a mask and goes around the graph.
     """
     bound = signature.bind(call.args, call.kwargs)
@@ -45,6 +48,7 @@ def parts_of_call(
         "source": source.code,
         "inputs": tuple(captured.inputs[name] for name in source.inputs),
         "sizes": tuple((path, sizes) for path, sizes in captured.sizes().items() if path != mask),
+        "guards": tuple(guard for guard in guards if all(path != mask for path, _ in guard.sizes)),
         "same": tuple(captured.same.items()),
         "rows": captured.rows,
         "signature": signature,

@@ -15,6 +15,7 @@ from retrofit.capture.attend import Attend
 from retrofit.capture.call import Signature
 from retrofit.capture.call_plan import parts_of_call
 from retrofit.capture.export import capture
+from retrofit.capture.guards import guards_of, guards_of_one
 from retrofit.capture.ignored import GOES_AROUND
 from retrofit.capture.observe import kind_of
 from retrofit.capture.plan import normalized_of
@@ -48,6 +49,10 @@ def outline(module: nn.Module, call: OwnerCall) -> Outline | None:
     signature = Signature.of(module)
     normalized = normalized_of(capture(module, call))
     captured = normalized.captured
+    guards = (
+        *guards_of(captured.graph, captured.inputs),
+        *guards_of_one(module, normalized, call, rows_alone=False),
+    )
     attends: dict[str, Attend] = {}
     for number, node in enumerate(normalized.several):
         name = f"attention_{number}"
@@ -60,7 +65,7 @@ def outline(module: nn.Module, call: OwnerCall) -> Outline | None:
         return None
     source = function_of(captured.graph, results)
     plan = CallPlan(
-        **parts_of_call(captured, source, signature, call, GOES_AROUND, closed=True),
+        **parts_of_call(captured, source, signature, call, GOES_AROUND, closed=True, guards=guards),
         training=None,
         untrainable="it has several attentions" if differs(module, call) else None,
         unkept=frozenset(),

@@ -20,6 +20,7 @@ from retrofit.capture.call import CACHE_NAMES, LeafPath, Signature
 from retrofit.capture.call_plan import parts_of_call
 from retrofit.capture.cross import cross_mask
 from retrofit.capture.export import Captured, capture
+from retrofit.capture.guards import Guard, guards_of, guards_of_one
 from retrofit.capture.identity import identity
 from retrofit.capture.ignored import GOES_AROUND, ignored_arguments
 from retrofit.capture.mask_argument import MaskArgument, is_mask_of, mask_argument
@@ -31,9 +32,9 @@ from retrofit.capture.observe import (
     learned_mask,
     longer_samples,
     mask_paths_of,
-    one_block,
     sample_of,
     selection,
+    too_short,
 )
 from retrofit.capture.position_bias import (
     StepBias,
@@ -74,6 +75,7 @@ class Planner:
         self._graphs: dict[Any, Normalized] = {}
         self._training: dict[int, Training] = {}
         self._ignored: dict[int, frozenset[str]] = {}
+        self._guards: dict[int, tuple[Guard, ...]] = {}
 
     def plan(
         self, module: nn.Module, calls: Sequence[ProbedCall], every: Sequence[OwnerCall]
@@ -121,8 +123,8 @@ class Planner:
                 )
             primary = primary or normalized
             kinds.add(kind_of(normalized.attention))
-            if (blocks := one_block(normalized.attention)) is not None:
-                return _refused(normalized.attention, blocks, "the layout")
+            if (short := too_short(normalized.attention)) is not None:
+                return _refused(normalized.attention, short, "the layout")
             chosen_by = selection(normalized.attention)
             if chosen_by is not None and kinds == {"self"}:
                 reason = f"the mask shows the keys that {chosen_by} selects, not all that are real"
@@ -157,6 +159,11 @@ class Planner:
         training = self._in_training(module, calls[0].call, primary)
         if id(primary) not in self._ignored:
             self._ignored[id(primary)] = ignored_arguments(module, calls[0].call, primary, normalized_of)
+            # Steps of single tokens are compared in the whole model where there is a cache.
+            self._guards[id(primary)] = (
+                *guards_of(primary.captured.graph, primary.captured.inputs),
+                *guards_of_one(module, primary, calls[0].call, rows_alone=self.managed),
+            )
         hides = self._hides(primary, calls, signature)
         step = step_bias(module, primary, calls[0], hides) if mask.biased and kind == "self" else None
         return _plan(
@@ -170,6 +177,7 @@ class Planner:
             training,
             (hides, step),
             self._ignored[id(primary)],
+            self._guards[id(primary)],
             partial(mask_argument, calls=calls, samples=samples, signature=signature, of_site=mask),
             managed=self.managed,
         )
@@ -291,6 +299,7 @@ def _plan(
     training: Training,
     bias: tuple[str | None, StepBias | None],
     ignored: frozenset[str],
+    guards: tuple[Guard, ...],
     read: Callable[[LeafPath], MaskArgument],
     *,
     managed: bool,
@@ -322,7 +331,9 @@ def _plan(
         argument = (MASK_NAME,)  # never a tensor on the probes; a converted model may hand padding over
     around = (*CACHE_NAMES, *GOES_AROUND, *ignored, slot.argument)
     return SitePlan(
-        **parts_of_call(captured, source, signature, call, around, closed=not managed, mask=argument),
+        **parts_of_call(
+            captured, source, signature, call, around, closed=not managed, guards=guards, mask=argument
+        ),
         training=None if training.reason or trained is None else trained.code,
         untrainable=training.reason,
         keys=None if keys is None else keys.code,

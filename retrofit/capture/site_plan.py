@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from retrofit.capture.call import LeafPath, Signature
+from retrofit.capture.guards import Guard
 from retrofit.capture.mask_argument import MaskArgument
 from retrofit.capture.position_bias import StepBias
 from retrofit.capture.slots import Slot
@@ -24,6 +25,7 @@ class CallPlan:
         untrainable: Why it cannot be trained as it is; None if it can.
         inputs: Where the tensors are found in a call.
         sizes: The sizes that the graph is made for, of tensors in a call; None where it takes any.
+        guards: Conditions on sizes by which the module chose what it does.
         same: Arguments that must be the same tensor as another one.
         rows: Inputs that are expanded to the rows of the first.
         signature: The original's parameters.
@@ -40,6 +42,7 @@ class CallPlan:
     untrainable: str | None
     inputs: tuple[LeafPath, ...]
     sizes: tuple[tuple[LeafPath, tuple[int | None, ...]], ...]
+    guards: tuple[Guard, ...]
     same: tuple[tuple[LeafPath, LeafPath], ...]
     rows: tuple[LeafPath, ...]
     signature: Signature

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from retrofit.capture.call import Signature
 from retrofit.capture.export import Captured, capture, set_training, without_cache
+from retrofit.capture.guards import guards_of
 from retrofit.capture.kept import restored
 from retrofit.capture.observe import Normalized
 from retrofit.capture.record import OwnerCall
@@ -136,7 +137,8 @@ def _same_but_for_dropout(a: Captured, b: Captured) -> bool:
 def same_graph(a: Captured, b: Captured) -> bool:
     """Whether two graphs do the same with the inputs that they use, but for dropout."""
     return (
-        a.constants.keys() == b.constants.keys()
+        guards_of(a.graph, a.inputs) == guards_of(b.graph, b.inputs)
+        and a.constants.keys() == b.constants.keys()
         and all(torch.equal(a.constants[name], b.constants[name]) for name in a.constants)
         and skeleton(a) == skeleton(b)
     )
