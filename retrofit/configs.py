@@ -44,7 +44,8 @@ class HSAConfig:
         dense_until: Queries at positions before it attend densely; a multiple of ``query_block``.
             None means ``sink + window + budget``.
         threshold: A query selects the leaves of which a token is estimated to weigh at least this much of what
-            sinks and window weigh together, for some head of the group; 0 selects ``budget`` tokens in any case.
+            sinks and window weigh together, for some head of the group; 0 selects by ``budget`` alone. In float32
+            leaves that weigh about as much as the best one for which the budget has no room count in part.
         spread: Weight of the second-order term of a leaf's score, which says how much the keys that a node stands
             for may differ from it; 0 scores by the nodes alone.
 

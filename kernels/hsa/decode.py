@@ -6,7 +6,6 @@ hsa_decode(q, k, v, state tensors with room for what comes)  →  out
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -23,9 +22,8 @@ MOST_TOKENS = 16
 _LIBRARY = torch.library.Library("retrofit", "FRAGMENT")
 _LIBRARY.define(
     "hsa_decode(Tensor q, Tensor k, Tensor v, Tensor start, Tensor length, Tensor(a!)[] nodes, "
-    "Tensor(b!)? spreads, Tensor(c!) spans, Tensor(d!) choices, Tensor[] weights, *, float scale, str pooling, bool padded, bool ending, "
-    + ", ".join(f"{field.type} {field.name}" for field in fields(Geometry))
-    + ") -> Tensor"
+    "Tensor(b!)? spreads, Tensor(c!) spans, Tensor(d!) choices, Tensor[] weights, *, float scale, str pooling, "
+    f"bool padded, bool ending, {Geometry.schema()}) -> Tensor"
 )
 
 
@@ -38,7 +36,7 @@ def _hsa_decode(
     nodes, weights = tensors[5], tensors[-1]
     arguments = (*tensors[:-1], list(weights) or [None] * len(nodes))
     options: dict[str, Any] = {"scale": scale, "pooling": pooling, "padded": padded, "ending": ending}
-    return triton_decode.hsa_decode(*arguments, **options, geometry=Geometry(**sizes))
+    return triton_decode.hsa_decode(*arguments, **options, geometry=Geometry.of_options(sizes))
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -117,6 +115,6 @@ def hsa_decode(
         pooling=pooling,
         padded=padded,
         ending=ending,
-        **vars(state.geometry),
+        **state.geometry.options,
     )
     return out

@@ -28,10 +28,11 @@ row). So the cover is a function of the executed leaves alone, and each leaf is 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from math import ceil, log2
-from typing import NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -113,6 +114,21 @@ class Geometry:
     threshold: float = 0.0
     spread: float = 0.0
 
+    @staticmethod
+    def schema() -> str:
+        """The sizes as an operator's schema has them."""
+        return ", ".join(f"{field.type} {_option(field.name)}" for field in fields(Geometry))
+
+    @property
+    def options(self) -> dict[str, int | float]:
+        """The sizes as an operator takes them."""
+        return {_option(name): size for name, size in vars(self).items()}
+
+    @staticmethod
+    def of_options(options: Mapping[str, Any]) -> Geometry:
+        """The geometry with the sizes among the options of an operator."""
+        return Geometry(**{field.name: options[_option(field.name)] for field in fields(Geometry)})
+
     @property
     def dense_end(self) -> int:
         """Queries before this position attend densely (not causal: rows of at most this length do).
@@ -159,8 +175,8 @@ class Geometry:
 
     @property
     def choices(self) -> int:
-        """Choices E of a query block, at most: each query adds its leaves, and few leaves rise twice."""
-        return min(self.query_block * self.leaves_per_query, 2 * self.leaf_width)
+        """Choices E of a query block, at most: each of its leaves may have risen further for each query."""
+        return self.query_block * self.leaves_per_query
 
     def least_vote(self, votes: Votes) -> int:
         """The vote above which a leaf counts."""
@@ -323,6 +339,11 @@ class Geometry:
         """The ``width`` spans behind the last complete parent, as far as they lie before ``end``."""
         ids = parents.unsqueeze(-1) * self.fanout + torch.arange(width, device=parents.device)
         return torch.where(ids < end, ids, -1)
+
+
+def _option(name: str) -> str:
+    """Name of a size among an operator's options: Inductor hands these on beside a parameter of its own, ``node``."""
+    return "node_size" if name == "node" else name
 
 
 def _at_least_0(count: Count) -> Count:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import fields
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -29,10 +28,7 @@ from retrofit.kernels.hsa.geometry import Geometry
 IMPLEMENTATIONS = ("auto", "reference", "blocked", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-_SIZES = [field.name for field in fields(Geometry)]
-_OPTIONS = "float scale, float softcap, bool causal, int sliding_window, bool padded, " + ", ".join(
-    f"{field.type} {field.name}" for field in fields(Geometry)
-)
+_OPTIONS = f"float scale, float softcap, bool causal, int sliding_window, bool padded, {Geometry.schema()}"
 _LIBRARY = torch.library.Library("retrofit", "FRAGMENT")
 _LIBRARY.define(
     "hsa_attention(Tensor q, Tensor k, Tensor v, Tensor start, Tensor length, Tensor[] nodes, Tensor? spreads, "
@@ -46,17 +42,13 @@ _LIBRARY.define(
 )
 
 
-def _geometry(options: dict[str, Any]) -> Geometry:
-    return Geometry(**{name: options[name] for name in _SIZES})
-
-
 @torch.library.impl(_LIBRARY, "hsa_attention", "CompositeExplicitAutograd")
 def _hsa_attention(
     *tensors: Any, scale: float, softcap: float, causal: bool, sliding_window: int, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *arguments, sinks = tensors
     q, v, gate = arguments[0], arguments[2], arguments[8]
-    geometry, rules = _geometry(options), ScoreRules(softcap, sinks)
+    geometry, rules = Geometry.of_options(options), ScoreRules(softcap, sinks)
     given: dict[str, Any] = {
         "scale": scale,
         "causal": causal,
@@ -122,7 +114,7 @@ def _fake(
     *tensors: Any, scale: float, softcap: float, causal: bool, sliding_window: int, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     q, k, v, gate, sinks = tensors[0], tensors[1], tensors[2], tensors[8], tensors[11]
-    g, rules = _geometry(options), ScoreRules(softcap, sinks)
+    g, rules = Geometry.of_options(options), ScoreRules(softcap, sinks)
     shape = (k.shape[0], k.shape[1], g.blocks(k.shape[2]))
     name = _implementation(options["implementation"], q, v, gate, causal, sliding_window, g, rules)
     return (
@@ -145,7 +137,7 @@ def _hsa_attention_backward(
     Triton kernels compute them if the forward pass left the output and the log-sum-exp of the scores.
     """
     *arguments, gate, spans, choices, out, lse, sinks = tensors
-    geometry = _geometry(options)
+    geometry = Geometry.of_options(options)
     if out is not None and lse is not None:
         found = triton_kernels().hsa_attention_backward(
             *arguments, spans, choices, out, lse, scale=scale, padded=options["padded"], geometry=geometry
@@ -284,7 +276,7 @@ def hsa_attention(
         sliding_window=sliding_window,
         padded=padded,
         implementation=implementation,
-        **vars(geometry),
+        **geometry.options,
     )
     return out, spans, choices
 
@@ -365,7 +357,7 @@ def _work(
             causal=causal,
             sliding_window=sliding_window,
             summaries=summaries,
-            geometry=_geometry(options),
+            geometry=Geometry.of_options(options),
         )
         return float(keys.sum(dtype=torch.float64)), float(nodes.sum(dtype=torch.float64))
 

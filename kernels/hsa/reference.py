@@ -279,7 +279,8 @@ class _Row:
         seen = choices[:, None] < g.before(rows[:, None] + 1)
         risen = g.risen(torch.where(seen, choices[:, None], UNUSED))
         share = torch.zeros(heads, len(t), whole + 1, dtype=self.k.dtype, device=t.device)
-        at = torch.where(leaves >= 0, leaves, whole)[:, None].expand_as(risen)
+        complete = (leaves >= 0) & (leaves < whole)
+        at = torch.where(complete, leaves, whole)[:, None].expand_as(risen)
         share = share.scatter(-1, at, risen.to(share.dtype) / FADE)[..., :whole]
         executed = share > 0
 

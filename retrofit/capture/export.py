@@ -7,7 +7,7 @@ module + call  →  torch.export of flat tensors, dynamic batch and length, chil
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations
@@ -100,9 +100,24 @@ class _FlatCall(nn.Module):
         given = dict(zip(paths, tensors, strict=True))
         given.update({path: given[first] for path, first in same.items()})
         found, spec = pytree.tree_flatten(self.site(**rebuild(values, given)))
+        _check_results(self.site, found)
         template = [TENSOR if isinstance(leaf, Tensor) else leaf for leaf in found]
         self.__dict__["_returned"] = pytree.tree_unflatten(template, spec)
         return [leaf for leaf in found if isinstance(leaf, Tensor)]
+
+
+def _check_results(module: nn.Module, leaves: Sequence[Any]) -> None:
+    """Refuses results that no graph can give: numbers that follow from sizes, and objects that may hold tensors."""
+    for leaf in leaves:
+        if isinstance(leaf, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            raise CaptureError(
+                f"{type(module).__name__}.forward returns a number that depends on the sizes of its inputs"
+            )
+        if not isinstance(leaf, (Tensor, type(None), bool, int, float, str, torch.dtype, torch.device)):
+            raise CaptureError(
+                f"{type(module).__name__}.forward returns a {type(leaf).__name__}, which is neither a tensor nor a "
+                "tuple or dict of tensors"
+            )
 
 
 def capture(module: nn.Module, call: OwnerCall, *, training: bool = False) -> Captured:
@@ -271,7 +286,7 @@ def _as_graph(
     signature = program.graph_signature
     if any(spec.kind is not OutputKind.USER_OUTPUT for spec in signature.output_specs):
         raise CaptureError(
-            f"{type(module).__name__}.forward changes a buffer, which a shared graph cannot do"
+            f"{type(module).__name__}.forward changes a buffer or an input, which a shared graph cannot do"
         )
     specs = {spec.arg.name: spec for spec in signature.input_specs}
     graph = Graph()

@@ -114,7 +114,7 @@ def test_hsa(
         )
         _, spans, choices = hsa_reference(*arguments, **options, geometry=geometry)
     arguments = (q, k, v, start, length, *pooled(slots), gate, spans, choices)
-    found = hsa_attention(*arguments, **options, **sizes, padded=True, implementation="auto")
+    found = hsa_attention(*arguments, **options, **geometry.options, padded=True, implementation="auto")
     expected = hsa_reference(*arguments, **options, geometry=geometry)
     # A vote may be rounded to the next of the 4,096 steps in which a leaf fades in.
     torch.testing.assert_close(found[0], expected[0], atol=5e-5, rtol=1e-5)

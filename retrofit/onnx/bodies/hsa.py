@@ -41,7 +41,7 @@ def hsa_attention(
     **sizes: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As ``torch.ops.retrofit.hsa_attention``, exportable. ``export_onnx`` refuses sinks and a softcap."""
-    g = Geometry(**sizes)
+    g = Geometry.of_options(sizes)
     rules = Rules(causal, sliding_window, g, gate is not None)
     (batch, _, tokens, _), (kv_heads, slots) = q.shape, k.shape[1:3]
     offset = start - (slots - tokens)  # index among the new queries of each row's position 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -74,7 +73,7 @@ def test_opcheck(implementation: str, summaries: bool) -> None:
     torch.library.opcheck(
         torch.ops.retrofit.hsa_attention.default,
         (q, k, v, START, length, nodes, spreads_of(k, nodes[0], START), values, gate, None, None, sinks),
-        {**options, "implementation": implementation, **asdict(TINY)},
+        {**options, "implementation": implementation, **TINY.options},
     )
 
 
@@ -124,6 +123,17 @@ def test_compiles_whole_with_dynamic_lengths() -> None:
         assert torch.equal(actual, expected)
         (grad,) = torch.autograd.grad(actual.sum(), k)
         assert torch.equal(grad, torch.autograd.grad(expected.sum(), k)[0])
+
+
+@pytest.mark.slow
+def test_compiles_by_inductor() -> None:
+    q, k, v = inputs(70, requires_grad=True)
+    nodes = [x.detach() for x in pyramid(k, START)]
+    arguments = (q, k, v, nodes, spreads_of(k, nodes[0], START))
+    expected, actual = Attend()(*arguments), torch.compile(Attend(), fullgraph=True)(*arguments)
+    torch.testing.assert_close(actual, expected)
+    grads = (torch.autograd.grad(out.sum(), k)[0] for out in (actual, expected))
+    torch.testing.assert_close(*grads)
 
 
 def test_exports_with_dynamic_lengths() -> None:
