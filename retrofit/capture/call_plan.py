@@ -44,11 +44,12 @@ def parts_of_call(
         for path, value in leaves(bound).items()
         if not isinstance(value, Tensor) and path[0] not in around and not is_cache(value)
     )
+    taken = (guard for guard in guards if all(path != mask for path, _ in guard.sizes))
     return {
         "source": source.code,
         "inputs": tuple(captured.inputs[name] for name in source.inputs),
         "sizes": tuple((path, sizes) for path, sizes in captured.sizes().items() if path != mask),
-        "guards": tuple(guard for guard in guards if all(path != mask for path, _ in guard.sizes)),
+        "guards": tuple(taken),
         "same": tuple(captured.same.items()),
         "rows": captured.rows,
         "signature": signature,

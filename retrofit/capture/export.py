@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
@@ -53,6 +53,7 @@ class Captured:
         constants: Tensors the forward made once, by the attribute name the graph uses.
         same: Arguments that must be the same tensor as another one, as they were in the call.
         rows: Inputs whose one row stands for every row of the batch; the graph takes them expanded.
+        unfit: What it returns besides that no graph can give; None if there is no such thing.
     """
 
     graph: Graph
@@ -61,6 +62,7 @@ class Captured:
     constants: Mapping[str, Tensor]
     same: Mapping[LeafPath, LeafPath]
     rows: tuple[LeafPath, ...]
+    unfit: str | None
 
     def sizes(self) -> dict[LeafPath, tuple[int | None, ...]]:
         """The sizes that the graph is made for, of each input, also where it reads nothing else of it.
@@ -100,24 +102,23 @@ class _FlatCall(nn.Module):
         given = dict(zip(paths, tensors, strict=True))
         given.update({path: given[first] for path, first in same.items()})
         found, spec = pytree.tree_flatten(self.site(**rebuild(values, given)))
-        _check_results(self.site, found)
+        self.__dict__["_unfit"] = _unfit(self.site, found)
         template = [TENSOR if isinstance(leaf, Tensor) else leaf for leaf in found]
         self.__dict__["_returned"] = pytree.tree_unflatten(template, spec)
         return [leaf for leaf in found if isinstance(leaf, Tensor)]
 
 
-def _check_results(module: nn.Module, leaves: Sequence[Any]) -> None:
-    """Refuses results that no graph can give: numbers that follow from sizes, and objects that may hold tensors."""
+def _unfit(module: nn.Module, leaves: Sequence[Any]) -> str | None:
+    """What among the results of ``module`` no graph can give: numbers that follow from sizes, and other objects."""
     for leaf in leaves:
         if isinstance(leaf, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-            raise CaptureError(
-                f"{type(module).__name__}.forward returns a number that depends on the sizes of its inputs"
-            )
+            return f"{type(module).__name__}.forward returns a number that depends on the sizes of its inputs"
         if not isinstance(leaf, (Tensor, type(None), bool, int, float, str, torch.dtype, torch.device)):
-            raise CaptureError(
+            return (
                 f"{type(module).__name__}.forward returns a {type(leaf).__name__}, which is neither a tensor nor a "
                 "tuple or dict of tensors"
             )
+    return None
 
 
 def capture(module: nn.Module, call: OwnerCall, *, training: bool = False) -> Captured:
@@ -157,8 +158,8 @@ def capture(module: nn.Module, call: OwnerCall, *, training: bool = False) -> Ca
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CaptureError(f"torch.export of {type(module).__name__} failed: {first}") from error
-    returned = flat.__dict__["_returned"]
-    return _as_graph(program, module, paths, traced, returned, same, rows)
+    returned, unfit = flat.__dict__["_returned"], flat.__dict__["_unfit"]
+    return replace(_as_graph(program, module, paths, traced, returned, same, rows), unfit=unfit)
 
 
 @contextmanager
@@ -339,7 +340,7 @@ def _as_graph(
     _prefer_first(graph)
     remove_dead(graph)
     graph.lint()
-    return Captured(graph, inputs, returned, constants, same, rows)
+    return Captured(graph, inputs, returned, constants, same, rows, None)
 
 
 def _live_name(module: nn.Module, value: Any) -> str | None:

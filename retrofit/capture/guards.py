@@ -17,13 +17,13 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph, Node
+from torch.fx import Node
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.printers import PythonPrinter
 
 from retrofit.capture.call import LeafPath, Signature, rebuild, same_tensors, spelled
 from retrofit.capture.evaluate import concrete, evaluate, input_dims, symbols_of
-from retrofit.capture.export import without_cache
+from retrofit.capture.export import Captured, set_training, without_cache
 from retrofit.capture.kept import restored
 from retrofit.capture.observe import Normalized, values_of
 from retrofit.capture.probes import same_draws
@@ -48,13 +48,9 @@ class Guard:
     sizes: tuple[tuple[LeafPath, int], ...]
 
 
-def guards_of(graph: Graph, inputs: Mapping[str, LeafPath]) -> tuple[Guard, ...]:
-    """The conditions that the model's own code put on the sizes of its inputs.
-
-    Args:
-        graph: A captured module; its placeholders have the sizes.
-        inputs: Where the value of each placeholder is found in a call.
-    """
+def guards_of(captured: Captured) -> tuple[Guard, ...]:
+    """The conditions that the model's own code put on the sizes of its inputs."""
+    graph, inputs, rows = captured.graph, captured.inputs, captured.rows
     dims = input_dims(graph)
     symbolic = (size for node in graph.nodes for size in _symbolic(node.meta.get("val")))
     first = next(symbolic, None)
@@ -65,6 +61,8 @@ def guards_of(graph: Graph, inputs: Mapping[str, LeafPath]) -> tuple[Guard, ...]
         if not _fixes_a_size(guard.expr) and not _is_of_the_model(guard):
             continue
         places = [dims.get(symbol) for symbol in sorted(guard.expr.free_symbols, key=str)]
+        if any(place is not None and place[1] == 0 and inputs[place[0]] in rows for place in places):
+            continue  # as many as there are rows
         sizes = tuple((inputs[place[0]], place[1]) for place in places if place is not None)
         if len(sizes) == len(places):
             found[guard.expr] = _guard(guard.expr, sizes)
@@ -91,24 +89,30 @@ def guards_of_one(
         if not symbol.is_Symbol or known.get(symbol, 1) == 1 or symbol not in dims:
             continue
         name, dim = dims[symbol]
-        if rows_alone and dim != 0:
+        if (rows_alone and dim != 0) or (dim == 0 and captured.inputs[name] in captured.rows):
             continue
         cut = {
             node.name: _cut(values[node.name], node.meta["val"].shape, {**known, symbol: 1})
             for node in graph.nodes
             if node.op == "placeholder"
         }
-        expected = _results_of_module(module, call, {captured.inputs[n]: value for n, value in cut.items()})
-        if expected is None:
-            continue
-        try:
-            with torch.no_grad():
+        few = len(next(iter(cut.values())))
+        cut = {
+            name: value[:few] if captured.inputs[name] in captured.rows else value
+            for name, value in cut.items()
+        }
+        with set_training(module, False), torch.no_grad():
+            replaced = {captured.inputs[name]: value for name, value in cut.items()}
+            expected = _results_of_module(module, call, replaced)
+            if expected is None:
+                continue
+            try:
                 got = [
                     None if node is None else evaluate(graph, node, module, cut, captured.constants)
                     for node in results
                 ]
-        except RuntimeError:  # other shapes than the module then has
-            got = [None]
+            except RuntimeError:  # other shapes than the module then has
+                got = [None]
         if not _agree(got, expected):
             found.append(_guard(sympy.Gt(symbol, 1, evaluate=False), ((captured.inputs[name], dim),)))
     return tuple(found)
@@ -132,7 +136,7 @@ def _results_of_module(
     values = without_cache(Signature.of(module).bind(call.args, call.kwargs))
     for path, first in same_tensors(values).items():
         replaced = {**replaced, path: replaced[first]}
-    with restored(module.modules()), same_draws(), torch.no_grad(), slow_path():
+    with restored(module.modules()), same_draws(), slow_path():
         try:
             leaves = pytree.tree_leaves(module.forward(**rebuild(values, replaced)))
         except Exception:  # as the module wants it

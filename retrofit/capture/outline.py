@@ -50,7 +50,7 @@ def outline(module: nn.Module, call: OwnerCall) -> Outline | None:
     normalized = normalized_of(capture(module, call))
     captured = normalized.captured
     guards = (
-        *guards_of(captured.graph, captured.inputs),
+        *guards_of(captured),
         *guards_of_one(module, normalized, call, rows_alone=False),
     )
     attends: dict[str, Attend] = {}

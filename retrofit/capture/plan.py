@@ -161,7 +161,7 @@ class Planner:
             self._ignored[id(primary)] = ignored_arguments(module, calls[0].call, primary, normalized_of)
             # Steps of single tokens are compared in the whole model where there is a cache.
             self._guards[id(primary)] = (
-                *guards_of(primary.captured.graph, primary.captured.inputs),
+                *guards_of(primary.captured),
                 *guards_of_one(module, primary, calls[0].call, rows_alone=self.managed),
             )
         hides = self._hides(primary, calls, signature)
@@ -252,6 +252,8 @@ def normalized_of(captured: Captured) -> Normalized:
     """Finds the one attention of a captured module."""
     refusals = normalize(captured.graph).refusals
     found = attentions(captured.graph)
+    if captured.unfit is not None and (found or not refusals):
+        return Normalized(captured, None, captured.unfit)
     if refusals and not (found and not any(refusal.attention for refusal in refusals)):
         kind = "unknown" if found or any(refusal.attention for refusal in refusals) else "other"
         nearest = max(refusals, key=lambda refusal: (refusal.attention, STAGES.index(refusal.stage)))

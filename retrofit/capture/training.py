@@ -137,7 +137,7 @@ def _same_but_for_dropout(a: Captured, b: Captured) -> bool:
 def same_graph(a: Captured, b: Captured) -> bool:
     """Whether two graphs do the same with the inputs that they use, but for dropout."""
     return (
-        guards_of(a.graph, a.inputs) == guards_of(b.graph, b.inputs)
+        guards_of(a) == guards_of(b)
         and a.constants.keys() == b.constants.keys()
         and all(torch.equal(a.constants[name], b.constants[name]) for name in a.constants)
         and skeleton(a) == skeleton(b)
