@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import combinations
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ from retrofit.capture.call import (
     same_tensors,
     tensor_leaves,
 )
+from retrofit.capture.dynamic import batches, dynamic, keys_of_queries
 from retrofit.capture.kept import restored
 from retrofit.capture.record import OwnerCall, slow_path
 from retrofit.capture.standin import (
@@ -95,9 +95,9 @@ class _FlatCall(nn.Module):
 
     def forward(self, *tensors: Tensor) -> list[Tensor]:
         values, paths, same, alone = self.__dict__["_call"]
-        for place, dim in _batches(tensors):
+        for place, dim in batches(tensors):
             torch._check(tensors[place].shape[dim] == tensors[0].shape[dim])
-        for place in _keys_of_queries(tensors) if alone else ():
+        for place in keys_of_queries(tensors) if alone else ():
             torch._check(tensors[place].shape[2] == tensors[0].shape[2])
         given = dict(zip(paths, tensors, strict=True))
         given.update({path: given[first] for path, first in same.items()})
@@ -150,7 +150,7 @@ def capture(module: nn.Module, call: OwnerCall, *, training: bool = False) -> Ca
             fixed_causality(),
             stand_ins(module, call.children) as traced,
         ):
-            program = torch.export.export(flat, example, dynamic_shapes=(_dynamic(example),), strict=False)
+            program = torch.export.export(flat, example, dynamic_shapes=(dynamic(example),), strict=False)
             if any(_changes(node) for node in program.graph.nodes):
                 program = program.run_decompositions({})
     except CaptureError:
@@ -204,75 +204,6 @@ def without_cache(values: Mapping[str, Any]) -> dict[str, Any]:
     if "use_cache" in kept:
         kept["use_cache"] = False
     return kept
-
-
-def _dynamic(example: tuple[Tensor, ...]) -> tuple[dict[int, Any], ...]:
-    """Marks batch and length: the sizes of the first tensor's dimension 0 and of its length dimension.
-
-    Further sequences, as those that cross-attention sees, have lengths of their own. A size of 2 away from the
-    front is more likely a pair than a batch.
-    """
-    first = example[0]
-    batch = first.shape[0]
-    lengths = {first.shape[2] if first.dim() == 4 else first.shape[1] if first.dim() > 1 else 0}
-    lengths |= {example[place].shape[1 - dim] for place, dim in _batches(example)}
-    lengths |= {tensor.shape[2] for tensor in example if tensor.dim() == first.dim() == 4} - {1}
-    lengths |= {sum(pair) for pair in combinations(lengths, 2)}  # of sequences that attend as one
-    # A sequence [B, N, C] of as many tokens as channels has no second length.
-    square = first.shape if first.dim() == 3 and first.shape[1] == first.shape[2] else None
-    heads = 3 if _are_ready_made(example) else 0  # whose widths are no lengths, whatever numbers they are
-    auto = torch.export.Dim.AUTO
-    return tuple(
-        {
-            dim: auto
-            for dim, size in enumerate(tensor.shape[: 3 if place < heads else None])
-            if size > 1
-            and (
-                (size == batch and (dim == 0 or size > 2))
-                or (size in lengths and not (dim == 2 and tensor.shape == square))
-                or (dim == 0 and tensor.dim() > 2 and size % batch == 0)  # (batch heads) …
-                or _counts_blocks(tensor, dim, lengths)
-            )
-        }
-        for place, tensor in enumerate(example)
-    )
-
-
-def _are_ready_made(tensors: tuple[Tensor, ...]) -> bool:
-    """Whether a call begins with queries, keys and values [B, H, N, D]."""
-    return len(tensors) >= 3 and all(tensor.dim() == 4 for tensor in tensors[:3])
-
-
-def _counts_blocks(tensor: Tensor, dim: int, lengths: set[int]) -> bool:
-    """Whether a sequence in blocks, as of [B, H, blocks, 16, 48], has as many as ``tensor`` has in ``dim``."""
-    count, blocks = tensor.shape[dim], tensor.shape[dim + 1 :]
-    return tensor.dim() > 4 and any(
-        (count - 1) * block < length <= count * block for block in blocks for length in lengths
-    )
-
-
-def _batches(tensors: tuple[Tensor, ...]) -> list[tuple[int, int]]:
-    """Which tensors are sequences of another length than the first, and which of their dimensions is its batch."""
-    first = tensors[0]
-    found = []
-    for place, tensor in enumerate(tensors):
-        if tensor.is_floating_point() and tensor.dim() == first.dim() == 3:
-            same = [dim for dim in (0, 1) if _hint(tensor.shape[dim]) == _hint(first.shape[dim])]
-            if len(same) == 1:
-                found.append((place, same[0]))
-    return found
-
-
-def _keys_of_queries(tensors: tuple[Tensor, ...]) -> list[int]:
-    """Which tensors [B, H, N, D] are as long as the first one, of a call that is handed ready-made q, k and v."""
-    if not _are_ready_made(tensors):
-        return []
-    return [place for place in (1, 2) if _hint(tensors[place].shape[2]) == _hint(tensors[0].shape[2])]
-
-
-def _hint(size: int | torch.SymInt) -> int | None:
-    """The size in the example, whether or not it is a symbol now."""
-    return size if isinstance(size, int) else size.node.hint
 
 
 def _as_graph(
