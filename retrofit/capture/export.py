@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, nn
 from torch.export.graph_signature import InputKind, OutputKind
@@ -54,6 +55,7 @@ class Captured:
         same: Arguments that must be the same tensor as another one, as they were in the call.
         rows: Inputs whose one row stands for every row of the batch; the graph takes them expanded.
         unfit: What it returns besides that no graph can give; None if there is no such thing.
+        conditions: What export found out about the sizes on the way, each a guard of torch's.
     """
 
     graph: Graph
@@ -63,6 +65,7 @@ class Captured:
     same: Mapping[LeafPath, LeafPath]
     rows: tuple[LeafPath, ...]
     unfit: str | None
+    conditions: tuple[Any, ...]
 
     def sizes(self) -> dict[LeafPath, tuple[int | None, ...]]:
         """The sizes that the graph is made for, of each input, also where it reads nothing else of it.
@@ -151,15 +154,20 @@ def capture(module: nn.Module, call: OwnerCall, *, training: bool = False) -> Ca
             stand_ins(module, call.children) as traced,
         ):
             program = torch.export.export(flat, example, dynamic_shapes=(dynamic(example),), strict=False)
+            conditions = _conditions(program)
             if any(_changes(node) for node in program.graph.nodes):
                 program = program.run_decompositions({})
+                # It asserts all conditions again, those of torch's own code as well.
+                again = (guard for guard in _conditions(program) if fixes_a_size(guard.expr))
+                conditions = (*conditions, *again)
     except CaptureError:
         raise
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CaptureError(f"torch.export of {type(module).__name__} failed: {first}") from error
     returned, unfit = flat.__dict__["_returned"], flat.__dict__["_unfit"]
-    return replace(_as_graph(program, module, paths, traced, returned, same, rows), unfit=unfit)
+    captured = _as_graph(program, module, paths, traced, returned, same, rows)
+    return replace(captured, unfit=unfit, conditions=conditions)
 
 
 @contextmanager
@@ -191,6 +199,23 @@ def _is_one_row(tensor: Tensor, first: Tensor) -> bool:
 def expanded(tensor: Tensor, first: Tensor) -> Tensor:
     """``tensor`` with as many rows as ``first``."""
     return tensor.expand(first.shape[0], *tensor.shape[1:]) if tensor.shape[0] == 1 else tensor
+
+
+def symbolic(value: Any) -> list[torch.SymInt]:
+    """The sizes in the value of a node that stand for any number."""
+    sizes = value.shape if isinstance(value, Tensor) else [value]
+    return [size for size in sizes if isinstance(size, torch.SymInt)]
+
+
+def fixes_a_size(condition: Any) -> bool:
+    """Whether a condition makes a size a number."""
+    return isinstance(condition, sympy.Eq) and any(side.is_number for side in condition.args)
+
+
+def _conditions(program: torch.export.ExportedProgram) -> tuple[Any, ...]:
+    sizes = (size for node in program.graph.nodes for size in symbolic(node.meta.get("val")))
+    first = next(sizes, None)
+    return () if first is None else tuple(first.node.shape_env.guards)
 
 
 def _changes(node: Node) -> bool:
@@ -271,7 +296,7 @@ def _as_graph(
     _prefer_first(graph)
     remove_dead(graph)
     graph.lint()
-    return Captured(graph, inputs, returned, constants, same, rows, None)
+    return Captured(graph, inputs, returned, constants, same, rows, None, ())
 
 
 def _live_name(module: nn.Module, value: Any) -> str | None:

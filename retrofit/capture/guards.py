@@ -23,14 +23,14 @@ from torch.utils._sympy.printers import PythonPrinter
 
 from retrofit.capture.call import LeafPath, Signature, rebuild, same_tensors, spelled
 from retrofit.capture.evaluate import concrete, evaluate, input_dims, symbols_of
-from retrofit.capture.export import Captured, set_training, without_cache
+from retrofit.capture.export import Captured, fixes_a_size, set_training, symbolic, without_cache
 from retrofit.capture.kept import restored
 from retrofit.capture.observe import Normalized, values_of
 from retrofit.capture.probes import same_draws
 from retrofit.capture.record import OwnerCall, slow_path
 
 _ABOUT_HOW = ("/torch/", "/retrofit/")
-_ABOUT_WHAT = "/torch/nn/"  # also where torch does not tell the line of the model
+_ABOUT_WHAT = "/torch/nn/"
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,9 @@ def guards_of(captured: Captured) -> tuple[Guard, ...]:
     """The conditions that the model's own code put on the sizes of its inputs."""
     graph, inputs, rows = captured.graph, captured.inputs, captured.rows
     dims = input_dims(graph)
-    symbolic = (size for node in graph.nodes for size in _symbolic(node.meta.get("val")))
-    first = next(symbolic, None)
-    if first is None:
-        return ()
     found: dict[Any, Guard] = {}
-    for guard in first.node.shape_env.guards:
-        if not _fixes_a_size(guard.expr) and not _is_of_the_model(guard):
+    for guard in captured.conditions:
+        if not fixes_a_size(guard.expr) and not _is_of_the_model(guard):
             continue
         places = [dims.get(symbol) for symbol in sorted(guard.expr.free_symbols, key=str)]
         if any(place is not None and place[1] == 0 and inputs[place[0]] in rows for place in places):
@@ -119,7 +115,7 @@ def guards_of_one(
 
 
 def _inputs(node: Node) -> list[torch.SymInt]:
-    return _symbolic(node.meta.get("val")) if node.op == "placeholder" else []
+    return symbolic(node.meta.get("val")) if node.op == "placeholder" else []
 
 
 def _cut(tensor: Tensor, sizes: Sequence[Any], known: Mapping[sympy.Symbol, int]) -> Tensor:
@@ -162,15 +158,6 @@ def _guard(condition: Any, sizes: tuple[tuple[LeafPath, int], ...]) -> Guard:
         text = text.replace(str(name), f"{spelled(path)}.shape[{dim}]")
     parameters = "".join(f", {name}" for name in names)
     return Guard(text, f"import math\ndef forward(self{parameters}):\n    return {code}\n", sizes)
-
-
-def _fixes_a_size(condition: Any) -> bool:
-    return isinstance(condition, sympy.Eq) and any(side.is_number for side in condition.args)
-
-
-def _symbolic(value: Any) -> list[torch.SymInt]:
-    sizes = value.shape if isinstance(value, torch.Tensor) else [value]
-    return [size for size in sizes if isinstance(size, torch.SymInt)]
 
 
 def _is_of_the_model(guard: Any) -> bool:

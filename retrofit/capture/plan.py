@@ -323,10 +323,6 @@ def _plan(
     trained = write(training.normalized) if training.normalized is not None else None
     if trained is not None and trained.inputs != source.inputs:
         training = Training(reason="in training it takes other inputs")
-    inputs = tuple(captured.inputs[name] for name in source.inputs)
-    argument = next(iter(mask_paths), None) if managed else None
-    if managed and argument is None and MASK_NAME in signature.names and (MASK_NAME,) not in inputs:
-        argument = (MASK_NAME,)  # never a tensor on the probes; a converted model may hand padding over
     argument = next(iter(mask_paths), None) if managed else None
     taken = {captured.inputs[name] for name in source.inputs}
     if managed and argument is None and MASK_NAME in signature.names and (MASK_NAME,) not in taken:
