@@ -79,10 +79,7 @@ def put_in(model: nn.Module, converted: Sequence[RetrofittedAttention]) -> None:
     """Puts sites in the place of their originals and has what surrounds them deal with them."""
     if not converted:
         return
-    for around in outlined(converted).values():
-        exchange(model, around.original, around)
-    for site in sorted(converted, key=lambda site: site.path.count(".")):  # what is around another one first
-        exchange(model, site.original, site)
+    exchange_all(model, [*outlined(converted).values(), *converted])
     masks.enable(model)
     _keep_padded(model)
     if is_transformers(model):
@@ -91,21 +88,31 @@ def put_in(model: nn.Module, converted: Sequence[RetrofittedAttention]) -> None:
 
 def put_back(model: nn.Module) -> None:
     """Puts the originals of all sites back, with the children as they are now."""
-    found = sites(model)
-    if not found:
+    if not sites(model):
         return
     masks.restore(model)
     _release_padded(model)
     if is_transformers(model):
         outputs.release(model)
-    for _, site in found:
-        exchange(model, site, site.restored())
-    for around in [module for module in model.modules() if isinstance(module, Outlined)]:
-        exchange(model, around, around.restored())
+    exchange_back(model)
 
 
-def exchange(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Puts ``new`` in the place of ``old``, wherever that is in ``model``."""
+def exchange_all(model: nn.Module, captured: Sequence[CapturedModule]) -> None:
+    """Puts each in the place of its original, and does no more."""
+    for module in sorted(
+        captured, key=lambda module: module.path.count(".")
+    ):  # what is around another one first
+        _exchange(model, module.original, module)
+
+
+def exchange_back(model: nn.Module) -> None:
+    """Undoes :func:`exchange_all`."""
+    captured = [module for module in model.modules() if isinstance(module, CapturedModule)]
+    for module in reversed(captured):  # what is around another one last: it hands on the children it has
+        _exchange(model, module, module.restored())
+
+
+def _exchange(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     for module in list(model.modules()):
         if module is new:
             continue

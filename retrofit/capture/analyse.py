@@ -5,7 +5,7 @@ model  →  recorded calls on every probe  →  one Found per owner, convertible
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,7 @@ from retrofit.capture.record import OwnerCall, Recording, record
 from retrofit.capture.site_plan import Refused, SitePlan
 from retrofit.capture.used import refuse_used
 from retrofit.errors import CaptureError, RetrofitError
+from retrofit.passes.attention.masks import MaskSample
 
 Progress = Callable[[str, int, int], None]
 """Called as progress(what, done, total)."""
@@ -30,6 +31,8 @@ class Found:
     """One module that owns attention, with its calls on the probes.
 
     Attributes:
+        calls: Its first call on each probe.
+        every: All its calls.
         flops: Operations of its attention in all its calls on the first probe it was called on.
     """
 
@@ -37,6 +40,7 @@ class Found:
     module: nn.Module
     plan: SitePlan | Refused
     calls: Sequence[ProbedCall]
+    every: Sequence[OwnerCall]
     flops: int
 
 
@@ -64,15 +68,28 @@ def analyse(
 
 
 def analyse_again(
-    model: nn.Module, probes: Sequence[Probe], paths: Collection[str], progress: Progress | None
+    model: nn.Module,
+    probes: Sequence[Probe],
+    far: Mapping[str, Sequence[MaskSample]],
+    progress: Progress | None,
 ) -> Sequence[Found]:
-    """Plans the modules at ``paths`` alone, on the same probes."""
+    """Plans some modules alone, on the same probes.
+
+    Args:
+        model: The model.
+        probes: The calls of it.
+        far: Paths of the modules, with their masks far beyond the example, where those are made outside of them.
+        progress: Called as ``progress(path, done, total)``.
+    """
     with restored(model.modules()):
-        return _analyse(model, probes, paths, progress).found
+        return _analyse(model, probes, far, progress).found
 
 
 def _analyse(
-    model: nn.Module, probes: Sequence[Probe], only: Collection[str] | None, progress: Progress | None
+    model: nn.Module,
+    probes: Sequence[Probe],
+    only: Mapping[str, Sequence[MaskSample]] | None,
+    progress: Progress | None,
 ) -> Analysis:
     calls: dict[str, list[ProbedCall]] = {}
     every: dict[str, list[OwnerCall]] = {}
@@ -95,27 +112,26 @@ def _analyse(
         if path in calls:
             # In the call that brought the new module, what it did was seen as done by the one around it.
             calls.pop(path.rpartition(".")[0], None)
-    planner = Planner(managed=is_transformers(model))
+    far = {model.get_submodule(path): samples for path, samples in (only or {}).items()}
+    planner = Planner(managed=is_transformers(model), far=far)
     planned: dict[str, Found] = {}
     # Inner modules first: a router's softmax inside does not make its parent anything but attention.
     for done, (path, of_owner) in enumerate(sorted(calls.items(), key=lambda item: -item[0].count("."))):
         module = model.get_submodule(path)
-        inner = next(
-            (
-                p
-                for p, item in planned.items()
-                if p.startswith(f"{path}." if path else "") and getattr(item.plan, "kind", "") != "other"
-            ),
-            None,
-        )
+        inner = [
+            p
+            for p, item in planned.items()
+            if p.startswith(f"{path}." if path else "") and getattr(item.plan, "kind", "") != "other"
+        ]
+        inlined = next((p for p in inner if not _is_opaque(path, p, of_owner[0].call)), None)
         plan: SitePlan | Refused
         with_keep: Sequence[ProbedCall] = of_owner
         if path in exchanged or any(top.startswith(f"{path}.") for top in exchanged):
             plan = Refused(_replaced(path, exchanged))
-        elif inner is not None and not flops[path]:
-            plan = Refused(f"a softmax besides the attention of {inner}, between no two products", "other")
-        elif inner is not None and not _is_opaque(path, inner, of_owner[0].call):
-            plan = Refused(f"it has a softmax of its own around the attention of {inner}")
+        elif inner and not flops[path]:
+            plan = Refused(f"a softmax besides the attention of {inner[0]}, between no two products", "other")
+        elif inlined is not None:
+            plan = Refused(f"it has a softmax of its own around the attention of {inlined}")
         elif not path:
             plan = Refused("the attention is the whole model; wrap it in a module that holds it")
         else:
@@ -123,7 +139,7 @@ def _analyse(
                 plan, with_keep = planner.plan(module, of_owner, every[path])
             except Exception as error:  # one module that cannot be understood must not keep the others
                 plan = Refused(_line(error))
-        planned[path] = Found(path, module, plan, with_keep, flops[path])
+        planned[path] = Found(path, module, plan, with_keep, every[path], flops[path])
         if progress is not None:
             progress(f"capture {path}", done + 1, len(calls))
     kept = {path: frozenset().union(*(call.kept for call in of_owner)) for path, of_owner in every.items()}

@@ -33,6 +33,8 @@ class Attend(nn.Module):
     ) -> Tensor:
         """Attends from query [B, Hq, T, D] to key, value [B, Hkv, N, …] as the canonical node does."""
         group = query.shape[1] // key.shape[1]
+        if mask is not None and mask.is_floating_point():
+            mask = mask.to(query.dtype)
         if not self.softcap and sinks is None:
             return F.scaled_dot_product_attention(
                 query, key, value, mask, is_causal=self.is_causal, scale=self.scale, enable_gqa=group > 1
@@ -46,7 +48,8 @@ class Attend(nn.Module):
             later = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).triu(1)
             scores = scores.masked_fill(later, -torch.inf)
         if sinks is None:
-            return scores.softmax(-1) @ value.repeat_interleave(group, 1)
+            # As SDPA, it gives nothing where all keys are hidden.
+            return torch.ops.aten._safe_softmax(scores, -1) @ value.repeat_interleave(group, 1)
         column = sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         weights = torch.cat([scores, column], dim=-1).softmax(-1)[..., :-1]
         return weights @ value.repeat_interleave(group, 1)

@@ -6,7 +6,7 @@ calls of a module on the probes  →  one graph per spelling of the call  →  c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -67,10 +67,12 @@ class Planner:
     Args:
         managed: Whether masks come through transformers' mask interface, so that a site gets the padding
             itself and the mask's own computation can go.
+        far: Masks far beyond the example, of modules that are handed masks which sizes alone make.
     """
 
-    def __init__(self, *, managed: bool) -> None:
+    def __init__(self, *, managed: bool, far: Mapping[nn.Module, Sequence[MaskSample]]) -> None:
         self.managed = managed
+        self._far = far
         self.captures = 0
         self._graphs: dict[Any, Normalized] = {}
         self._training: dict[int, Training] = {}
@@ -198,7 +200,10 @@ class Planner:
         biased = is_biased(module, attention, samples, mask_paths)
         if kind == "cross" and not (biased and self.managed):
             return cross_mask(attention, samples, every, biased=False)
-        longer = longer_samples(module, primary, calls[0].call, Signature.of(module))
+        longer = [
+            *longer_samples(module, primary, calls[0].call, Signature.of(module)),
+            *self._far.get(module, ()),
+        ]
         if not biased:
             return classify([*samples, *longer])
         if (reason := dependence(primary)) is not None:
