@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from retrofit.capture.analyse import Analysis, Found, Progress, analyse_again, evaluating
+from retrofit.capture.analyse import Analysis, Found, Progress, analyse_again, evaluating, reason_in
 from retrofit.capture.kept import restored
 from retrofit.capture.outline import Outline, Outliner
 from retrofit.capture.record import OwnerCall
@@ -45,8 +45,8 @@ def with_parts(
             with restored(item.module.modules()):
                 outlines[item.path] = _outline(item, outliner)
                 outlined[item.path] = _made(item, outlines[item.path], earlier.get(item.path))
-        except CaptureError as error:
-            refused[item.path] = str(error)
+        except Exception as error:  # one module that cannot be parted must not keep the others
+            refused[item.path] = reason_in(error)
     far = {f"{path}.{name}": outlines[path].far[name] for path in outlined for name in outlines[path].attends}
     parts: list[Found] = []
     if outlined:

@@ -138,7 +138,7 @@ def _analyse(
             try:
                 plan, with_keep = planner.plan(module, of_owner, every[path])
             except Exception as error:  # one module that cannot be understood must not keep the others
-                plan = Refused(_line(error))
+                plan = Refused(reason_in(error))
         planned[path] = Found(path, module, plan, with_keep, every[path], flops[path])
         if progress is not None:
             progress(f"capture {path}", done + 1, len(calls))
@@ -166,7 +166,7 @@ def _replaced(path: str, exchanged: Mapping[str, tuple[str, str]]) -> str:
     )
 
 
-def _line(error: Exception) -> str:
+def reason_in(error: Exception) -> str:
     """The reason in an error; one that is not retrofit's own names its type."""
     first = (str(error).strip().splitlines() or [""])[0]
     return (

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import sympy
@@ -28,9 +29,10 @@ from retrofit.capture.kept import restored
 from retrofit.capture.observe import Normalized, values_of
 from retrofit.capture.probes import same_draws
 from retrofit.capture.record import OwnerCall, slow_path
+from retrofit.capture.standin import chosen
 
-_ABOUT_HOW = ("/torch/", "/retrofit/")
-_ABOUT_WHAT = "/torch/nn/"
+_ABOUT_HOW = (f"{Path(torch.__file__).parent}/", f"{Path(__file__).parents[1]}/")
+_ABOUT_WHAT = f"{Path(nn.__file__).parent}/"
 
 
 @dataclass(frozen=True)
@@ -161,5 +163,8 @@ def _guard(condition: Any, sizes: tuple[tuple[LeafPath, int], ...]) -> Guard:
 
 
 def _is_of_the_model(guard: Any) -> bool:
-    place = str(guard.sloc.framework_loc)
-    return _ABOUT_WHAT in place or not any(part in place for part in _ABOUT_HOW)
+    place = guard.sloc.framework_loc
+    path = getattr(place, "filename", "")
+    if path == chosen.__code__.co_filename and place.name == chosen.__name__:
+        return True
+    return path.startswith(_ABOUT_WHAT) or not path.startswith(_ABOUT_HOW)

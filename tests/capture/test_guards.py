@@ -82,6 +82,29 @@ def test_other_sizes_are_right_or_refused(name: str) -> None:
         assert bool(refused) == (reason is not None)
 
 
+class Causal(nn.Module):
+    """Hides later tokens where there are many."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part.unflatten(2, (HEADS, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1))
+        causal = x.shape[1] > 16
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2)
+
+
+def test_what_hides_by_the_length_is_right_or_refused() -> None:
+    model, inputs = Model(Causal()).eval(), [torch.randn(2, tokens, WIDTH) for tokens in (11, 5, 1, 17)]
+    expected = [model(x) for x in inputs]
+    retrofit.convert(model, retrofit.DenseConfig(), (inputs[0],))
+    for x, wanted in zip(inputs[:-1], expected, strict=False):
+        torch.testing.assert_close(model(x), wanted, rtol=1e-5, atol=1e-5)
+    with pytest.raises(CaptureError, match=r"captured where .*16.*got 17"):
+        model(inputs[-1])
+
+
 class Compares(nn.Module):
     """Takes another way where its second sequence is as long as the first."""
 
