@@ -99,16 +99,14 @@ def put_back(model: nn.Module) -> None:
 
 def exchange_all(model: nn.Module, captured: Sequence[CapturedModule]) -> None:
     """Puts each in the place of its original, and does no more."""
-    for module in sorted(
-        captured, key=lambda module: module.path.count(".")
-    ):  # what is around another one first
+    for module in sorted(captured, key=lambda module: module.path.count(".")):  # the outer ones first
         _exchange(model, module.original, module)
 
 
 def exchange_back(model: nn.Module) -> None:
     """Undoes :func:`exchange_all`."""
     captured = [module for module in model.modules() if isinstance(module, CapturedModule)]
-    for module in reversed(captured):  # what is around another one last: it hands on the children it has
+    for module in reversed(captured):  # the outer ones last: they hand on the children they have
         _exchange(model, module, module.restored())
 
 

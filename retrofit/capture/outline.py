@@ -109,7 +109,7 @@ def _parted(module: nn.Module, call: OwnerCall, signature: Signature) -> _Parted
     plan = CallPlan(
         **parts_of_call(whole.captured, source, signature, call, GOES_AROUND, closed=True, guards=guards),
         training=None,
-        untrainable="it has several attentions" if differs(module, call) else None,
+        untrainable="it has several attentions, and does more in training" if differs(module, call) else None,
         unkept=frozenset(),
     )
     return _Parted(whole, plan, attends)
