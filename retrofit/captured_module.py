@@ -7,6 +7,7 @@ itself, for calls that the graph was made for; any other raises.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from retrofit.capture.call import LeafPath, lookup, spelled
-from retrofit.capture.export import expanded
+from retrofit.capture.export import expanded, is_record
 from retrofit.capture.ignored import GOES_AROUND, MEANINGFUL
 from retrofit.capture.site_plan import CallPlan, compiled
 from retrofit.capture.standin import is_tensor_slot
@@ -151,7 +152,9 @@ class CapturedModule(nn.Module):
         self._check_rest(values)
         self._check_sizes(values)
         results = iter(run(self, *tensors, *self._around(values)))
-        return pytree.tree_map(lambda leaf: next(results) if is_tensor_slot(leaf) else leaf, plan.output)
+        return pytree.tree_map(
+            lambda leaf: next(results) if is_tensor_slot(leaf) else _own(leaf), plan.output
+        )
 
     def _around(self, values: Mapping[str, Any]) -> tuple[Any, ...]:
         """What the graph takes besides tensors of a call with arguments ``values``."""
@@ -230,6 +233,11 @@ def _fits(tensor: Tensor, sizes: Sequence[int | None]) -> bool:
     return tensor.dim() == len(sizes) and all(
         size is None or size == own for size, own in zip(sizes, tensor.shape, strict=True)
     )
+
+
+def _own(value: Any) -> Any:
+    """``value``; of a dataclass, which the caller may change, a copy."""
+    return copy.copy(value) if is_record(value) else value
 
 
 def _plain(value: Any) -> bool:

@@ -6,6 +6,8 @@ module + call  →  torch.export of flat tensors, dynamic batch and length, chil
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -106,7 +108,7 @@ class _FlatCall(nn.Module):
         given.update({path: given[first] for path, first in same.items()})
         found, spec = pytree.tree_flatten(self.site(**rebuild(values, given)))
         self.__dict__["_unfit"] = _unfit(self.site, found)
-        template = [TENSOR if isinstance(leaf, Tensor) else leaf for leaf in found]
+        template = [TENSOR if isinstance(leaf, Tensor) else emptied(leaf) for leaf in found]
         self.__dict__["_returned"] = pytree.tree_unflatten(template, spec)
         return [leaf for leaf in found if isinstance(leaf, Tensor)]
 
@@ -116,12 +118,31 @@ def _unfit(module: nn.Module, leaves: Sequence[Any]) -> str | None:
     for leaf in leaves:
         if isinstance(leaf, (torch.SymInt, torch.SymFloat, torch.SymBool)):
             return f"{type(module).__name__}.forward returns a number that depends on the sizes of its inputs"
-        if not isinstance(leaf, (Tensor, type(None), bool, int, float, str, torch.dtype, torch.device)):
+        plain = isinstance(leaf, (Tensor, type(None), bool, int, float, str, torch.dtype, torch.device))
+        if not plain and not is_record(leaf):
             return (
                 f"{type(module).__name__}.forward returns a {type(leaf).__name__}, which is neither a tensor nor a "
-                "tuple or dict of tensors"
+                "tuple, dict or dataclass of tensors"
             )
     return None
+
+
+def is_record(value: Any) -> bool:
+    """Whether ``value`` is a dataclass, which torch takes for one leaf, whatever is in it."""
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
+
+
+def emptied(value: Any) -> Any:
+    """``value``; of a dataclass a copy with None in the place of tensors, as of weights that nobody gets."""
+    if not is_record(value):
+        return value
+    copied = copy.copy(value)
+    for field in dataclasses.fields(value):
+        item = getattr(value, field.name)
+        symbolic = (Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
+        lost = any(isinstance(leaf, symbolic) for leaf in pytree.tree_leaves(item))
+        object.__setattr__(copied, field.name, None if lost else emptied(item))
+    return copied
 
 
 def capture(module: nn.Module, call: OwnerCall, *, training: bool = False) -> Captured:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import retrofit
-from retrofit.errors import NoAttentionFound
+from retrofit.errors import NoAttentionFound, VerificationError
 
 WIDTH, HEADS = 32, 4
 SIZES = [(2, 11), (1, 7), (3, 23)]
@@ -21,6 +21,12 @@ SIZES = [(2, 11), (1, 7), (3, 23)]
 @dataclass
 class Result:
     states: Tensor
+    count: int = 3
+
+
+class Holder:
+    def __init__(self, states: Tensor) -> None:
+        self.states = states
 
 
 class Attention(nn.Module):
@@ -45,6 +51,10 @@ class Model(nn.Module):
 TAKEN: dict[str, tuple[Callable[[Tensor, Tensor], Any], Callable[[Any], Tensor]]] = {
     "a dict": (lambda x, y: {"states": y, "name": "y", "none": None}, lambda found: found["states"]),
     "a list in a tuple": (lambda x, y: (3, [y, y * 2]), lambda found: found[0] * found[1][1]),
+    "a dataclass that nobody reads tensors of": (
+        lambda x, y: (y, Result(y * 2)),
+        lambda found: found[0] * found[1].count,
+    ),
     "the input as well": (lambda x, y: (y, x), lambda found: found[0] + found[1]),
 }
 
@@ -66,9 +76,9 @@ REFUSED: dict[str, tuple[Callable[[Tensor, Tensor], Any], Callable[[Any], Tensor
         "returns a number that depends on the sizes of its inputs",
     ),
     "an object": (
-        lambda x, y: Result(y),
-        lambda found: found.states,
-        "returns a Result, which is neither a tensor nor a tuple or dict of tensors",
+        lambda x, y: (y, Holder(y)),
+        lambda found: found[1].states,
+        "returns a Holder, which is neither a tensor nor a tuple, dict or dataclass of tensors",
     ),
     "a changed input": (
         lambda x, y: y + x.add_(1),
@@ -86,3 +96,23 @@ def test_what_no_graph_can_give_is_named(name: str) -> None:
     with pytest.raises(NoAttentionFound, match=f"attention: Attention.forward {reason}"):
         retrofit.convert(model, retrofit.DenseConfig(), (x,))
     assert torch.equal(model(x), expected)
+
+
+def test_tensors_in_a_dataclass_become_none() -> None:
+    model = Model(Attention(lambda x, y: (y, Result(y * 2))), lambda found: found[0] + found[1].states).eval()
+    x = torch.randn(2, 11, WIDTH)
+    expected = model(x)
+    with pytest.raises(VerificationError, match="tensors in the Result that it returns become None"):
+        retrofit.convert(model, retrofit.DenseConfig(), (x,))
+    assert torch.equal(model(x), expected)
+
+
+def test_each_call_returns_a_dataclass_of_its_own() -> None:
+    model = Model(Attention(lambda x, y: (y, Result(y * 2))), lambda found: found).eval()
+    x = torch.randn(2, 11, WIDTH)
+    retrofit.convert(model, retrofit.DenseConfig(), (x,))
+    first: Any = model(x)
+    first[1].count = 7
+    second: Any = model(x)
+    assert second[1].states is None
+    assert second[1].count == 3
