@@ -176,7 +176,8 @@ def _real_tokens(analysis: Analysis, candidates: Sequence[Candidate]) -> list[Te
     for number, (probe, output) in enumerate(zip(analysis.probes, analysis.outputs, strict=True)):
         shape = first_tensor(output).shape
         calls = [item.calls[number].keep for item, _ in candidates if len(item.calls) == len(analysis.probes)]
-        known = [for_rows(keep, shape[0]) for keep in (probe.keep, *calls) if keep is not None]
+        given = [keep for keep in (probe.keep, *calls) if keep is not None and shape]  # a loss has no rows
+        known = [for_rows(keep, shape[0]) for keep in given]
         fitting = [keep for keep in known if keep.shape == shape[:2]]
         found.append(fitting[0] if fitting else None)
     return found
