@@ -31,6 +31,10 @@ __all__ = ["hsa_attention", "hsa_attention_backward", "unsupported"]
 
 FUSED_FROM = 2048
 """Tokens of the dense start from which PyTorch's kernel is worth its launch and two copies."""
+LEVELS_AT_ONCE = 8192
+"""Queries times candidates that choose at a time where leaves are whole."""
+FADING_ROWS = 8
+"""Queries that choose at a time where leaves fade in."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_SUM = {torch.float32: 2.0**100, torch.bfloat16: 2.0**100, torch.float16: 2.0**15}
 """Sum of a query's weights, shifted by the highest score among sinks and window, from which a row is done again."""
@@ -265,9 +269,15 @@ def scoring(call: Call) -> dict[str, Any]:
 @lru_cache(CALLS)
 def choosing(call: Call) -> dict[str, Any]:
     """Constants of the kernels that choose leaves by their votes."""
-    votes = call.votes
-    highest = 2 * votes.most + FADE  # above the least
-    return {"ROOM": call.geometry.leaves_per_query, "PARTS": votes.parts, "BITS": highest.bit_length()}
+    g, votes = call.geometry, call.votes
+    highest = votes.most - g.least_vote(votes)
+    most = max(1, LEVELS_AT_ONCE // power(g.leaf_width)) if votes.parts == FADE else FADING_ROWS
+    return {
+        "ROOM": g.leaves_per_query,
+        "PARTS": votes.parts,
+        "BITS": highest.bit_length(),
+        "ROWS": min(g.query_block, most, power(call.tokens + 7)),
+    }
 
 
 def strides(*tensors: Tensor) -> tuple[int, ...]:

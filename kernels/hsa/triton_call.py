@@ -10,12 +10,10 @@ import torch
 from torch import Tensor
 
 from retrofit.kernels.hsa.geometry import Geometry, Votes
-from retrofit.kernels.hsa.triton_choose import list_blocks
+from retrofit.kernels.hsa.triton_choose import MOST_KEYS, list_blocks
 from retrofit.kernels.hsa.triton_select import ENDING, PADDED, WHOLE
 from retrofit.kernels.tuned import Settings, Tile, Tiles, settings
 
-MOST_KEYS = 128
-"""Keys in a step of any kernel, at most."""
 CALLS = 256
 """Calls of different sizes that are remembered."""
 
@@ -178,7 +176,8 @@ class Call:
     def list_width(self) -> int:
         """Places of the list of a block: sinks, window, all choices, and room to read on."""
         g = self.geometry
-        return power(g.choices) + (g.sink + g.window) // g.block + MOST_KEYS // g.block
+        room = MOST_KEYS.value // g.block
+        return power(g.choices + room) + (g.sink + g.window) // g.block + 1
 
     def empty_selection(self, k: Tensor) -> tuple[Tensor, Tensor]:
         """``spans`` and ``choices`` as in ``Geometry.selection``, to be filled."""

@@ -16,14 +16,14 @@ from retrofit.kernels.hsa.triton_execute import load_keys, near_edges
 from retrofit.kernels.hsa.triton_select import LOG2E, covered_leaves, row_range
 from retrofit.kernels.launch import kernel
 
-FEW = tl.constexpr(8)
-"""Queries whose leaves are chosen at a time."""
 WHOLE, NONE = tl.constexpr(FADE), tl.constexpr(UNUSED)
 SHIFT, RISES = tl.constexpr(RISE_BITS), tl.constexpr(2**RISE_BITS - 1)
-MANY = tl.constexpr(32)
-"""Choices that are counted at a time."""
+MOST_KEYS = tl.constexpr(128)
+"""Keys in a step of any kernel, at most."""
+CHOICES_AT_ONCE = tl.constexpr(32)
+"""Choices that are counted at a time where leaves fade in."""
 SOME = tl.constexpr(64)
-"""Choices that are listed at a time."""
+"""Choices of a block that its entries are made of at a time."""
 
 
 @triton.jit
@@ -57,7 +57,7 @@ def highest_left(above, ROOM: tl.constexpr, BITS: tl.constexpr):
     """
     found = tl.zeros([above.shape[0]], tl.int32)
     step = tl.full([], 1, tl.int32) << BITS
-    for _ in tl.static_range(BITS):
+    for _ in range(BITS):
         step = step // 2
         higher = found + step
         many = tl.sum((above >= higher[:, None]).to(tl.int32), 1) > ROOM
@@ -222,19 +222,26 @@ def unpack(choice, QUERY_BLOCK: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def read_choices(
-    choices, candidate, some, QUERY_BLOCK: tl.constexpr, WIDTH: tl.constexpr, CHOICES: tl.constexpr
+    choices, candidate, some,
+    QUERY_BLOCK: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, CHOICES: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     """How many choices there are, and how far each candidate has risen by them; nothing is read unless ``some``."""
+    MANY: tl.constexpr = CHOICES_AT_ONCE if PARTS < WHOLE else triton.next_power_of_2(CHOICES)
     place = tl.arange(0, MANY)
     risen = candidate * 0
     count = tl.full([], 0, tl.int32)
     more = tl.full([], 0, tl.int32) + some
     while more > 0:
         choice = tl.load(choices + count + place, mask=count + place < CHOICES, other=NONE)
+        used = choice < NONE
         _row, which, rise = unpack(choice, QUERY_BLOCK, WIDTH)
-        risen += tl.sum(tl.where(which[:, None] == candidate[None], rise[:, None], 0), 0)
-        count += tl.sum((choice < NONE).to(tl.int32), 0)
-        more = tl.min((choice < NONE).to(tl.int32), 0)
+        if PARTS == WHOLE:
+            risen += tl.histogram(which, WIDTH_PAD, mask=used) * WHOLE
+        else:
+            risen += tl.sum(tl.where(which[:, None] == candidate[None], rise[:, None], 0), 0)
+        count += tl.sum(used.to(tl.int32), 0)
+        more = tl.min(used.to(tl.int32), 0)
     return count, risen
 
 
@@ -243,9 +250,10 @@ def settle(
     kept, choices, held, t0, low, high, least,
     WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr, FANOUT: tl.constexpr, BEAM: tl.constexpr,
     QUERY_BLOCK: tl.constexpr, ROOM: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr,
-    CHOICES: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr, FRESH: tl.constexpr,
+    CHOICES: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, FRESH: tl.constexpr,
 ):  # fmt: skip
-    """Each new query of the block at t0 chooses by the votes ``held``: adds to ``choices`` [CHOICES].
+    """Each new query of the block at t0 chooses by the votes ``held``, ROWS queries at a time: adds to ``choices``
+    [CHOICES].
 
     Where leaves fade in, how far each query wants the leaves takes the place of the votes. If ``choices`` is FRESH,
     the places behind the last one get NONE.
@@ -253,13 +261,13 @@ def settle(
     STRIDE: tl.constexpr = WIDTH_PAD + FANOUT
     CHILDREN: tl.constexpr = BEAM * FANOUT
     candidate = tl.arange(0, WIDTH_PAD)
+    row = tl.arange(0, ROWS)
     is_edge = (candidate >= CHILDREN) & (candidate < WIDTH)
     edge = covered_leaves(t0, WINDOW, SINK, BLOCK) // FANOUT
     used = spans_kept(kept, BEAM, WIDTH_PAD // FANOUT)
-    count, reached = read_choices(choices, candidate, low > t0, QUERY_BLOCK, WIDTH, CHOICES)
-    when = tl.full([FEW, WIDTH_PAD], QUERY_BLOCK, tl.int32)
-    for r in range(tl.maximum(low - t0, 0) // FEW * FEW, tl.minimum(high - t0, QUERY_BLOCK), FEW):
-        row = tl.arange(0, FEW)
+    count, reached = read_choices(choices, candidate, low > t0, QUERY_BLOCK, WIDTH, WIDTH_PAD, CHOICES, PARTS)
+    first = candidate * 0 + QUERY_BLOCK
+    for r in range(tl.maximum(low - t0, 0) // ROWS * ROWS, tl.minimum(high - t0, QUERY_BLOCK), ROWS):
         some = r + row
         limit = covered_leaves(t0 + some, WINDOW, SINK, BLOCK)
         open_ = is_edge[None] & ((edge * FANOUT + candidate - CHILDREN)[None] < limit[:, None])
@@ -271,26 +279,26 @@ def settle(
         if tl.max(tl.sum((level > 0).to(tl.int32), 1), 0) > ROOM:
             level -= highest_left(level, ROOM, BITS)[:, None]
         if PARTS == WHOLE:
-            when = tl.minimum(when, tl.where(level > 0, some[:, None], QUERY_BLOCK))
+            first = tl.minimum(first, tl.min(tl.where(level > 0, some[:, None], QUERY_BLOCK), 0))
         else:
             level = tl.minimum(tl.maximum(level, 0) * PARTS, WHOLE)
-            if tl.max(tl.reshape(level - reached[None], [FEW * WIDTH_PAD]), 0) > 0:
+            if tl.max(tl.reshape(level - reached[None], [ROWS * WIDTH_PAD]), 0) > 0:
                 tl.debug_barrier()  # every thread has read its votes
                 tl.store(at, level)
                 tl.debug_barrier()
                 before = tl.broadcast_to(reached[None], level.shape)
-                for back in tl.static_range(1, FEW):
+                for back in tl.static_range(1, ROWS):
                     earlier = tl.load(at - back * STRIDE, mask=(row >= back)[:, None], other=0)
                     before = tl.maximum(before, earlier)
                 rise = tl.maximum(level - before, 0)
-                risen = tl.reshape((rise > 0).to(tl.int32), [FEW * WIDTH_PAD])
-                to = count + tl.reshape(tl.cumsum(risen, 0), [FEW, WIDTH_PAD]) - 1
+                is_one = (rise > 0).to(tl.int32)
+                of_row = tl.sum(is_one, 1)
+                to = (count + tl.cumsum(of_row, 0) - of_row - 1)[:, None] + tl.cumsum(is_one, 1)
                 choice = ((some[:, None] * WIDTH + candidate[None]) << SHIFT) + rise
                 tl.store(choices + to, choice, mask=(rise > 0) & (to < CHOICES))
-                count += tl.sum(risen, 0)
+                count += tl.sum(of_row, 0)
                 reached = tl.maximum(reached, tl.max(level, 0))
     if PARTS == WHOLE:
-        first = tl.min(when, 0)
         is_new = (first < QUERY_BLOCK) & (reached == 0)
         choice = tl.sort(tl.where(is_new, ((first * WIDTH + candidate) << SHIFT) + WHOLE, NONE))
         tl.store(choices + count + candidate, choice, mask=(choice < NONE) & (count + candidate < CHOICES))
@@ -317,7 +325,7 @@ def choose(
     FANOUT: tl.constexpr, PER_LEAF: tl.constexpr, BEAM: tl.constexpr, QUERY_BLOCK: tl.constexpr,
     DENSE_END: tl.constexpr, ROOM: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr,
     CHOICES: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr, STEPS: tl.constexpr, MOST: tl.constexpr,
-    PARTS: tl.constexpr, BITS: tl.constexpr, FRESH: tl.constexpr, LAYOUT: tl.constexpr,
+    PARTS: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, FRESH: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Each new query chooses the leaves that weigh enough, ROOM at most: adds to ``choices``.
 
@@ -348,7 +356,8 @@ def choose(
             )  # fmt: skip
             settle(
                 kept, made, held, t0, low, high, least,
-                WINDOW, SINK, BLOCK, FANOUT, BEAM, QUERY_BLOCK, ROOM, WIDTH, WIDTH_PAD, CHOICES, PARTS, BITS, FRESH,
+                WINDOW, SINK, BLOCK, FANOUT, BEAM, QUERY_BLOCK, ROOM, WIDTH, WIDTH_PAD, CHOICES, PARTS, BITS, ROWS,
+                FRESH,
             )  # fmt: skip
             tl.debug_barrier()  # the next tile's votes take their place
         elif FRESH:
@@ -375,29 +384,25 @@ def list_block(
     """What ``triton_execute`` calls the list of the query block at t0, and how many of it each of its rows sees.
 
     Writes ``listed`` [LIST], by position / BLOCK, ``shares`` [LIST], and ``seen_by`` [QUERY_BLOCK]; behind the last,
-    SOME places or more are block 0, of share 0.
+    as many places as one step may read are block 0, of share 0.
     """
-    some = tl.arange(0, SOME)
-    place = tl.arange(0, QUERY_BLOCK)
+    NEAR: tl.constexpr = triton.next_power_of_2((SINK + WINDOW) // BLOCK + 1)
+    MANY: tl.constexpr = triton.next_power_of_2(CHOICES + MOST_KEYS // BLOCK)
     _, last, whole = near_edges(t0, WINDOW, SINK, BLOCK, QUERY_BLOCK)
     near = (SINK + whole - last) // BLOCK
-    for n in range(0, near, SOME):
-        block = n + some
-        block += tl.where(block < SINK // BLOCK, 0, (last - SINK) // BLOCK)
-        tl.store(listed + n + some, block, mask=n + some < near)
-        tl.store(shares + n + some, some * 0.0 + 1.0, mask=n + some < near)
-    seen, n, more = place * 0 + near, t0 * 0, t0 * 0 + 1
-    while more > 0:
-        choice = tl.load(choices + n + some, mask=n + some < CHOICES, other=NONE)
-        row, candidate, rise = unpack(choice, QUERY_BLOCK, WIDTH)
-        leaf = chosen_leaf(kept, candidate, t0, WINDOW, SINK, BLOCK, FANOUT, BEAM)
-        to = near + n + some
-        tl.store(listed + to, tl.where(choice < NONE, SINK // BLOCK + leaf, 0), mask=to < LIST)
-        tl.store(shares + to, rise.to(tl.float32) / WHOLE, mask=to < LIST)
-        seen += tl.sum((row[None] <= place[:, None]).to(tl.int32), 1)
-        n += SOME
-        more = tl.max((choice < NONE).to(tl.int32), 0)
-    tl.store(seen_by + place, seen)
+    place = tl.arange(0, NEAR)
+    block = place + tl.where(place < SINK // BLOCK, 0, (last - SINK) // BLOCK)
+    tl.store(listed + place, block, mask=place < near)
+    tl.store(shares + place, place * 0.0 + 1.0, mask=place < near)
+    number = tl.arange(0, MANY)
+    choice = tl.load(choices + number, mask=number < CHOICES, other=NONE)
+    used = choice < NONE
+    row, candidate, rise = unpack(choice, QUERY_BLOCK, WIDTH)
+    leaf = chosen_leaf(kept, candidate, t0, WINDOW, SINK, BLOCK, FANOUT, BEAM)
+    tl.store(listed + near + number, tl.where(used, SINK // BLOCK + leaf, 0), mask=near + number < LIST)
+    tl.store(shares + near + number, rise.to(tl.float32) / WHOLE, mask=near + number < LIST)
+    seen = near + tl.cumsum(tl.histogram(row, QUERY_BLOCK, mask=used), 0)
+    tl.store(seen_by + tl.arange(0, QUERY_BLOCK), seen)
 
 
 @kernel(do_not_specialize=["slots", "tokens", "blocks", "total_blocks"])

@@ -69,6 +69,21 @@ def listed_shares(shares, u, KEYS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def listed_shifts(shares, u, seen, top, KEYS: tl.constexpr, BLOCK: tl.constexpr, FADES: tl.constexpr):
+    """What is added to scores [ROWS, KEYS] for the blocks u, u + 1, … of the list: the logarithm of a block's share
+    less ``top``, for rows that see ``seen`` blocks. Unless leaves fade in, all shares are 1."""
+    key = tl.arange(0, KEYS)
+    shift = tl.broadcast_to(top[:, None], [top.shape[0], KEYS])
+    for i in tl.static_range(KEYS // BLOCK):
+        own = -top
+        if FADES:
+            own += tl.log2(tl.load(shares + u + i))
+        own = tl.where(u + i < seen, own, -float("inf"))
+        shift = tl.where((key // BLOCK == i)[None], own[:, None], shift)
+    return shift
+
+
+@triton.jit
 def load_keys(keys, j, stride, mask, DIM: tl.constexpr, DIM_PAD: tl.constexpr):
     """Rows j [N] of keys as [DIM_PAD, N]; ``mask`` [N] or None."""
     dim = tl.arange(0, DIM_PAD)
@@ -118,6 +133,7 @@ def attend_listed(
     ROWS: tl.constexpr = HEADS * QUERY_BLOCK
     PARTS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
     LEAVES: tl.constexpr = KEYS // BLOCK
+    FADES: tl.constexpr = q.dtype.element_ty == tl.float32
     i = tl.program_id(0)
     bh = (tl.program_id(1) // PARTS).to(tl.int64)
     b, h = bh // KV_HEADS, bh % KV_HEADS
@@ -151,9 +167,8 @@ def attend_listed(
             j = listed_keys(listed, u, KEYS, BLOCK)
             y = load_keys(keys, j, stride_kt, None, DIM, DIM_PAD)
             s = tl.dot(x, y, input_precision=PRECISION)
-            p = tl.exp2(s * factor - top[:, None])
-            share = listed_shares(weights, u, KEYS, BLOCK)
-            p *= tl.where((u + key // BLOCK)[None] < seen[:, None], share[None], 0.0)
+            at_top = listed_shifts(weights, u, seen, top, KEYS, BLOCK, FADES)
+            p = tl.exp2(tl.fma(s, tl.broadcast_to(factor, s.shape), at_top))
             z = load_values(values, j, stride_vt, None, VALUE_DIM, VALUE_PAD)
             acc, total = add_shifted(acc, total, p, z, ROWS, KEYS, PRECISION)
 

@@ -66,7 +66,7 @@ def settle_parts(
     KV_HEADS: tl.constexpr, WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr,
     FANOUT: tl.constexpr, BEAM: tl.constexpr, QUERY_BLOCK: tl.constexpr, DENSE_END: tl.constexpr,
     ROOM: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, CHOICES: tl.constexpr,
-    LIST: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr, LAYOUT: tl.constexpr,
+    LIST: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Adds to ``choices`` by the votes, and lists what each block executes as ``list_blocks`` does."""
     i = tl.program_id(0)
@@ -81,7 +81,7 @@ def settle_parts(
         settle(
             kept, made, votes + at * (QUERY_BLOCK * (WIDTH_PAD + FANOUT)), t0, low, high, least,
             WINDOW, SINK, BLOCK, FANOUT, BEAM, QUERY_BLOCK, ROOM, WIDTH, WIDTH_PAD, CHOICES, PARTS, BITS,
-            False,
+            ROWS, False,
         )  # fmt: skip
         tl.debug_barrier()  # every thread has written its choices
         list_block(
