@@ -11,8 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from retrofit.capture.analyse import Analysis, Found, Progress
+from retrofit.capture.export import is_record
 from retrofit.errors import RetrofitError, VerificationError
 from retrofit.exchange import dense, put_back, put_in
 from retrofit.reports import Verification
@@ -131,11 +133,17 @@ def _unfit(
                     f"the model reads what its attention gives at padding ({probe}), as by pooling such a row; "
                     "a converted site gives nothing there"
                 )
-            reasons[kind] = reason + (f"; {doubt}" if doubt else "")
+            reasons[kind] = reason + (f"; {doubt}" if doubt else "") + _emptied(of_kind[0][1])
     if not reasons:
         raise first
     unfit = _to_blame(model, check, kinds, list(reasons)) if len(reasons) > 1 else list(reasons)
     return {item.path: reasons[kind] for kind in unfit for item, _ in kinds[kind]}
+
+
+def _emptied(site: RetrofittedAttention) -> str:
+    """What ``site`` returns without the tensors that the original has there."""
+    records = [type(leaf).__name__ for leaf in pytree.tree_leaves(site.plan.output) if is_record(leaf)]
+    return f"; tensors in the {records[0]} that it returns become None" if records else ""
 
 
 def _to_blame(
@@ -168,7 +176,8 @@ def _real_tokens(analysis: Analysis, candidates: Sequence[Candidate]) -> list[Te
     for number, (probe, output) in enumerate(zip(analysis.probes, analysis.outputs, strict=True)):
         shape = first_tensor(output).shape
         calls = [item.calls[number].keep for item, _ in candidates if len(item.calls) == len(analysis.probes)]
-        known = [for_rows(keep, shape[0]) for keep in (probe.keep, *calls) if keep is not None]
+        given = [keep for keep in (probe.keep, *calls) if keep is not None and shape]  # a loss has no rows
+        known = [for_rows(keep, shape[0]) for keep in given]
         fitting = [keep for keep in known if keep.shape == shape[:2]]
         found.append(fitting[0] if fitting else None)
     return found

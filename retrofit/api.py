@@ -20,10 +20,11 @@ from retrofit.capture.analyse import Found, Progress, analyse
 from retrofit.capture.probes import ExampleInputs, is_transformers
 from retrofit.capture.site_plan import Refused, SitePlan
 from retrofit.configs import DenseConfig, HSAConfig, TargetConfig
-from retrofit.errors import ModelLoadError, NoAttentionFound, VerificationError
+from retrofit.errors import CaptureError, ModelLoadError, NoAttentionFound, VerificationError
 from retrofit.exchange import dense as dense
-from retrofit.exchange import originals, put_back, put_in
+from retrofit.exchange import originals, outlined, put_back, put_in
 from retrofit.exchange import sites as sites
+from retrofit.outlined import with_parts
 from retrofit.reports import ConvertReport, InspectReport, RevertReport, SiteInfo
 from retrofit.selection import Selection, attention_paths, first_match, matching, of_kind, side
 from retrofit.site import RetrofittedAttention, build_target
@@ -52,9 +53,11 @@ def inspect(
     Raises:
         CaptureError: If an example is needed, or the model cannot be called with it.
     """
-    targets = {path: site.retrofit.config.target for path, site in sites(model)}
+    converted = sites(model)
+    targets = {path: site.retrofit.config.target for path, site in converted}
     with originals(model):
-        found = analyse(model, example_inputs, progress).found
+        analysis = analyse(model, example_inputs, progress)
+        found = with_parts(model, analysis, outlined([site for _, site in converted]), progress).found
     numbers = attention_paths(found)
     infos = tuple(_info(item, targets.get(item.path), numbers) for item in found)
     return InspectReport(infos, observed=len(found))
@@ -88,7 +91,8 @@ def convert(
         NoAttentionFound: If no site can be converted; lists what was looked at and why it was refused.
         ConfigError: If ``where``, ``kind``, ``skip`` or a glob matches no site.
         VerificationError: If no rewritten site reproduces the original; says what each did.
-        CaptureError: If an example is needed, or the model cannot be called with it.
+        CaptureError: If an example is needed, or the model cannot be called with it, or a site that is to stay is part
+            of a module that does something else with it than with the last one.
     """
     return _convert(model, config, example_inputs, (where, kind, skip), progress, implementation, {})
 
@@ -134,6 +138,7 @@ def _convert(
     try:
         put_back(model)
         analysis = analyse(model, example_inputs, progress)
+        analysis = with_parts(model, analysis, outlined([site for _, site in before]), progress)
         found = analysis.found
         if not any(isinstance(item.plan, SitePlan) for item in found):
             raise NoAttentionFound(_none_found(model, found))
@@ -147,6 +152,11 @@ def _convert(
             if item.path in left_out or target is None:
                 skipped[item.path] = left_out.get(item.path, "no glob of config matches")
                 if item.path in earlier and skipped[item.path] != KEPT_DENSE:
+                    if earlier[item.path].original is not item.module:
+                        raise CaptureError(
+                            f"{item.path} cannot stay as it is, as the module around it does something else with "
+                            "this example than with the one before; convert it as well, or revert first"
+                        )
                     kept.append(earlier[item.path])
                     skipped[item.path] += f"; stays {earlier[item.path].retrofit.config.target}"
             elif isinstance(item.plan, Refused):

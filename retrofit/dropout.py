@@ -9,6 +9,7 @@ from torch import nn
 from retrofit.errors import CaptureError
 
 if TYPE_CHECKING:
+    from retrofit.captured_module import CapturedModule
     from retrofit.site import RetrofittedAttention
 
 
@@ -35,7 +36,7 @@ def dropout_of(site: RetrofittedAttention) -> float:
     return float(value)
 
 
-def check_trainable(site: RetrofittedAttention) -> None:
+def check_trainable(site: CapturedModule) -> None:
     """Refuses to train with dropout that the captured graph would leave out.
 
     Raises:
@@ -44,7 +45,7 @@ def check_trainable(site: RetrofittedAttention) -> None:
     plan = site.plan
     if plan.untrainable is not None:
         raise CaptureError(
-            f"{site.path} cannot be trained with its dropout: {plan.untrainable}; set its dropout to 0 and convert "
+            f"{site.path} cannot be trained: {plan.untrainable}; set its dropout to 0 and convert "
             "again, or call eval() on the site"
         )
     if plan.training is not None:
@@ -58,7 +59,7 @@ def check_trainable(site: RetrofittedAttention) -> None:
             _refuse(site, f"{name}.p", child.p)
 
 
-def _refuse(site: RetrofittedAttention, name: str, value: float) -> None:
+def _refuse(site: CapturedModule, name: str, value: float) -> None:
     raise CaptureError(
         f"{site.path}.{name} must be 0 as when the site was converted, got {value}; convert again, or call eval() "
         "on the site"

@@ -11,10 +11,36 @@ from contextlib import contextmanager
 from torch import nn
 
 from retrofit import masks, outputs
+from retrofit.capture.attend import Attend
+from retrofit.capture.outline import Outline
 from retrofit.capture.probes import is_transformers
+from retrofit.captured_module import CapturedModule
 from retrofit.site import RetrofittedAttention
 
+_AROUND = "_around"
 _NESTED = "_retrofit_use_nested_tensor"
+
+
+class Outlined(CapturedModule):
+    """Runs a module that has several attentions, each of them a child of its own.
+
+    Args:
+        original: The module whose place this takes.
+        path: Where it is in the model.
+        outline: The module without its attentions.
+    """
+
+    def __init__(self, original: nn.Module, path: str, outline: Outline) -> None:
+        super().__init__(original, path, outline.plan, outline.attends)
+        self.attends = tuple(outline.attends)
+        for attend in outline.attends.values():
+            vars(attend)[_AROUND] = (self,)
+
+
+def outlined(converted: Sequence[RetrofittedAttention]) -> dict[str, Outlined]:
+    """The modules with several attentions that ``converted`` are parts of, by path."""
+    found = [vars(site.original)[_AROUND][0] for site in converted if isinstance(site.original, Attend)]
+    return {around.path: around for around in found}
 
 
 def sites(model: nn.Module) -> list[tuple[str, RetrofittedAttention]]:
@@ -53,8 +79,7 @@ def put_in(model: nn.Module, converted: Sequence[RetrofittedAttention]) -> None:
     """Puts sites in the place of their originals and has what surrounds them deal with them."""
     if not converted:
         return
-    for site in sorted(converted, key=lambda site: site.path.count(".")):  # what is around another one first
-        _exchange(model, site.original, site)
+    exchange_all(model, [*outlined(converted).values(), *converted])
     masks.enable(model)
     _keep_padded(model)
     if is_transformers(model):
@@ -63,15 +88,26 @@ def put_in(model: nn.Module, converted: Sequence[RetrofittedAttention]) -> None:
 
 def put_back(model: nn.Module) -> None:
     """Puts the originals of all sites back, with the children as they are now."""
-    found = sites(model)
-    if not found:
+    if not sites(model):
         return
     masks.restore(model)
     _release_padded(model)
     if is_transformers(model):
         outputs.release(model)
-    for _, site in found:
-        _exchange(model, site, site.restored())
+    exchange_back(model)
+
+
+def exchange_all(model: nn.Module, captured: Sequence[CapturedModule]) -> None:
+    """Puts each in the place of its original, and does no more."""
+    for module in sorted(captured, key=lambda module: module.path.count(".")):  # the outer ones first
+        _exchange(model, module.original, module)
+
+
+def exchange_back(model: nn.Module) -> None:
+    """Undoes :func:`exchange_all`."""
+    captured = [module for module in model.modules() if isinstance(module, CapturedModule)]
+    for module in reversed(captured):  # the outer ones last: they hand on the children they have
+        _exchange(model, module, module.restored())
 
 
 def _exchange(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

@@ -65,7 +65,7 @@ def proof(site: RetrofittedAttention) -> str:
         f"{plan.kind} {plan.keys} {plan.key_inputs}",
         *(f"{path} {value!r}" for path, value in plan.known if isinstance(value, (bool, int, float, str))),
         repr((plan.inputs, plan.mask, plan.mask_argument, plan.keep_mask, plan.scale, plan.dropout)),
-        repr((plan.softcap, plan.step)),
+        repr((plan.softcap, plan.step, plan.guards)),
         repr((plan.heads, plan.kv_heads, plan.head_dim, plan.value_dim)),
         *(f"{name} {value.tolist()}" for name, value in plan.constants),
     ]

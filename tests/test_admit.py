@@ -196,3 +196,29 @@ def test_padding_is_not_compared(length_first):
         expected, got = expected.transpose(0, 1), got.transpose(0, 1)
     assert relative_error(got, expected, keep) == 0
     assert relative_error(got * 2, expected, keep) > 0.5
+
+
+def test_a_model_may_return_a_number() -> None:
+    class Loss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = Padded()
+
+        def forward(self, x: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+            return (self.attention(x, keep) * keep[..., None]).square().mean()
+
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Linear(16, 48)
+
+        def forward(self, x: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+            q, k, v = (part.unflatten(2, (2, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1))
+            found = F.scaled_dot_product_attention(q, k, v, attn_mask=(keep != 0)[:, None, None])
+            return found.transpose(1, 2).flatten(2)
+
+    model, x, keep = Loss().eval(), torch.randn(2, 11, 16), torch.ones(2, 11)
+    keep[0, 6:] = 0
+    expected = model(x, keep)
+    assert len(api.convert(model, DenseConfig(), (x, keep)).converted) == 1
+    torch.testing.assert_close(model(x, keep), expected, rtol=1e-5, atol=1e-5)

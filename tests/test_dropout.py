@@ -154,8 +154,67 @@ def test_what_does_more_in_training_is_refused_there() -> None:
     expected = model.eval()(x)
     retrofit.convert(model, DenseConfig(), (x,))
     torch.testing.assert_close(model(x), expected)
-    with pytest.raises(CaptureError, match="0 cannot be trained with its dropout: in training it does more"):
+    with pytest.raises(CaptureError, match="0 cannot be trained: in training it does more"):
         model.train()(x)
+
+
+class Mode(nn.Module):
+    """Does something else in training, without a random number."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.qkv, self.norm, self.what = nn.Linear(WIDTH, 3 * WIDTH), nn.BatchNorm1d(WIDTH), what
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.what == "a child":
+            x = self.norm(x.transpose(1, 2)).transpose(1, 2)
+        elif self.what == "statistics":
+            x = F.batch_norm(
+                x.transpose(1, 2), self.norm.running_mean, self.norm.running_var, training=self.training
+            ).transpose(1, 2)
+        q, k, v = (part.unflatten(2, (HEADS, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1))
+        causal = self.training and self.what == "a mask"
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("what", ["a child", "statistics", "a mask"])
+def test_what_differs_in_training_is_carried_over_or_refused_there(what: str) -> None:
+    model, x = nn.Sequential(Mode(what)).eval(), torch.randn(3, TOKENS, WIDTH)
+    expected = model(x)
+    retrofit.convert(model, DenseConfig(), (x,))
+    torch.testing.assert_close(model(x), expected)
+    norm: Any = model.get_submodule("0.norm")
+    assert not norm.running_mean.any()  # nothing of the examples is left there
+    model.train()
+    if what != "a child":
+        with pytest.raises(CaptureError, match="0 cannot be trained: in training it does more than drop out"):
+            model(x)
+        return
+    trained = model(x)
+    retrofit.revert(model)
+    torch.testing.assert_close(trained, model(x))
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_modules_of_torch_drop_weights(whole: bool) -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mha = nn.MultiheadAttention(WIDTH, HEADS, dropout=0.5, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.mha(x, x, x, need_weights=whole)[0]
+
+    model, x = nn.Sequential(Attention()).eval(), torch.randn(2, TOKENS, WIDTH)
+    expected = model(x)
+    retrofit.convert(model, DenseConfig(), (x,))
+    model.train()
+    drawn = torch.stack([model(x) for _ in range(500)])
+    assert float(drawn.std(0).min()) > 0
+    torch.testing.assert_close(drawn.mean(0), expected, rtol=0, atol=0.1)
+    site: Any = model.get_submodule("0.mha")
+    site.original.dropout = 0.0
+    torch.testing.assert_close(model(x), expected)
 
 
 def test_dropout_that_was_zero_at_the_conversion_is_not_left_out() -> None:

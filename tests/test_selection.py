@@ -22,7 +22,7 @@ KINDS = {
     "decoder.0.cross": "cross",
     "head.attention": "unknown",
 }
-FOUND = [Found(path, nn.Identity(), Refused("", kind), (), 0) for path, kind in KINDS.items()]
+FOUND = [Found(path, nn.Identity(), Refused("", kind), (), (), 0) for path, kind in KINDS.items()]
 NUMBERED = [path for path, kind in KINDS.items() if kind != "other"]
 
 
@@ -65,7 +65,7 @@ def test_what_matches_nothing_is_an_error(selection, message):
 
 
 def test_a_path_that_is_a_number_comes_first():
-    found = [Found(path, nn.Identity(), Refused("", "self"), (), 0) for path in ("1", "0")]
+    found = [Found(path, nn.Identity(), Refused("", "self"), (), (), 0) for path in ("1", "0")]
     assert matching("0", found, "where") == {"0"}
     assert matching(0, found, "where") == {"1"}
 

@@ -71,7 +71,7 @@ def target_call(
         output = next(item for item in graph.nodes if item.op == "output")
         output.replace_input_with(bias, whole)
     graph.erase_node(node)
-    _free_layout(call)
+    free_layout(call)
     remove_dead(graph)
     for item in list(graph.nodes):
         if item.op == "placeholder" and not item.users and item is not context:
@@ -93,7 +93,7 @@ def _rest(*values: Any) -> tuple[Any, ...]:
     return tuple(kept)
 
 
-def _free_layout(call: Node) -> None:
+def free_layout(call: Node) -> None:
     """Turns views of what the target returns into reshapes: its strides are not those of SDPA.
 
     Export drops a ``contiguous()`` where SDPA's own strides make it superfluous.

@@ -20,6 +20,7 @@ from retrofit.capture.record import OwnerCall, Recording, record
 from retrofit.capture.site_plan import Refused, SitePlan
 from retrofit.capture.used import refuse_used
 from retrofit.errors import CaptureError, RetrofitError
+from retrofit.passes.attention.masks import MaskSample
 
 Progress = Callable[[str, int, int], None]
 """Called as progress(what, done, total)."""
@@ -30,6 +31,8 @@ class Found:
     """One module that owns attention, with its calls on the probes.
 
     Attributes:
+        calls: Its first call on each probe.
+        every: All its calls.
         flops: Operations of its attention in all its calls on the first probe it was called on.
     """
 
@@ -37,6 +40,7 @@ class Found:
     module: nn.Module
     plan: SitePlan | Refused
     calls: Sequence[ProbedCall]
+    every: Sequence[OwnerCall]
     flops: int
 
 
@@ -60,10 +64,33 @@ def analyse(
 ) -> Analysis:
     """Probes ``model``, which has its original attention, and plans what can be converted."""
     with restored(model.modules()):
-        return _analyse(model, make_probes(model, example_inputs), progress)
+        return _analyse(model, make_probes(model, example_inputs), None, progress)
 
 
-def _analyse(model: nn.Module, probes: Sequence[Probe], progress: Progress | None) -> Analysis:
+def analyse_again(
+    model: nn.Module,
+    probes: Sequence[Probe],
+    far: Mapping[str, Sequence[MaskSample]],
+    progress: Progress | None,
+) -> Sequence[Found]:
+    """Plans some modules alone, on the same probes.
+
+    Args:
+        model: The model.
+        probes: The calls of it.
+        far: Paths of the modules, with their masks far beyond the example, where those are made outside of them.
+        progress: Called as ``progress(path, done, total)``.
+    """
+    with restored(model.modules()):
+        return _analyse(model, probes, far, progress).found
+
+
+def _analyse(
+    model: nn.Module,
+    probes: Sequence[Probe],
+    only: Mapping[str, Sequence[MaskSample]] | None,
+    progress: Progress | None,
+) -> Analysis:
     calls: dict[str, list[ProbedCall]] = {}
     every: dict[str, list[OwnerCall]] = {}
     flops: dict[str, int] = {}
@@ -75,6 +102,8 @@ def _analyse(model: nn.Module, probes: Sequence[Probe], progress: Progress | Non
             exchanged |= recording.exchanged
             outputs.append(recording.output)
             for path, of_path in recording.owners.items():
+                if only is not None and path not in only:
+                    continue
                 first = of_path[0]
                 flops.setdefault(path, sum(call.flops for call in of_path))
                 every.setdefault(path, []).extend(of_path)
@@ -83,35 +112,34 @@ def _analyse(model: nn.Module, probes: Sequence[Probe], progress: Progress | Non
         if path in calls:
             # In the call that brought the new module, what it did was seen as done by the one around it.
             calls.pop(path.rpartition(".")[0], None)
-    planner = Planner(managed=is_transformers(model))
+    far = {model.get_submodule(path): samples for path, samples in (only or {}).items()}
+    planner = Planner(managed=is_transformers(model), far=far)
     planned: dict[str, Found] = {}
     # Inner modules first: a router's softmax inside does not make its parent anything but attention.
     for done, (path, of_owner) in enumerate(sorted(calls.items(), key=lambda item: -item[0].count("."))):
         module = model.get_submodule(path)
-        inner = next(
-            (
-                p
-                for p, item in planned.items()
-                if p.startswith(f"{path}." if path else "") and getattr(item.plan, "kind", "") != "other"
-            ),
-            None,
-        )
+        inner = [
+            p
+            for p, item in planned.items()
+            if p.startswith(f"{path}." if path else "") and getattr(item.plan, "kind", "") != "other"
+        ]
+        inlined = next((p for p in inner if not _is_opaque(path, p, of_owner[0].call)), None)
         plan: SitePlan | Refused
         with_keep: Sequence[ProbedCall] = of_owner
         if path in exchanged or any(top.startswith(f"{path}.") for top in exchanged):
             plan = Refused(_replaced(path, exchanged))
-        elif inner is not None and not flops[path]:
-            plan = Refused(f"a softmax besides the attention of {inner}, between no two products", "other")
-        elif inner is not None and not _is_opaque(path, inner, of_owner[0].call):
-            plan = Refused(f"it has a softmax of its own around the attention of {inner}")
+        elif inner and not flops[path]:
+            plan = Refused(f"a softmax besides the attention of {inner[0]}, between no two products", "other")
+        elif inlined is not None:
+            plan = Refused(f"it has a softmax of its own around the attention of {inlined}")
         elif not path:
             plan = Refused("the attention is the whole model; wrap it in a module that holds it")
         else:
             try:
                 plan, with_keep = planner.plan(module, of_owner, every[path])
             except Exception as error:  # one module that cannot be understood must not keep the others
-                plan = Refused(_line(error))
-        planned[path] = Found(path, module, plan, with_keep, flops[path])
+                plan = Refused(reason_in(error))
+        planned[path] = Found(path, module, plan, with_keep, every[path], flops[path])
         if progress is not None:
             progress(f"capture {path}", done + 1, len(calls))
     kept = {path: frozenset().union(*(call.kept for call in of_owner)) for path, of_owner in every.items()}
@@ -138,7 +166,7 @@ def _replaced(path: str, exchanged: Mapping[str, tuple[str, str]]) -> str:
     )
 
 
-def _line(error: Exception) -> str:
+def reason_in(error: Exception) -> str:
     """The reason in an error; one that is not retrofit's own names its type."""
     first = (str(error).strip().splitlines() or [""])[0]
     return (

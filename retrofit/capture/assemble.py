@@ -85,13 +85,18 @@ def function_of(graph: Graph, results: tuple[Any, ...]) -> Source:
 
 def copied(normalized: Normalized) -> tuple[Graph, Node]:
     """A copy of the graph, and its attention in it."""
-    graph = Graph()
-    copied: dict[Node, Node] = {}
-    graph.output(graph.graph_copy(normalized.captured.graph, copied))
+    graph, copies = copied_graph(normalized.captured.graph)
     assert normalized.attention is not None
-    attention = copied[normalized.attention]
-    attention.meta = dict(normalized.attention.meta)
-    return graph, attention
+    return graph, copies[normalized.attention]
+
+
+def copied_graph(graph: Graph) -> tuple[Graph, dict[Node, Node]]:
+    """A copy of ``graph``, and what each of its nodes is there."""
+    new, copies = Graph(), dict[Node, Node]()
+    new.output(new.graph_copy(graph, copies))
+    for node, copy in copies.items():
+        copy.meta = dict(node.meta)
+    return new, copies
 
 
 def _output(graph: Graph) -> Node:

@@ -62,6 +62,16 @@ def symbols_of(graph: Graph, values: Mapping[str, Any]) -> dict[sympy.Symbol, in
     return known
 
 
+def input_dims(graph: Graph) -> dict[sympy.Symbol, tuple[str, int]]:
+    """The placeholder and the dimension of it that each symbol stands for; the first that has it."""
+    found: dict[sympy.Symbol, tuple[str, int]] = {}
+    for node in graph.nodes:
+        for dim, size in enumerate(shape(node) or () if node.op == "placeholder" else ()):
+            if isinstance(size, torch.SymInt) and size.node._expr.is_Symbol:
+                found.setdefault(size.node._expr, (node.name, dim))
+    return found
+
+
 def concrete(sizes: tuple[Any, ...], known: Mapping[sympy.Symbol, int]) -> tuple[int, ...]:
     """``sizes`` as numbers.
 

@@ -6,13 +6,15 @@ module + call  →  torch.export of flat tensors, dynamic batch and length, chil
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import combinations
+from dataclasses import dataclass, replace
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, nn
 from torch.export.graph_signature import InputKind, OutputKind
@@ -28,6 +30,7 @@ from retrofit.capture.call import (
     same_tensors,
     tensor_leaves,
 )
+from retrofit.capture.dynamic import batches, dynamic, keys_of_queries
 from retrofit.capture.kept import restored
 from retrofit.capture.record import OwnerCall, slow_path
 from retrofit.capture.standin import (
@@ -53,6 +56,8 @@ class Captured:
         constants: Tensors the forward made once, by the attribute name the graph uses.
         same: Arguments that must be the same tensor as another one, as they were in the call.
         rows: Inputs whose one row stands for every row of the batch; the graph takes them expanded.
+        unfit: What it returns besides that no graph can give; None if there is no such thing.
+        conditions: What export found out about the sizes on the way, each a guard of torch's.
     """
 
     graph: Graph
@@ -61,6 +66,8 @@ class Captured:
     constants: Mapping[str, Tensor]
     same: Mapping[LeafPath, LeafPath]
     rows: tuple[LeafPath, ...]
+    unfit: str | None
+    conditions: tuple[Any, ...]
 
     def sizes(self) -> dict[LeafPath, tuple[int | None, ...]]:
         """The sizes that the graph is made for, of each input, also where it reads nothing else of it.
@@ -93,16 +100,49 @@ class _FlatCall(nn.Module):
 
     def forward(self, *tensors: Tensor) -> list[Tensor]:
         values, paths, same, alone = self.__dict__["_call"]
-        for place, dim in _batches(tensors):
+        for place, dim in batches(tensors):
             torch._check(tensors[place].shape[dim] == tensors[0].shape[dim])
-        for place in _keys_of_queries(tensors) if alone else ():
+        for place in keys_of_queries(tensors) if alone else ():
             torch._check(tensors[place].shape[2] == tensors[0].shape[2])
         given = dict(zip(paths, tensors, strict=True))
         given.update({path: given[first] for path, first in same.items()})
         found, spec = pytree.tree_flatten(self.site(**rebuild(values, given)))
-        template = [TENSOR if isinstance(leaf, Tensor) else leaf for leaf in found]
+        self.__dict__["_unfit"] = _unfit(self.site, found)
+        template = [TENSOR if isinstance(leaf, Tensor) else emptied(leaf) for leaf in found]
         self.__dict__["_returned"] = pytree.tree_unflatten(template, spec)
         return [leaf for leaf in found if isinstance(leaf, Tensor)]
+
+
+def _unfit(module: nn.Module, leaves: Sequence[Any]) -> str | None:
+    """What among the results of ``module`` no graph can give: numbers that follow from sizes, and other objects."""
+    for leaf in leaves:
+        if isinstance(leaf, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            return f"{type(module).__name__}.forward returns a number that depends on the sizes of its inputs"
+        plain = isinstance(leaf, (Tensor, type(None), bool, int, float, str, torch.dtype, torch.device))
+        if not plain and not is_record(leaf):
+            return (
+                f"{type(module).__name__}.forward returns a {type(leaf).__name__}, which is neither a tensor nor a "
+                "tuple, dict or dataclass of tensors"
+            )
+    return None
+
+
+def is_record(value: Any) -> bool:
+    """Whether ``value`` is a dataclass, which torch takes for one leaf, whatever is in it."""
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
+
+
+def emptied(value: Any) -> Any:
+    """``value``; of a dataclass a copy with None in the place of tensors, as of weights that nobody gets."""
+    if not is_record(value):
+        return value
+    copied = copy.copy(value)
+    for field in dataclasses.fields(value):
+        item = getattr(value, field.name)
+        symbolic = (Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
+        lost = any(isinstance(leaf, symbolic) for leaf in pytree.tree_leaves(item))
+        object.__setattr__(copied, field.name, None if lost else emptied(item))
+    return copied
 
 
 def capture(module: nn.Module, call: OwnerCall, *, training: bool = False) -> Captured:
@@ -134,16 +174,21 @@ def capture(module: nn.Module, call: OwnerCall, *, training: bool = False) -> Ca
             fixed_causality(),
             stand_ins(module, call.children) as traced,
         ):
-            program = torch.export.export(flat, example, dynamic_shapes=(_dynamic(example),), strict=False)
+            program = torch.export.export(flat, example, dynamic_shapes=(dynamic(example),), strict=False)
+            conditions = _conditions(program)
             if any(_changes(node) for node in program.graph.nodes):
                 program = program.run_decompositions({})
+                # It asserts all conditions again, those of torch's own code as well.
+                again = (guard for guard in _conditions(program) if fixes_a_size(guard.expr))
+                conditions = (*conditions, *again)
     except CaptureError:
         raise
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CaptureError(f"torch.export of {type(module).__name__} failed: {first}") from error
-    returned = flat.__dict__["_returned"]
-    return _as_graph(program, module, paths, traced, returned, same, rows)
+    returned, unfit = flat.__dict__["_returned"], flat.__dict__["_unfit"]
+    captured = _as_graph(program, module, paths, traced, returned, same, rows)
+    return replace(captured, unfit=unfit, conditions=conditions)
 
 
 @contextmanager
@@ -177,6 +222,23 @@ def expanded(tensor: Tensor, first: Tensor) -> Tensor:
     return tensor.expand(first.shape[0], *tensor.shape[1:]) if tensor.shape[0] == 1 else tensor
 
 
+def symbolic(value: Any) -> list[torch.SymInt]:
+    """The sizes in the value of a node that stand for any number."""
+    sizes = value.shape if isinstance(value, Tensor) else [value]
+    return [size for size in sizes if isinstance(size, torch.SymInt)]
+
+
+def fixes_a_size(condition: Any) -> bool:
+    """Whether a condition makes a size a number."""
+    return isinstance(condition, sympy.Eq) and any(side.is_number for side in condition.args)
+
+
+def _conditions(program: torch.export.ExportedProgram) -> tuple[Any, ...]:
+    sizes = (size for node in program.graph.nodes for size in symbolic(node.meta.get("val")))
+    first = next(sizes, None)
+    return () if first is None else tuple(first.node.shape_env.guards)
+
+
 def _changes(node: Node) -> bool:
     """Whether ``node`` changes one of its arguments."""
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
@@ -188,69 +250,6 @@ def without_cache(values: Mapping[str, Any]) -> dict[str, Any]:
     if "use_cache" in kept:
         kept["use_cache"] = False
     return kept
-
-
-def _dynamic(example: tuple[Tensor, ...]) -> tuple[dict[int, Any], ...]:
-    """Marks batch and length: the sizes of the first tensor's dimension 0 and of its length dimension.
-
-    Further sequences, as those that cross-attention sees, have lengths of their own. A size of 2 away from the
-    front is more likely a pair than a batch.
-    """
-    first = example[0]
-    batch = first.shape[0]
-    lengths = {first.shape[2] if first.dim() == 4 else first.shape[1] if first.dim() > 1 else 0}
-    lengths |= {example[place].shape[1 - dim] for place, dim in _batches(example)}
-    lengths |= {tensor.shape[2] for tensor in example if tensor.dim() == first.dim() == 4}
-    lengths |= {sum(pair) for pair in combinations(lengths, 2)}  # of sequences that attend as one
-    # A sequence [B, N, C] of as many tokens as channels has no second length.
-    square = first.shape if first.dim() == 3 and first.shape[1] == first.shape[2] else None
-    auto = torch.export.Dim.AUTO
-    return tuple(
-        {
-            dim: auto
-            for dim, size in enumerate(tensor.shape)
-            if size > 1
-            and (
-                (size == batch and (dim == 0 or size > 2))
-                or (size in lengths and not (dim == 2 and tensor.shape == square))
-                or (dim == 0 and tensor.dim() > 2 and size % batch == 0)  # (batch heads) …
-                or _counts_blocks(tensor, dim, lengths)
-            )
-        }
-        for tensor in example
-    )
-
-
-def _counts_blocks(tensor: Tensor, dim: int, lengths: set[int]) -> bool:
-    """Whether a sequence in blocks, as of [B, H, blocks, 16, 48], has as many as ``tensor`` has in ``dim``."""
-    count, blocks = tensor.shape[dim], tensor.shape[dim + 1 :]
-    return tensor.dim() > 4 and any(
-        (count - 1) * block < length <= count * block for block in blocks for length in lengths
-    )
-
-
-def _batches(tensors: tuple[Tensor, ...]) -> list[tuple[int, int]]:
-    """Which tensors are sequences of another length than the first, and which of their dimensions is its batch."""
-    first = tensors[0]
-    found = []
-    for place, tensor in enumerate(tensors):
-        if tensor.is_floating_point() and tensor.dim() == first.dim() == 3:
-            same = [dim for dim in (0, 1) if _hint(tensor.shape[dim]) == _hint(first.shape[dim])]
-            if len(same) == 1:
-                found.append((place, same[0]))
-    return found
-
-
-def _keys_of_queries(tensors: tuple[Tensor, ...]) -> list[int]:
-    """Which tensors [B, H, N, D] are as long as the first one, of a call that is handed ready-made q, k and v."""
-    if len(tensors) < 3 or any(tensor.dim() != 4 for tensor in tensors[:3]):
-        return []
-    return [place for place in (1, 2) if _hint(tensors[place].shape[2]) == _hint(tensors[0].shape[2])]
-
-
-def _hint(size: int | torch.SymInt) -> int | None:
-    """The size in the example, whether or not it is a symbol now."""
-    return size if isinstance(size, int) else size.node.hint
 
 
 def _as_graph(
@@ -265,7 +264,7 @@ def _as_graph(
     signature = program.graph_signature
     if any(spec.kind is not OutputKind.USER_OUTPUT for spec in signature.output_specs):
         raise CaptureError(
-            f"{type(module).__name__}.forward changes a buffer, which a shared graph cannot do"
+            f"{type(module).__name__}.forward changes a buffer or an input, which a shared graph cannot do"
         )
     specs = {spec.arg.name: spec for spec in signature.input_specs}
     graph = Graph()
@@ -318,7 +317,7 @@ def _as_graph(
     _prefer_first(graph)
     remove_dead(graph)
     graph.lint()
-    return Captured(graph, inputs, returned, constants, same, rows)
+    return Captured(graph, inputs, returned, constants, same, rows, None, ())
 
 
 def _live_name(module: nn.Module, value: Any) -> str | None:

@@ -47,6 +47,7 @@ class Normalized:
         reason: Why there is none.
         kind: What kind of module it is then.
         nearest: The refusal of the rule that came nearest to it.
+        several: The canonical nodes, if there are more than one.
     """
 
     captured: Captured
@@ -54,6 +55,7 @@ class Normalized:
     reason: str
     kind: str = "unknown"
     nearest: Refusal | None = None
+    several: tuple[Node, ...] = ()
 
 
 def kind_of(attention: Node) -> str:
@@ -86,12 +88,15 @@ def is_pooled(attention: Node) -> bool:
     return not of_q or of_k <= of_q
 
 
-def one_block(attention: Node) -> str | None:
-    """Why attention within blocks of a sequence cannot be read from an example of one; None if it can."""
+def too_short(attention: Node) -> str | None:
+    """Why an example of one block of a sequence, or of one token, does not show what a module does; None if it does."""
     heads = (shape(attention.args[0]) or ())[1]
-    if size_of(heads).is_number:
-        return None
-    return "the sequence is cut into blocks, and the example is no longer than one; convert with a longer example"
+    keys = (shape(attention.args[1]) or ())[2]
+    if not size_of(heads).is_number:
+        return "the sequence is cut into blocks, and the example is no longer than one; convert with a longer example"
+    if size_of(keys) == 1:
+        return "the example has one key alone, which shows nothing of the mask; convert with a longer example"
+    return None
 
 
 def values_of(captured: Captured, call: OwnerCall, signature: Signature) -> dict[str, Any]:

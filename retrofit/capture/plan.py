@@ -6,18 +6,21 @@ calls of a module on the probes  →  one graph per spelling of the call  →  c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import Node
 
 from retrofit.capture.assemble import assembled, assembled_keys
-from retrofit.capture.call import CACHE_NAMES, LeafPath, Signature, is_cache, leaves
+from retrofit.capture.attend import Attend
+from retrofit.capture.call import CACHE_NAMES, LeafPath, Signature
+from retrofit.capture.call_plan import parts_of_call
 from retrofit.capture.cross import cross_mask
 from retrofit.capture.export import Captured, capture
+from retrofit.capture.guards import Guard, guards_of, guards_of_one
 from retrofit.capture.identity import identity
 from retrofit.capture.ignored import GOES_AROUND, ignored_arguments
 from retrofit.capture.mask_argument import MaskArgument, is_mask_of, mask_argument
@@ -29,9 +32,9 @@ from retrofit.capture.observe import (
     learned_mask,
     longer_samples,
     mask_paths_of,
-    one_block,
     sample_of,
     selection,
+    too_short,
 )
 from retrofit.capture.position_bias import (
     StepBias,
@@ -64,14 +67,17 @@ class Planner:
     Args:
         managed: Whether masks come through transformers' mask interface, so that a site gets the padding
             itself and the mask's own computation can go.
+        far: Masks far beyond the example, of modules that are handed masks which sizes alone make.
     """
 
-    def __init__(self, *, managed: bool) -> None:
+    def __init__(self, *, managed: bool, far: Mapping[nn.Module, Sequence[MaskSample]]) -> None:
         self.managed = managed
+        self._far = far
         self.captures = 0
         self._graphs: dict[Any, Normalized] = {}
         self._training: dict[int, Training] = {}
         self._ignored: dict[int, frozenset[str]] = {}
+        self._guards: dict[int, tuple[Guard, ...]] = {}
 
     def plan(
         self, module: nn.Module, calls: Sequence[ProbedCall], every: Sequence[OwnerCall]
@@ -115,11 +121,12 @@ class Planner:
                     normalized.kind,
                     nearest.source if nearest else None,
                     f"{nearest.rule}, all but {nearest.stage}" if nearest else None,
+                    several=bool(normalized.several) and not self.managed,
                 )
             primary = primary or normalized
             kinds.add(kind_of(normalized.attention))
-            if (blocks := one_block(normalized.attention)) is not None:
-                return _refused(normalized.attention, blocks, "the layout")
+            if (short := too_short(normalized.attention)) is not None:
+                return _refused(normalized.attention, short, "the layout")
             chosen_by = selection(normalized.attention)
             if chosen_by is not None and kinds == {"self"}:
                 reason = f"the mask shows the keys that {chosen_by} selects, not all that are real"
@@ -153,7 +160,12 @@ class Planner:
             return _refused(primary.attention, slot, "the place in the cache", kind)
         training = self._in_training(module, calls[0].call, primary)
         if id(primary) not in self._ignored:
-            self._ignored[id(primary)] = ignored_arguments(module, calls[0].call, primary, _normalized)
+            self._ignored[id(primary)] = ignored_arguments(module, calls[0].call, primary, normalized_of)
+            # Steps of single tokens are compared in the whole model where there is a cache.
+            self._guards[id(primary)] = (
+                *guards_of(primary.captured),
+                *guards_of_one(module, primary, calls[0].call, rows_alone=self.managed),
+            )
         hides = self._hides(primary, calls, signature)
         step = step_bias(module, primary, calls[0], hides) if mask.biased and kind == "self" else None
         return _plan(
@@ -167,6 +179,7 @@ class Planner:
             training,
             (hides, step),
             self._ignored[id(primary)],
+            self._guards[id(primary)],
             partial(mask_argument, calls=calls, samples=samples, signature=signature, of_site=mask),
             managed=self.managed,
         )
@@ -187,7 +200,10 @@ class Planner:
         biased = is_biased(module, attention, samples, mask_paths)
         if kind == "cross" and not (biased and self.managed):
             return cross_mask(attention, samples, every, biased=False)
-        longer = longer_samples(module, primary, calls[0].call, Signature.of(module))
+        longer = [
+            *longer_samples(module, primary, calls[0].call, Signature.of(module)),
+            *self._far.get(module, ()),
+        ]
         if not biased:
             return classify([*samples, *longer])
         if (reason := dependence(primary)) is not None:
@@ -222,21 +238,27 @@ class Planner:
     def _in_training(self, module: nn.Module, call: OwnerCall, evaluated: Normalized) -> Training:
         key = id(evaluated)
         if key not in self._training:
-            self._training[key] = training_of(module, call, evaluated, _normalized)
+            self._training[key] = training_of(module, call, evaluated, normalized_of)
         return self._training[key]
 
     def _normalized(self, module: nn.Module, call: OwnerCall, signature: Signature) -> Normalized:
         key = identity(module, call, signature)
         if key not in self._graphs:
             self.captures += 1
-            self._graphs[key] = _normalized(capture(module, call))
+            captured = capture(module, call)
+            if isinstance(module, Attend):  # whose lines are retrofit's own
+                for node in captured.graph.nodes:
+                    node.meta["stack_trace"] = module.trace
+            self._graphs[key] = normalized_of(captured)
         return self._graphs[key]
 
 
-def _normalized(captured: Captured) -> Normalized:
+def normalized_of(captured: Captured) -> Normalized:
     """Finds the one attention of a captured module."""
     refusals = normalize(captured.graph).refusals
     found = attentions(captured.graph)
+    if captured.unfit is not None and (found or not refusals):
+        return Normalized(captured, None, captured.unfit)
     if refusals and not (found and not any(refusal.attention for refusal in refusals)):
         kind = "unknown" if found or any(refusal.attention for refusal in refusals) else "other"
         nearest = max(refusals, key=lambda refusal: (refusal.attention, STAGES.index(refusal.stage)))
@@ -245,7 +267,8 @@ def _normalized(captured: Captured) -> Normalized:
     if len(found) != 1:
         names = f" (at {'; at '.join(map(_where, found))})" if found else ""
         differing = f", which differ in {' and '.join(differences(*found[:2]))}" if found else ""
-        return Normalized(captured, None, f"{len(found)} attentions in one module{differing}{names}")
+        reason = f"{len(found)} attentions in one module{differing}{names}"
+        return Normalized(captured, None, reason, several=tuple(found))
     return Normalized(captured, found[0], "")
 
 
@@ -283,6 +306,7 @@ def _plan(
     training: Training,
     bias: tuple[str | None, StepBias | None],
     ignored: frozenset[str],
+    guards: tuple[Guard, ...],
     read: Callable[[LeafPath], MaskArgument],
     *,
     managed: bool,
@@ -304,33 +328,19 @@ def _plan(
     trained = write(training.normalized) if training.normalized is not None else None
     if trained is not None and trained.inputs != source.inputs:
         training = Training(reason="in training it takes other inputs")
-    inputs = tuple(captured.inputs[name] for name in source.inputs)
     argument = next(iter(mask_paths), None) if managed else None
-    if managed and argument is None and MASK_NAME in signature.names and (MASK_NAME,) not in inputs:
+    taken = {captured.inputs[name] for name in source.inputs}
+    if managed and argument is None and MASK_NAME in signature.names and (MASK_NAME,) not in taken:
         argument = (MASK_NAME,)  # never a tensor on the probes; a converted model may hand padding over
-    bound = signature.bind(call.args, call.kwargs)
     around = (*CACHE_NAMES, *GOES_AROUND, *ignored, slot.argument)
-    known = tuple(
-        (path, value)
-        for path, value in leaves(bound).items()
-        if not isinstance(value, Tensor) and path[0] not in around and not is_cache(value)
-    )
     return SitePlan(
-        source=source.code,
-        keys=None if keys is None else keys.code,
-        key_inputs=() if keys is None else tuple(captured.inputs[name] for name in keys.inputs),
+        **parts_of_call(
+            captured, source, signature, call, around, closed=not managed, guards=guards, mask=argument
+        ),
         training=None if training.reason or trained is None else trained.code,
         untrainable=training.reason,
-        inputs=inputs,
-        sizes=tuple((path, sizes) for path, sizes in captured.sizes().items() if path != argument),
-        same=tuple(captured.same.items()),
-        rows=captured.rows,
-        signature=signature,
-        known=known,
-        only=None if managed else frozenset(bound),  # modules of transformers hand on what they do not know
-        output=captured.output,
-        lost=tuple(place for place, item in enumerate(source.results) if item is None),
-        constants=tuple(captured.constants.items()),
+        keys=None if keys is None else keys.code,
+        key_inputs=() if keys is None else tuple(captured.inputs[name] for name in keys.inputs),
         mask_argument=None if argument is None else read(argument),
         keep_mask=keep_mask,
         mask=mask,
@@ -347,4 +357,5 @@ def _plan(
         sinks=attention.args[8] is not None,
         slot=slot,
         step=step,
+        unkept=frozenset(),
     )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from retrofit.capture.attend import Attend
 from retrofit.capture.call import is_cache
 from retrofit.capture.flops import AttentionFlops
 from retrofit.capture.kept import changed, state_of
@@ -127,6 +128,8 @@ def record(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         around = stack[-1].call if stack else OwnerCall((), {})
         alone = len(_sequences(around.args, around.kwargs)) == 1
+        if isinstance(module, Attend):
+            alone = module.alone
         stack.append(_Frame(module, OwnerCall(args, kwargs, alone=alone)))
 
     def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

@@ -135,6 +135,11 @@ def stand_ins(site: nn.Module, calls: list[ChildCall]) -> Iterator[TracedCalls]:
             parent._modules[name] = child
 
 
+def chosen(condition: torch.SymBool) -> bool:
+    """What a condition of the model's is in the example."""
+    return bool(condition)
+
+
 @contextmanager
 def fixed_causality() -> Iterator[None]:
     """Has SDPA take ``is_causal=tokens > 1`` during an export for what it is in the example.
@@ -144,9 +149,9 @@ def fixed_causality() -> Iterator[None]:
     original = F.scaled_dot_product_attention
 
     def fixed(*args: Any, **kwargs: Any) -> Tensor:
-        args = tuple(bool(value) if isinstance(value, torch.SymBool) else value for value in args)
+        args = tuple(chosen(value) if isinstance(value, torch.SymBool) else value for value in args)
         if isinstance(kwargs.get("is_causal"), torch.SymBool):
-            kwargs["is_causal"] = bool(kwargs["is_causal"])
+            kwargs["is_causal"] = chosen(kwargs["is_causal"])
         return original(*args, **kwargs)
 
     F.scaled_dot_product_attention = fixed

@@ -11,11 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Node, map_arg
+from torch.utils import _pytree as pytree
 
 from retrofit.capture.call import Signature
 from retrofit.capture.export import Captured, capture, set_training, without_cache
+from retrofit.capture.guards import guards_of
+from retrofit.capture.kept import restored
 from retrofit.capture.observe import Normalized
 from retrofit.capture.record import OwnerCall
 from retrofit.errors import CaptureError
@@ -55,7 +58,7 @@ def training_of(
         evaluated: Its graph in evaluation.
         normalized: Finds the one attention of a graph.
     """
-    if not _is_random(module, call):
+    if not differs(module, call):
         return Training()
     with _marked(module) as names:
         try:
@@ -79,23 +82,28 @@ def training_of(
     return Training(found, names.get(p, p))
 
 
-def _is_random(module: nn.Module, call: OwnerCall) -> bool:
-    """Whether ``module`` draws random numbers in training."""
+def differs(module: nn.Module, call: OwnerCall) -> bool:
+    """Whether ``module`` draws random numbers in training, or gives something else than in evaluation."""
     values = without_cache(Signature.of(module).bind(call.args, call.kwargs))
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
     state = torch.cuda.get_rng_state if device.type == "cuda" else torch.get_rng_state
     options = (device,) if device.type == "cuda" else ()
-    with torch.random.fork_rng(options), torch.no_grad(), set_training(module, True):
+    found = []
+    with torch.random.fork_rng(options), torch.no_grad(), restored(module.modules()):
         before = state(*options)
         try:
-            module.forward(**values)
+            for training in (False, True):
+                with set_training(module, training):
+                    found.append(pytree.tree_leaves(module.forward(**values)))
         except Exception:  # what it is, the capture will say
             return True
         finally:
             for buffer, kept in buffers:
                 buffer.copy_(kept)
-        return not torch.equal(before, state(*options))
+        evaluated, trained = ([leaf for leaf in of if isinstance(leaf, Tensor)] for of in found)
+        same = len(evaluated) == len(trained) and all(map(torch.equal, evaluated, trained))
+        return not same or not torch.equal(before, state(*options))
 
 
 @contextmanager
@@ -129,7 +137,8 @@ def _same_but_for_dropout(a: Captured, b: Captured) -> bool:
 def same_graph(a: Captured, b: Captured) -> bool:
     """Whether two graphs do the same with the inputs that they use, but for dropout."""
     return (
-        a.constants.keys() == b.constants.keys()
+        guards_of(a) == guards_of(b)
+        and a.constants.keys() == b.constants.keys()
         and all(torch.equal(a.constants[name], b.constants[name]) for name in a.constants)
         and skeleton(a) == skeleton(b)
     )

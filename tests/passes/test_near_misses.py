@@ -240,25 +240,6 @@ def _convolved(site, s):
     return F.conv2d(s * SCALE, site.mix[..., None, None])
 
 
-def _sdpa(q, k, v, **options):
-    return flat(F.scaled_dot_product_attention(*heads(q, k, v), **options))
-
-
-def _twice(site, q, k, v):
-    return _sdpa(q, k, _sdpa(q, k, v).view_as(v))
-
-
-class Differential(nn.Module):
-    """The difference of two attentions, in one module."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.site = Site(lambda site, q, k, v: _sdpa(q, k, v) - 0.5 * _sdpa(k, q, v))
-
-    def forward(self, x):
-        return self.site(x)
-
-
 NEAR_MISSES: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "softmax over experts": (Router, "not into a product with values"),
     "softmax over experts, by einsum": (
@@ -309,15 +290,6 @@ NEAR_MISSES: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "talking heads before the softmax": (
         lambda: Site(softmax_of(_convolved)),
         r"a convolution over the scores \(talking heads\) stands between",
-    ),
-    "two attentions in one module": (
-        Differential,
-        "2 attentions in one module, which differ in queries and keys",
-    ),
-    "an attention to what another gives": (lambda: Site(_twice), "differ in their place"),
-    "two attentions of different scale": (
-        lambda: Site(lambda site, q, k, v: _sdpa(q, k, v) - _sdpa(q, k, -v, scale=1.0)),
-        "2 attentions in one module, which differ in scale",
     ),
     "a selection of the largest scores": (
         lambda: Site(softmax_of(lambda site, s: s.masked_fill(s < s.topk(2).values[..., -1:], -torch.inf))),
