@@ -366,20 +366,22 @@ def _is_single_child(node: Node) -> bool:
 
 
 def _prefer_first(graph: Graph) -> None:
-    """Reads sizes from the first input where it has them, so that no other input is kept for its size."""
-    first = next(node for node in graph.nodes if node.op == "placeholder")
-    value = first.meta["val"]
+    """Reads sizes from the first input that has them, so that no other input, as a mask, is kept for its size."""
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
     for node in list(graph.nodes):
         if node.op != "call_function" or node.target is not torch.ops.aten.sym_size.int:
             continue
-        source, _ = node.args
-        if source is first:
-            continue
-        size = node.meta["val"]
-        for dim, own in enumerate(value.shape):
-            if not isinstance(own, int) and str(own) == str(size):
-                with graph.inserting_after(first):
-                    new = graph.call_function(torch.ops.aten.sym_size.int, (first, dim))
+        source, size = node.args[0], str(node.meta["val"])
+        earlier = inputs[: inputs.index(source)] if source in inputs else inputs[:1]
+        for item in earlier:
+            dims = [
+                dim
+                for dim, own in enumerate(item.meta["val"].shape)
+                if not isinstance(own, int) and str(own) == size
+            ]
+            if dims and item is not source:
+                with graph.inserting_after(item):
+                    new = graph.call_function(torch.ops.aten.sym_size.int, (item, dims[0]))
                 new.meta = dict(node.meta)
                 node.replace_all_uses_with(new)
                 graph.erase_node(node)

@@ -306,9 +306,13 @@ def _plan(
         training = Training(reason="in training it takes other inputs")
     inputs = tuple(captured.inputs[name] for name in source.inputs)
     argument = next(iter(mask_paths), None) if managed else None
-    if managed and argument is None and MASK_NAME in signature.names and (MASK_NAME,) not in inputs:
-        argument = (MASK_NAME,)  # never a tensor on the probes; a converted model may hand padding over
     bound = signature.bind(call.args, call.kwargs)
+    beside = argument
+    if managed and argument is None and MASK_NAME in signature.names and (MASK_NAME,) not in inputs:
+        beside = (MASK_NAME,)  # a converted model may hand padding over in its place
+        argument = (
+            None if isinstance(bound.get(MASK_NAME), Tensor) else beside
+        )  # one that nobody reads says nothing
     around = (*CACHE_NAMES, *GOES_AROUND, *ignored, slot.argument)
     known = tuple(
         (path, value)
@@ -322,7 +326,7 @@ def _plan(
         training=None if training.reason or trained is None else trained.code,
         untrainable=training.reason,
         inputs=inputs,
-        sizes=tuple((path, sizes) for path, sizes in captured.sizes().items() if path != argument),
+        sizes=tuple((path, sizes) for path, sizes in captured.sizes().items() if path != beside),
         same=tuple(captured.same.items()),
         rows=captured.rows,
         signature=signature,
