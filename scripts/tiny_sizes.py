@@ -245,6 +245,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "timm_backbone": {"backbone": "resnet18"},
     "tipsv2_dpt": {"backbone_config": ...},
     "vision-encoder-decoder": CROSS_ATTENDING,
+    "videoprism": {"vision_config": {"image_size": 54}},  # 3 × 3 patches of 18 × 18
+    "videoprism_vision_model": {"image_size": 54},
     # By default it has 8,192 tokens, more than the budget of HSA's dense limit.
     "vjepa2": {"crop_size": 32, "frames_per_clip": 8},
     "upernet": {"backbone_config": ...},
