@@ -126,9 +126,10 @@ def _as_converted(site: RetrofittedAttention, probed: ProbedCall) -> dict[str, A
     values = {name: None if is_cache(value) else value for name, value in bound.items()}
     if plan.mask_argument is not None and probed.keep is not None and plan.kind == "self":
         device = next(value.device for value in values.values() if isinstance(value, Tensor))
-        whole = bool(probed.keep.all())
+        keep = probed.keep.to(device)
         path = plan.mask_argument.path
-        values = rebuild({str(path[0]): None, **values}, {path: None if whole else probed.keep.to(device)})
+        given = None if bool(keep.all()) else ~keep if plan.mask_argument.inverted else keep
+        values = rebuild({str(path[0]): None, **values}, {path: given})
     return values
 
 

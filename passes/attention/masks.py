@@ -198,9 +198,7 @@ def _window_on_both_sides(seen: Sequence[tuple[Tensor, Tensor]]) -> str | None:
         return None
     if not all(_shows(window[: len(keep[0]), : len(keep[0])], shown, keep) for shown, keep in seen):
         return None
-    return (
-        f"the mask is a sliding window on both sides of a token, which sees {before} before it and {after} after it"
-    )
+    return f"the mask is a sliding window on both sides of a token, which sees {before} before it and {after} after it"
 
 
 def _prefix(seen: Sequence[tuple[Tensor, Tensor]]) -> str | None:
