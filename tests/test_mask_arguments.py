@@ -10,6 +10,7 @@ from torch import Tensor
 
 import retrofit
 from retrofit.configs import DenseConfig, HSAConfig
+from retrofit.errors import NoAttentionFound
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
@@ -105,3 +106,18 @@ def test_a_mask_that_is_true_where_keys_are_hidden() -> None:
 
 
 FSMT = {"layers": 2, "attention_heads": 4, "ffn_dim": 48}
+
+
+def test_an_argument_of_padded_calls_alone_is_named() -> None:
+    """Zaya hides padded tokens from the convolution of its queries and keys, where there are any."""
+    package = pytest.importorskip("transformers.models.zaya")
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    experts = {"moe_intermediate_size": 16, "num_experts": 2, "router_hidden_size": 16}
+    config = package.ZayaConfig(
+        vocab_size=128, num_hidden_layers=2, max_position_embeddings=64, **sizes, **experts
+    )
+    model = package.ZayaForCausalLM(config).eval()
+    with pytest.raises(
+        NoAttentionFound, match=r"attention_mask\['conv'\], which it is given in some calls alone"
+    ):
+        retrofit.convert(model, DenseConfig())

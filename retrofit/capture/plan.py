@@ -6,7 +6,7 @@ calls of a module on the probes  →  one graph per spelling of the call  →  c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from retrofit.capture.assemble import assembled, assembled_keys
-from retrofit.capture.call import CACHE_NAMES, LeafPath, Signature, is_cache, leaves
+from retrofit.capture.call import CACHE_NAMES, LeafPath, Signature, is_cache, leaves, spelled
 from retrofit.capture.cross import cross_mask
 from retrofit.capture.export import Captured, capture
 from retrofit.capture.identity import identity
@@ -56,6 +56,7 @@ from retrofit.passes.attention.rewrite import attentions, normalize
 from retrofit.passes.attention.rule import STAGES, source_line
 
 MASK_NAME = "attention_mask"
+_SHARED = "it attends to keys in the cache that another module has put there"
 
 
 class Planner:
@@ -106,8 +107,9 @@ class Planner:
         for probed in calls:
             try:
                 normalized = self._normalized(module, probed.call, signature)
-            except CaptureError as error:
-                return Refused(str(error))
+            except CaptureError as error:  # its mask does not fit to keys that are not its own
+                others = calls[0].call.continued or any(call.shared for call in every)
+                return Refused(_SHARED if others else str(error))
             if normalized.attention is None:
                 nearest = normalized.nearest
                 return Refused(
@@ -133,8 +135,7 @@ class Planner:
         assert primary.attention is not None
         (kind,) = kinds if len(kinds) == 1 else ("cross",)
         if kind == "self" and any(call.shared for call in every):
-            reason = "it attends to keys in the cache that another module has put there"
-            return _refused(primary.attention, reason, "the place in the cache")
+            return _refused(primary.attention, _SHARED, "the place in the cache")
         mask = self._mask(module, primary, samples, calls, every, mask_paths, kind)
         if isinstance(mask, str):
             return _refused(primary.attention, mask, "the mask", kind)
@@ -148,6 +149,9 @@ class Planner:
             return _refused(primary.attention, reason, "the mask", kind)
         if kind == "cross" and not mask.biased and self.managed:
             mask_paths = {path for path in mask_paths if is_mask_of(path, calls, samples, signature)}
+        if (own := self._now_and_then(module, primary, calls, signature, mask_paths)) is not None:
+            reason = f"it computes with {spelled(own)}, which it is given in some calls alone"
+            return _refused(primary.attention, reason, "the inputs", kind)
         slot = slot_of(module, signature, every)
         if isinstance(slot, str):
             return _refused(primary.attention, slot, "the place in the cache", kind)
@@ -212,6 +216,24 @@ class Planner:
         learned = learned_mask(module, attention) is not None and all(map(is_mask, mask_paths))
         # A constant in a row of scores is not the same as none beside a softcap or sinks.
         return not learned and not given["softcap"] and given["sinks"] is None
+
+    def _now_and_then(
+        self,
+        module: nn.Module,
+        primary: Normalized,
+        calls: Sequence[ProbedCall],
+        signature: Signature,
+        mask_paths: Set[LeafPath],
+    ) -> LeafPath | None:
+        """An input that the first call is without and that another one's graph reads; masks are read around it."""
+        own = set(primary.captured.inputs.values())
+        for probed in calls[1:]:
+            normalized = self._normalized(module, probed.call, signature)
+            for name, path in normalized.captured.inputs.items():
+                node = next(item for item in normalized.captured.graph.nodes if item.name == name)
+                if path not in own | mask_paths and path != (MASK_NAME,) and node.users:
+                    return path
+        return None
 
     def _hides(self, normalized: Normalized, calls: Sequence[ProbedCall], signature: Signature) -> str | None:
         """The placeholder of the mask that goes around the graph."""
