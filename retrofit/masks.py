@@ -489,6 +489,11 @@ def _rebuilt(mask: Tensor, made: str, module: nn.Module, hidden: Tensor, past: A
     name = _FUNCTIONS[made]
     if made == "sliding" and getattr(module.config, "sliding_window", None) is None:
         name = "create_chunked_causal_mask"  # within the first chunk both are the same
+        if getattr(module.config, "attention_chunk_size", None) is None:
+            raise MaskError(
+                f"{type(module).__name__} was left dense and is handed a mask with a sliding window, which its "
+                f"{type(module.config).__name__} does not know; choose the sites that share the mask together with where=…"
+            )
     function = getattr(masking_utils, name)
     options: dict[str, Any] = {}
     layer = getattr(module, "layer_idx", None)

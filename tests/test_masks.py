@@ -438,3 +438,12 @@ def test_masks_of_latents_that_attend_to_tokens(where: str) -> None:
         assert all(
             torch.equal(model(**text).logits, expected) for text, expected in zip(texts, before, strict=True)
         )
+
+
+def test_a_window_that_a_module_left_dense_does_not_know_is_named(tiny_llama: Callable[..., Any]) -> None:
+    model = tiny_llama()
+    attention = model.model.layers[0].self_attn
+    masks._keep_dense(attention, model.config)
+    mask = torch.ones(2, 7, dtype=masks.KINDS["sliding"])
+    with pytest.raises(MaskError, match="a sliding window, which its LlamaConfig does not know"):
+        attention(torch.randn(2, 7, model.config.hidden_size), attention_mask=mask)

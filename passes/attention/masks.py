@@ -107,7 +107,7 @@ def classify(samples: Sequence[MaskSample]) -> MaskClass | str:
     chunk = _chunk(seen)
     if chunk:
         return f"the mask is chunked: a token sees the earlier ones of its own chunk of {chunk} tokens alone"
-    known = _window_on_both_sides(seen) or _prefix(seen)
+    known = _seen_padding(seen) or _window_on_both_sides(seen) or _prefix(seen)
     return known or "the mask is none of none, causal, key padding or sliding window" + _example(seen)
 
 
@@ -182,6 +182,19 @@ def _chunk(seen: Sequence[tuple[Tensor, Tensor]]) -> int:
             if bool((shown == within).all()):
                 return size
     return 0
+
+
+def _seen_padding(seen: Sequence[tuple[Tensor, Tensor]]) -> str | None:
+    """What is to be said of a mask by which real tokens see padding."""
+    for shown, keep in seen:
+        found = (shown & ~keep[:, None, :] & keep[:, :, None]).nonzero()
+        if len(found):
+            _, query, key = found[0].tolist()
+            return (
+                f"the mask does not hide padding: in a probe of {keep.shape[1]} tokens key {key}, which is padding, "
+                f"is visible to query {query}"
+            )
+    return None
 
 
 def _window_on_both_sides(seen: Sequence[tuple[Tensor, Tensor]]) -> str | None:

@@ -28,6 +28,7 @@ from retrofit.capture.call import (
     same_tensors,
     tensor_leaves,
 )
+from retrofit.capture.failed import failure
 from retrofit.capture.kept import restored
 from retrofit.capture.record import OwnerCall, slow_path
 from retrofit.capture.standin import (
@@ -140,8 +141,7 @@ def capture(module: nn.Module, call: OwnerCall, *, training: bool = False) -> Ca
     except CaptureError:
         raise
     except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CaptureError(f"torch.export of {type(module).__name__} failed: {first}") from error
+        raise CaptureError(failure(module, error)) from error
     returned = flat.__dict__["_returned"]
     return _as_graph(program, module, paths, traced, returned, same, rows)
 

@@ -237,3 +237,31 @@ def test_a_bias_that_a_child_makes_from_sizes_stays_in_the_graph():
         (site,) = api.convert(model, DenseConfig(), torch.randn(2, 11, 8)).converted
         assert site.mask == "position bias"
         torch.testing.assert_close(model(longer), expected, rtol=1e-5, atol=1e-5)
+
+
+class Choosing(nn.Module):
+    """Does one thing or another, or what torch.export does not take."""
+
+    def __init__(self, fails):
+        super().__init__()
+        self.fails = fails
+
+    def forward(self, x):
+        y = F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None])[:, 0]
+        if self.fails:
+            return y + torch.from_numpy(y.detach().numpy())
+        return y * 2 if x.sum() > 0 else y
+
+
+@pytest.mark.parametrize(
+    ("fails", "reason"),
+    [
+        (False, r"Choosing does one thing or another by the values of a tensor.*\(at test_capture.py:\d+\)"),
+        (True, r"torch.export of Choosing failed: .*\(at test_capture.py:\d+\)"),
+    ],
+)
+def test_what_cannot_be_exported_is_named_with_its_line(fails, reason):
+    recording = record(nn.Sequential(Choosing(fails)).eval(), (torch.randn(2, 9, 8),), {})
+    (call,) = recording.owners["0"]
+    with pytest.raises(CaptureError, match=reason):
+        capture(Choosing(fails), call)

@@ -297,6 +297,10 @@ def _windowed(t, w):
             "own chunk of 4 tokens",
         ),
         ([_sample(None), _sample(None, causal=True)], "none of"),
+        (
+            [_sample(_windowed(T, 4)[None, None], _keep(3))],
+            "does not hide padding: in a probe of 11 tokens key 0, which is padding, is visible to query 3",
+        ),
         ([_sample((_distance(T).abs() <= 2)[None, None])], "which sees 2 before it and 2 after it"),
         (
             [
