@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from retrofit.attention_call import AttentionCall, call_of
+from retrofit.attention_call import AttentionCall, call_of, over_holes
 from retrofit.capture.call import CACHE_NAMES, is_cache, lookup, spelled
 from retrofit.capture.export import expanded
 from retrofit.capture.ignored import GOES_AROUND, MEANINGFUL
@@ -330,6 +330,9 @@ class RetrofittedAttention(nn.Module):
         mask = context.mask if mask is None else mask
         if self.plan.kind == "cross":
             return self._attend_across(q, k, v, as_scores(mask), bias)
+        pattern = self.plan.mask
+        if bias is not None and mask is not None and mask.dim() > 2 and not pattern.causal:
+            mask, bias = over_holes(mask, bias, q.shape[2])
         call = call_of(self.plan.mask, q, k, context.layer, mask)
         if self.plan.mask.slopes:
             past = context.layer.get_seq_length() if context.layer is not None else 0
