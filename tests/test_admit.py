@@ -138,6 +138,14 @@ class Pooled(nn.Module):
         return self.body(input_ids, attention_mask=attention_mask).pooler_output
 
 
+class Twice(Pooled):
+    """Looks at the first tokens before."""
+
+    def forward(self, input_ids, attention_mask=None):
+        self.body(input_ids[:, :3])
+        return super().forward(input_ids, attention_mask)
+
+
 class Widened(nn.Module):
     """Takes the first token for real and the last for padding where a prompt is padded and cached."""
 
@@ -208,11 +216,3 @@ def test_padding_is_not_compared(length_first):
         expected, got = expected.transpose(0, 1), got.transpose(0, 1)
     assert relative_error(got, expected, keep) == 0
     assert relative_error(got * 2, expected, keep) > 0.5
-
-
-class Twice(Pooled):
-    """Looks at the first tokens before."""
-
-    def forward(self, input_ids, attention_mask=None):
-        self.body(input_ids[:, :3])
-        return super().forward(input_ids, attention_mask)

@@ -333,10 +333,8 @@ def _plan(
     bound = signature.bind(call.args, call.kwargs)
     beside = argument
     if managed and argument is None and MASK_NAME in signature.names and (MASK_NAME,) not in inputs:
-        beside = (MASK_NAME,)  # a converted model may hand padding over in its place
-        argument = (
-            None if isinstance(bound.get(MASK_NAME), Tensor) else beside
-        )  # one that nobody reads says nothing
+        beside = (MASK_NAME,)  # a converted model may hand padding over
+        argument = beside if bound.get(MASK_NAME) is None else None  # one that nobody reads says nothing
     around = (*CACHE_NAMES, *GOES_AROUND, *ignored, slot.argument)
     known = tuple(
         (path, value)
