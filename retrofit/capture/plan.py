@@ -108,8 +108,6 @@ class Planner:
             try:
                 normalized = self._normalized(module, probed.call, signature)
             except CaptureError as error:  # its mask does not fit to keys that are not its own
-                if not any(call.flops for call in every):
-                    return Refused(f"a softmax between no two products; {error}", "other")
                 others = calls[0].call.continued or any(call.shared for call in every)
                 return Refused(_SHARED if others else str(error))
             if normalized.attention is None:

@@ -265,17 +265,3 @@ def test_what_cannot_be_exported_is_named_with_its_line(fails, reason):
     (call,) = recording.owners["0"]
     with pytest.raises(CaptureError, match=reason):
         capture(Choosing(fails), call)
-
-
-class Spline(nn.Module):
-    """Widths of bins by a softmax, in a module that cannot be exported."""
-
-    def forward(self, x):
-        return x.softmax(-1) * (2 if x.sum() > 0 else 1)
-
-
-def test_a_softmax_that_cannot_be_exported_is_no_attention_where_no_products_run():
-    attention, spline = api.inspect(nn.Sequential(Doubled(), Spline()).eval(), (torch.randn(2, 9, 24),)).sites
-    assert attention.convertible
-    assert spline.kind == "other"
-    assert spline.reason.startswith("a softmax between no two products; Spline does one thing or another")
