@@ -90,6 +90,31 @@ def call_of(
     return AttentionCall(start, length, layer, padded=mask is not None if layer is None else layer.padded)
 
 
+def over_holes(mask: Tensor, bias: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """Has a bias hide the keys that a mask hides from all queries between the first and the last key of a row.
+
+    A model that puts prompts of its own before a text has the text's padding behind them.
+
+    Args:
+        mask: Of a bidirectional site, true where visible or added to the scores, [B or 1, 1, T, N] or [B or 1, T, N].
+        bias: What is added to the scores, broadcast to [B, Hq, T, N].
+        tokens: T.
+
+    Returns:
+        The mask, in which padding is at the ends of rows, and the bias.
+    """
+    whole = _of_rank_four(mask, tokens)
+    visible = visible_keys(whole if whole.is_floating_point() else whole != 0)
+    if isinstance(visible, str) or visible.shape[1] != 1 or visible.shape[3] != bias.shape[3]:
+        return mask, bias
+    seen = visible[:, 0].any(dim=1)
+    inside = seen.cumsum(-1).bool() & seen.flip(-1).cumsum(-1).bool().flip(-1)
+    holes = inside & ~seen
+    filled = torch.where(holes[:, -tokens:, None], inside[:, None], visible[:, 0] | holes[:, None])
+    hidden = torch.finfo(bias.dtype).min
+    return filled[:, None], torch.where(holes[:, None, None], hidden, bias)
+
+
 def _as_padding(mask: Tensor, rows: int) -> Tensor:
     """A mask [B or 1, 1, 1, N] that hides the same keys from every query as bool [B, N]; any other as it is."""
     visible = visible_keys(mask)

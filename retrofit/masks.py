@@ -53,7 +53,6 @@ _FUNCTIONS = {
 }
 _ORIGINAL = "retrofit_attn_implementation"
 _MASK_ARGUMENTS = ("attention_mask", "mask")
-_OF_ENCODER = "encoder_attention_mask"
 
 
 def kind(mask: Tensor | None) -> str | None:
@@ -261,8 +260,10 @@ def _make(
     if made == "causal" and options.get("allow_is_causal_skip") is False:
         made = "whole causal"
     seen = kv_length + kv_offset
+    # Every implementation leaves out a mask that hides nothing, where the caller can do without one.
+    left_out = original is None or (made == "bidirectional" and bool(options["allow_is_bidirectional_skip"]))
     if attention_mask is None:
-        if original is None:
+        if left_out:
             return None
         return torch.ones(batch_size, seen, dtype=KINDS[made], device=device)
     if attention_mask.shape[-1] < seen:
@@ -271,7 +272,7 @@ def _make(
             f"got {attention_mask.shape[-1]}; if the cache is static, pass RetrofitCache(model) instead"
         )
     mask = attention_mask[:, :seen]
-    if original is None and not torch.compiler.is_compiling() and bool(mask.all()):
+    if left_out and not torch.compiler.is_compiling() and bool(mask.all()):
         return None
     return mask.to(KINDS[made])
 
@@ -466,11 +467,10 @@ def _rebuild(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     given = Signature.of(module).bind(args, kwargs)
     places = list(inspect.signature(module.forward).parameters)
     changed = False
-    for name in (*_MASK_ARGUMENTS, _OF_ENCODER):
-        mask = given.get(name)
-        made = kind(mask)
-        if mask is None or made is None or (name == _OF_ENCODER and made != "bidirectional"):
-            continue
+    for name, mask in given.items():
+        made = kind(mask) if isinstance(mask, Tensor) and name.endswith("mask") else None
+        if made is None or (name not in _MASK_ARGUMENTS and made != "bidirectional"):
+            continue  # those of other tokens, as of an encoder, are bidirectional
         hidden = next(value for value in given.values() if isinstance(value, Tensor) and value.dim() == 3)
         past = given.get("past_key_values") if made in ("causal", "whole causal", "sliding") else None
         rebuilt = _rebuilt(mask, made, module, hidden, past)
@@ -489,6 +489,11 @@ def _rebuilt(mask: Tensor, made: str, module: nn.Module, hidden: Tensor, past: A
     name = _FUNCTIONS[made]
     if made == "sliding" and getattr(module.config, "sliding_window", None) is None:
         name = "create_chunked_causal_mask"  # within the first chunk both are the same
+        if getattr(module.config, "attention_chunk_size", None) is None:
+            raise MaskError(
+                f"{type(module).__name__} was left dense and is handed a mask with a sliding window, which its "
+                f"{type(module.config).__name__} does not know; choose the sites that share the mask together with where=…"
+            )
     function = getattr(masking_utils, name)
     options: dict[str, Any] = {}
     layer = getattr(module, "layer_idx", None)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from retrofit.attention_call import AttentionCall, call_of
+from retrofit.attention_call import AttentionCall, call_of, over_holes
 from retrofit.capture.call import CACHE_NAMES, LeafPath, is_cache, lookup
 from retrofit.capture.site_plan import SitePlan, compiled
 from retrofit.captured_module import CapturedModule
@@ -179,6 +179,9 @@ class RetrofittedAttention(CapturedModule):
         mask = context.mask if mask is None else mask
         if self.plan.kind == "cross":
             return self._attend_across(q, k, v, as_scores(mask), bias)
+        pattern = self.plan.mask
+        if bias is not None and mask is not None and mask.dim() > 2 and not pattern.causal:
+            mask, bias = over_holes(mask, bias, q.shape[2])
         call = call_of(self.plan.mask, q, k, context.layer, mask)
         if self.plan.mask.slopes:
             past = context.layer.get_seq_length() if context.layer is not None else 0

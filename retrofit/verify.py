@@ -126,9 +126,10 @@ def _as_converted(site: RetrofittedAttention, probed: ProbedCall) -> dict[str, A
     values = {name: None if is_cache(value) else value for name, value in bound.items()}
     if plan.mask_argument is not None and probed.keep is not None and plan.kind == "self":
         device = next(value.device for value in values.values() if isinstance(value, Tensor))
-        whole = bool(probed.keep.all())
+        keep = probed.keep.to(device)
         path = plan.mask_argument.path
-        values = rebuild({str(path[0]): None, **values}, {path: None if whole else probed.keep.to(device)})
+        given = None if bool(keep.all()) else ~keep if plan.mask_argument.inverted else keep
+        values = rebuild({str(path[0]): None, **values}, {path: given})
     return values
 
 
@@ -201,7 +202,7 @@ class ModelCheck:
         """
         for number, (probe, expected) in enumerate(zip(self.probes, self.outputs, strict=True)):
             handles = [
-                item.module.register_forward_hook(_Blank(item.calls[number].keep))
+                item.module.register_forward_hook(_Blank(item.calls[number].keep, probe.keep))
                 for item in sites
                 if len(item.calls) == len(self.probes)
             ]
@@ -247,17 +248,19 @@ class _Blank:
     """A forward hook that sets to zero what a module gives at padding.
 
     Args:
-        keep: bool [B, N], the real tokens; None if all are.
+        keep: bool [B, N], the real tokens of its first call; None if all are.
+        of_probe: Those of the model's call, which another of its calls may be about.
     """
 
-    def __init__(self, keep: Tensor | None) -> None:
-        self.keep = keep
+    def __init__(self, keep: Tensor | None, of_probe: Tensor | None) -> None:
+        self.known = [known for known in (keep, of_probe) if known is not None]
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         leaves, spec = pytree.tree_flatten(output)
         place = next(place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
-        if self.keep is not None and leaves[place].shape[:2] == self.keep.shape:
-            leaves[place] = leaves[place] * self.keep.to(leaves[place].device)[..., None]
+        keep = next((known for known in self.known if leaves[place].shape[:2] == known.shape), None)
+        if keep is not None:
+            leaves[place] = leaves[place] * keep.to(leaves[place].device)[..., None]
         return pytree.tree_unflatten(leaves, spec)
 
 

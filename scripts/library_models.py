@@ -55,6 +55,12 @@ def _timm(name: str, size: int = 32, **options: Any) -> Callable[[], Built]:
     return build
 
 
+def _timm_mixer() -> Built:
+    from timm.models.mlp_mixer import MlpMixer  # whose named variants fix the sizes
+
+    return MlpMixer(num_classes=5, img_size=32, patch_size=8, embed_dim=64, num_blocks=2), _image(32)
+
+
 def _torchvision_vit() -> Built:
     from torchvision.models.vision_transformer import VisionTransformer
 
@@ -308,7 +314,7 @@ MODELS: Mapping[str, Mapping[str, Callable[[], Built]]] = {
         "xcit": _timm("xcit_nano_12_p16_224", depth=2, embed_dim=64, num_heads=4),
         "swin": _timm("swin_tiny_patch4_window7_224", **_WINDOWS),
         "swin v2": _timm("swinv2_tiny_window8_256", **_WINDOWS),
-        "mixer": _timm("mixer_s16_224", patch_size=8, embed_dim=64, num_blocks=2),
+        "mixer": _timm_mixer,
     },
     "torchvision": {"vit": _torchvision_vit, "swin": _torchvision_swin},
     "open_clip_torch": {"CLIP": _open_clip},

@@ -121,13 +121,52 @@ INDEXED: dict[str, Any] = {
 }
 """For attention to the blocks of keys that an indexer selects."""
 
+INTRACLASS: dict[str, Any] = {
+    "reduce_channel": [1, 1, 0],
+    "return_channel": [1, 1, 0],
+    **{
+        f"{direction}_{ratio}ratio": [
+            [size if direction != "horizontal_small_to_long_conv" else 1, size if direction[0] != "v" else 1],
+            [1, 1],
+            [
+                size // 2 if direction != "horizontal_small_to_long_conv" else 0,
+                size // 2 if direction[0] != "v" else 0,
+            ],
+        ]
+        for direction in (
+            "vertical_long_to_small_conv",
+            "horizontal_small_to_long_conv",
+            "symmetric_conv_long",
+        )
+        for ratio, size in (("long", 7), ("mid", 5), ("short", 3))
+    },
+}
+"""Convolutions of a text detector: kernel, stride and padding of each."""
+
+STAGES = ["stage1", "stage2", "stage3", "stage4"]
+
+HALVING: dict[str, Any] = {
+    "model_type": "pp_lcnet_v4",
+    "out_features": STAGES,
+    "block_configs": [
+        [[3, 96, 96, 1, True]],
+        [[3, 96, 96, 2, False]],
+        [[3, 96, 192, 2, False]],
+        [[3, 192, 384, 2, False]],
+    ],
+}
+"""A backbone of which each stage has half the pixels of the last one, both ways."""
+
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bark": {"semantic_config": {"block_size": 256, "window_size": ...}},
     "blt": {
         "num_hidden_layers": 2,
         "encoder_hash_byte_group_vocab": 64,
+        "local_attention_window_len": 24,
         "patcher_config": {"vocab_size": 512},
-        "global_config": {"hidden_size": 128},
+        "global_config": {"hidden_size": 128, "head_dim": 32},
+        "encoder_config": {"hidden_size_global": 128},
+        "decoder_config": {"hidden_size_global": 128},
     },
     "blip-2": {"qformer_config": {"use_qformer_text_input": True}},
     "chameleon": {"vocabulary_map": {"<image>": 7, "IMGIMGAAAZ": 8}},
@@ -217,7 +256,19 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "paddleocr_vl": {"text_config": {"rope_parameters": {**PLAIN_ROPE, "mrope_section": [2, 3, 3]}}},
     "pp_formulanet": {"vision_config": {"decoder_hidden_size": 64}},
     "pp_ocrv5_mobile_det": {"backbone_config": ...},
-    "pp_ocrv6_small_det": {"backbone_config": ...},
+    "pp_ocrv5_server_det": {
+        "intraclass_block_config": INTRACLASS,
+        "kernel_list": [3, 2, 2],
+        "scale_factor_list": [1, 2, 4, 8],
+        "backbone_config": {"model_type": "hgnet_v2", "out_features": STAGES},
+    },
+    "pp_ocrv6_medium_det": {
+        "intraclass_block_config": INTRACLASS,
+        "kernel_list": [3, 2, 2],
+        "scale_factor_list": [1, 2, 4, 8],
+        "backbone_config": HALVING,
+    },
+    "pp_ocrv6_small_det": {"backbone_config": HALVING, "layer_list_out_channels": [96, 96, 192, 384]},
     "prompt_depth_anything": {"backbone_config": ..., "patch_size": ...},
     "pvt": {"image_size": ..., "patch_size": ...},
     "qwen2_5_omni": {"thinker_config": {"vision_start_token_id": 7}},
@@ -245,6 +296,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "timm_backbone": {"backbone": "resnet18"},
     "tipsv2_dpt": {"backbone_config": ...},
     "vision-encoder-decoder": CROSS_ATTENDING,
+    "videoprism": {"vision_config": {"image_size": 54}},  # 3 × 3 patches of 18 × 18
+    "videoprism_vision_model": {"image_size": 54},
     # By default it has 8,192 tokens, more than the budget of HSA's dense limit.
     "vjepa2": {"crop_size": 32, "frames_per_clip": 8},
     "upernet": {"backbone_config": ...},

@@ -91,6 +91,18 @@ def test_a_model_that_reads_padding_is_refused_with_the_reason():
         api.convert(model, DenseConfig(), {"input_ids": torch.randint(128, (2, 31))})
 
 
+def test_a_model_that_reads_padding_in_a_second_call_is_refused_with_the_reason():
+    from transformers import SiglipTextConfig, SiglipTextModel
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    body = SiglipTextModel(SiglipTextConfig(**sizes, vocab_size=128))
+    with pytest.raises(
+        VerificationError, match=r"reads what its attention gives at padding \(padded right\)"
+    ):
+        api.convert(Twice(body).eval(), DenseConfig(), {"input_ids": torch.randint(128, (2, 31))})
+
+
 def test_a_site_that_needs_the_others_is_not_refused_with_those_that_fail() -> None:
     """The head of SigLIP 2 makes a mask of its own, which is another where sites beside it are not converted."""
     from transformers import Siglip2Config, Siglip2Model
@@ -124,6 +136,14 @@ class Pooled(nn.Module):
 
     def forward(self, input_ids, attention_mask=None):
         return self.body(input_ids, attention_mask=attention_mask).pooler_output
+
+
+class Twice(Pooled):
+    """Looks at the first tokens before."""
+
+    def forward(self, input_ids, attention_mask=None):
+        self.body(input_ids[:, :3])
+        return super().forward(input_ids, attention_mask)
 
 
 class Widened(nn.Module):

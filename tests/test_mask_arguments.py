@@ -10,6 +10,7 @@ from torch import Tensor
 
 import retrofit
 from retrofit.configs import DenseConfig, HSAConfig
+from retrofit.errors import NoAttentionFound
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
@@ -65,3 +66,58 @@ def test_a_step_of_generation_sees_all_earlier_keys() -> None:
     expected = model.generate(**batch, **options)
     retrofit.convert(model, DenseConfig())
     assert torch.equal(model.generate(**batch, **options), expected)
+
+
+def test_a_mask_that_is_true_where_keys_are_hidden() -> None:
+    """FSMT's attention is handed one by its encoder, for itself and for those that attend to it."""
+    from transformers import FSMTConfig, FSMTForConditionalGeneration
+
+    torch.manual_seed(0)
+    sides = {f"{side}_{name}": size for side in ("encoder", "decoder") for name, size in FSMT.items()}
+    config = FSMTConfig(
+        langs=["a", "b"],
+        src_vocab_size=128,
+        tgt_vocab_size=128,
+        d_model=32,
+        max_position_embeddings=64,
+        **sides,
+    )
+    model = FSMTForConditionalGeneration(config).eval()
+    batches = [{**_padded(5, 0), "decoder_input_ids": _padded(0, 0)["input_ids"][:, :9]}]
+    batches += [
+        {**batches[0], **_padded(0, 9)},
+        {**batches[0], **_padded(3, 4)},
+        {**batches[0], **_padded(0, 0)},
+    ]
+    options = {"max_new_tokens": 9, "do_sample": False}
+    with torch.no_grad():
+        before = [model(**batch).logits for batch in batches]
+        tokens = model.generate(**_padded(0, 9), **options)
+        for example in (None, batches[0], batches[1], batches[3]):
+            report = retrofit.convert(model, DenseConfig(), example)
+            assert not report.skipped
+            for batch, expected in zip(batches, before, strict=True):
+                torch.testing.assert_close(model(**batch).logits, expected, rtol=1e-4, atol=1e-5)
+            assert torch.equal(model.generate(**_padded(0, 9), **options), tokens)
+        retrofit.revert(model)
+        assert all(
+            torch.equal(model(**x).logits, expected) for x, expected in zip(batches, before, strict=True)
+        )
+
+
+FSMT = {"layers": 2, "attention_heads": 4, "ffn_dim": 48}
+
+
+def test_an_argument_of_padded_calls_alone_is_named() -> None:
+    """Zaya hides padded tokens from the convolution of its queries and keys, where there are any."""
+    package = pytest.importorskip("transformers.models.zaya")
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    experts = {"moe_intermediate_size": 16, "num_experts": 2, "router_hidden_size": 16}
+    config = package.ZayaConfig(
+        vocab_size=128, num_hidden_layers=2, max_position_embeddings=64, **sizes, **experts
+    )
+    model = package.ZayaForCausalLM(config).eval()
+    with pytest.raises(
+        NoAttentionFound, match=r"attention_mask\['conv'\], which it is given in some calls alone"
+    ):
+        retrofit.convert(model, DenseConfig())

@@ -414,3 +414,36 @@ def test_masks_that_a_model_makes_for_other_things_stay_as_they_are(tiny_llama: 
     _close(model(**inputs).logits, expected, inputs["attention_mask"])
     retrofit.revert(model)
     assert torch.equal(model(**inputs).logits, expected)
+
+
+@pytest.mark.parametrize("where", ["*", "*cross_attention*", "*self_attends*"])
+def test_masks_of_latents_that_attend_to_tokens(where: str) -> None:
+    from transformers import PerceiverConfig, PerceiverForMaskedLM
+
+    torch.manual_seed(0)
+    sizes = {"d_latents": 32, "d_model": 32, "num_latents": 8, "num_self_attends_per_block": 1}
+    config = PerceiverConfig(**sizes, num_blocks=1, vocab_size=64, max_position_embeddings=24)
+    model = PerceiverForMaskedLM(config).eval()
+    ids, mask = torch.randint(8, 64, (3, 24)), torch.ones(3, 24, dtype=torch.int64)
+    mask[1, 17:] = 0
+    texts = [{"inputs": ids}, {"inputs": ids, "attention_mask": mask}]
+    with torch.no_grad():
+        before = [model(**text).logits for text in texts]
+        for example in texts:
+            report = retrofit.convert(model, retrofit.DenseConfig(), example, where=where)
+            assert len(report.converted) == {"*": 3, "*cross_attention*": 2, "*self_attends*": 1}[where]
+            for text, expected in list(zip(texts, before, strict=True))[: 1 + ("attention_mask" in example)]:
+                torch.testing.assert_close(model(**text).logits, expected, atol=1e-5, rtol=0)
+            retrofit.revert(model)
+        assert all(
+            torch.equal(model(**text).logits, expected) for text, expected in zip(texts, before, strict=True)
+        )
+
+
+def test_a_window_that_a_module_left_dense_does_not_know_is_named(tiny_llama: Callable[..., Any]) -> None:
+    model = tiny_llama()
+    attention = model.model.layers[0].self_attn
+    masks._keep_dense(attention, model.config)
+    mask = torch.ones(2, 7, dtype=masks.KINDS["sliding"])
+    with pytest.raises(MaskError, match="a sliding window, which its LlamaConfig does not know"):
+        attention(torch.randn(2, 7, model.config.hidden_size), attention_mask=mask)

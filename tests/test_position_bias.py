@@ -166,3 +166,32 @@ def test_a_pooled_site_asks_for_the_size_it_was_captured_with() -> None:
         torch.testing.assert_close(model(image).last_hidden_state, before, rtol=1e-5, atol=1e-5)
         with pytest.raises(CaptureError, match="was captured with height=16, got 8"):
             model(torch.randn(2, 3, 32, 128))
+
+
+def test_padding_between_prompts_and_a_text() -> None:
+    """CPM-Ant puts prompts of its own before the padding of a text, and has a bias between their segments."""
+    from transformers import CpmAntConfig, CpmAntForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "dim_head": 8, "dim_ff": 48, "num_hidden_layers": 2}
+    model = CpmAntForCausalLM(CpmAntConfig(**sizes, vocab_size=128, prompt_length=5)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    batches = [text(3, 17), text(2, 40), text(2, 6)]
+    for batch, padded in zip(batches, (4, 0, 2), strict=True):
+        batch["input_ids"][1, :padded] = 0
+        batch["attention_mask"] = (batch["input_ids"] != 0).long()
+    options: Any = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0}
+    with torch.no_grad():
+        before = [model(**batch).logits for batch in batches]
+        tokens = [model.generate(**batch, **options) for batch in batches]
+        report = retrofit.convert(model, DenseConfig())
+        assert report.coverage == 1.0
+        for batch, expected, continued in zip(batches, before, tokens, strict=True):
+            keep = batch["attention_mask"].bool()
+            torch.testing.assert_close(model(**batch).logits[keep], expected[keep], rtol=1e-4, atol=1e-4)
+            assert torch.equal(model.generate(**batch, **options), continued)
+        retrofit.revert(model)
+        assert all(
+            torch.equal(model(**x).logits, expected) for x, expected in zip(batches, before, strict=True)
+        )

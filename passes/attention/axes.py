@@ -14,6 +14,7 @@ from typing import Any
 import sympy
 import torch
 from torch.fx import Node
+from torch.utils._sympy.functions import FloorDiv
 
 from retrofit.passes.attention.arguments import arguments, is_call, shape
 
@@ -104,6 +105,10 @@ def reshaped(axes: Sequence[Axis], new: Sequence[Any]) -> list[Axis]:
         Mixed: If a new dimension is no product of atoms or of a part of one.
     """
     pending = [atom for axis in axes for atom in leaves(axis)]
+    same = _same_at_end(pending, new)
+    if len(pending) - same == 1 < len(new) - same and _by_quotients(pending[0].size, new[: len(new) - same]):
+        pending[0].parts = tuple(Atom(size) for size in new[: len(new) - same])
+        pending = [atom for one in pending for atom in leaves((one,))]
     result: list[Axis] = []
     for size in new:
         taken: list[Atom] = []
@@ -126,6 +131,19 @@ def reshaped(axes: Sequence[Axis], new: Sequence[Any]) -> list[Axis]:
     if pending:
         raise Mixed(f"a view to {list(new)}")
     return result
+
+
+def _same_at_end(atoms: Sequence[Atom], new: Sequence[Any]) -> int:
+    """How many of the last dimensions are one atom each."""
+    pairs = zip(reversed(atoms), reversed(new), strict=False)
+    return next(
+        (count for count, (atom, size) in enumerate(pairs) if atom.size != size), min(len(atoms), len(new))
+    )
+
+
+def _by_quotients(whole: Any, new: Sequence[Any]) -> bool:
+    """Whether a dimension is split by a size that another input has: a view fails where that does not divide it."""
+    return 1 not in new and any(isinstance(size, FloorDiv) and size.args[0] == whole for size in new)
 
 
 def permutation(node: Any) -> list[int] | None:

@@ -107,7 +107,8 @@ def classify(samples: Sequence[MaskSample]) -> MaskClass | str:
     chunk = _chunk(seen)
     if chunk:
         return f"the mask is chunked: a token sees the earlier ones of its own chunk of {chunk} tokens alone"
-    return "the mask is none of none, causal, key padding or sliding window" + _example(seen)
+    known = _seen_padding(seen) or _window_on_both_sides(seen) or _prefix(seen)
+    return known or "the mask is none of none, causal, key padding or sliding window" + _example(seen)
 
 
 def real_tokens(sample: MaskSample) -> Tensor | None:
@@ -183,17 +184,82 @@ def _chunk(seen: Sequence[tuple[Tensor, Tensor]]) -> int:
     return 0
 
 
+def _seen_padding(seen: Sequence[tuple[Tensor, Tensor]]) -> str | None:
+    """What is to be said of a mask by which real tokens see padding."""
+    for shown, keep in seen:
+        found = (shown & ~keep[:, None, :] & keep[:, :, None]).nonzero()
+        if len(found):
+            _, query, key = found[0].tolist()
+            return (
+                f"the mask does not hide padding: in a probe of {keep.shape[1]} tokens key {key}, which is padding, "
+                f"is visible to query {query}"
+            )
+    return None
+
+
+def _window_on_both_sides(seen: Sequence[tuple[Tensor, Tensor]]) -> str | None:
+    """What is to be said of a mask that shows as far before a token as after it, or somewhat further."""
+    widest = [(shown, keep) for shown, keep in seen if bool(keep.all())]
+    if not widest:
+        return None
+    shown = widest[0][0]
+    n = shown.shape[1]
+    after, before = int(shown[0, 0].sum()) - 1, int(shown[0, :, 0].sum()) - 1
+    distance = torch.arange(n) - torch.arange(n)[:, None]
+    window = (distance <= after) & (distance >= -before)
+    if not 0 < after < n - 1 or not 0 < before < n - 1:
+        return None
+    if not all(_shows(window[: len(keep[0]), : len(keep[0])], shown, keep) for shown, keep in seen):
+        return None
+    return f"the mask is a sliding window on both sides of a token, which sees {before} before it and {after} after it"
+
+
+def _prefix(seen: Sequence[tuple[Tensor, Tensor]]) -> str | None:
+    """What is to be said of a mask by which the first tokens see one another, and the others what is before them."""
+    for shown, keep in seen:
+        if not bool(keep.all()):
+            continue
+        n = shown.shape[1]
+        length = int(shown[0, 0].sum())
+        index = torch.arange(n)
+        pattern = (index <= index[:, None]) | (index < length)
+        if 1 < length < n and _shows(pattern, shown, keep):
+            return (
+                f"the mask is that of a prefix: the first {length} tokens see one another, later ones see those "
+                "before them"
+            )
+    return None
+
+
+def _shows(pattern: Tensor, shown: Tensor, keep: Tensor) -> bool:
+    """Whether real tokens see what ``pattern`` [N, N] shows of the real ones."""
+    if pattern.shape != shown.shape[1:]:
+        return False
+    different = ((pattern & keep[:, None, :]) != shown) & keep[:, :, None]
+    return not bool(different.any())
+
+
 def _agrees(candidate: MaskClass, shown: Tensor, keep: Tensor) -> bool:
     different = (candidate.expected(keep) != shown) & keep[:, :, None]
     return not bool(different.any())
 
 
 def _example(seen: Sequence[tuple[Tensor, Tensor]]) -> str:
-    causal = MaskClass(True)
-    for shown, keep in seen:
-        different = ((causal.expected(keep) != shown) & keep[:, :, None]).nonzero()
+    """Where a probe differs from what comes nearest to it."""
+    counts = {}
+    for causal in (True, False):
+        differing = [
+            ((MaskClass(causal).expected(keep) != shown) & keep[:, :, None]).nonzero() for shown, keep in seen
+        ]
+        counts[causal] = sum(map(len, differing)), differing
+    causal = counts[True][0] <= counts[False][0]
+    for (shown, keep), different in zip(seen, counts[causal][1], strict=True):
         if len(different):
             row, query, key = different[0].tolist()
-            state = "visible" if shown[row, query, key] else "hidden"
-            return f": in a probe of {keep.shape[1]} tokens key {key} is {state} to query {query}"
+            state = "visible to" if shown[row, query, key] else "hidden from"
+            nearest = "causal" if causal else "one that hides padding alone"
+            return (
+                f": it is nearest to {nearest}, but in a probe of {keep.shape[1]} tokens key {key} is {state} "
+                f"query {query}"
+            )
     return ""

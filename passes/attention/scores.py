@@ -176,6 +176,10 @@ def _step(softmax: Node, node: Any) -> Step:
         return Step(node, first, "cap")
     if _adds_a_column(node):
         return Step(node, node.args[0][0], "sink")  # type: ignore[index,arg-type]
+    if is_call(node, aten.cat.default):
+        products = sum(map(leads_to_product, node.args[0]))  # type: ignore[arg-type]
+        if products > 1:
+            raise Named(node, f"the scores of {products} products of queries and keys stand side by side")
     found = _NAMED.get(node.target)  # type: ignore[call-overload]
     if found is not None and any(leads_to_product(item) for item in node.all_input_nodes):
         raise Named(node, f"{found} stands between the product and the softmax")

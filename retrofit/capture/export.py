@@ -31,6 +31,7 @@ from retrofit.capture.call import (
     tensor_leaves,
 )
 from retrofit.capture.dynamic import batches, dynamic, keys_of_queries
+from retrofit.capture.failed import failure
 from retrofit.capture.kept import restored
 from retrofit.capture.record import OwnerCall, slow_path
 from retrofit.capture.standin import (
@@ -184,8 +185,7 @@ def capture(module: nn.Module, call: OwnerCall, *, training: bool = False) -> Ca
     except CaptureError:
         raise
     except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CaptureError(f"torch.export of {type(module).__name__} failed: {first}") from error
+        raise CaptureError(failure(module, error)) from error
     returned, unfit = flat.__dict__["_returned"], flat.__dict__["_unfit"]
     captured = _as_graph(program, module, paths, traced, returned, same, rows)
     return replace(captured, unfit=unfit, conditions=conditions)
@@ -365,20 +365,22 @@ def _is_single_child(node: Node) -> bool:
 
 
 def _prefer_first(graph: Graph) -> None:
-    """Reads sizes from the first input where it has them, so that no other input is kept for its size."""
-    first = next(node for node in graph.nodes if node.op == "placeholder")
-    value = first.meta["val"]
+    """Reads sizes from the first input that has them, so that no other input, as a mask, is kept for its size."""
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
     for node in list(graph.nodes):
         if node.op != "call_function" or node.target is not torch.ops.aten.sym_size.int:
             continue
-        source, _ = node.args
-        if source is first:
-            continue
-        size = node.meta["val"]
-        for dim, own in enumerate(value.shape):
-            if not isinstance(own, int) and str(own) == str(size):
-                with graph.inserting_after(first):
-                    new = graph.call_function(torch.ops.aten.sym_size.int, (first, dim))
+        source, size = node.args[0], str(node.meta["val"])
+        earlier = inputs[: inputs.index(source)] if source in inputs else inputs[:1]
+        for item in earlier:
+            dims = [
+                dim
+                for dim, own in enumerate(item.meta["val"].shape)
+                if not isinstance(own, int) and str(own) == size
+            ]
+            if dims and item is not source:
+                with graph.inserting_after(item):
+                    new = graph.call_function(torch.ops.aten.sym_size.int, (item, dims[0]))
                 new.meta = dict(node.meta)
                 node.replace_all_uses_with(new)
                 graph.erase_node(node)

@@ -24,14 +24,18 @@ class MaskArgument:
         path: Its place.
         truth: Whether it is no bool, and yet what is not 0 is visible, in place of being added to the scores.
         unordered: Whether it shows later keys, which the module hides itself.
+        inverted: Whether it is a bool for each key that is true where the key is hidden.
     """
 
     path: LeafPath
     truth: bool = False
     unordered: bool = False
+    inverted: bool = False
 
     def read(self, mask: Tensor | None) -> Tensor | None:
-        """``mask`` with these two set right."""
+        """``mask`` with these set right."""
+        if self.inverted and mask is not None and mask.dtype == torch.bool and mask.dim() == 2:
+            return ~mask
         if mask is None or not (self.truth or (self.unordered and mask.dim() == 2)):
             return mask
         return mask != 0
@@ -50,9 +54,16 @@ def is_mask_of(
             continue
         shown = visible_keys(sample.mask)
         truth = not isinstance(shown, str) and _same(given != 0, shown)
-        if not truth and not _same(given, sample.mask):
+        if not truth and not _same(given, sample.mask) and _hides(given, shown) is not True:
             return False
     return True
+
+
+def _hides(given: Tensor, shown: Tensor | str) -> bool | None:
+    """Whether a mask of keys is true where they are hidden; None if it is none."""
+    if isinstance(shown, str) or given.dtype != torch.bool or given.dim() != 2 or shown.dim() != 4:
+        return None
+    return _same(given, ~shown.any(dim=2).any(dim=1))
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -79,10 +90,12 @@ def mask_argument(
         signature: The module's parameters.
         of_site: What the module was seen to hide.
     """
-    truth, unordered = [], []
+    truth, unordered, hides = [], [], []
     for probed, sample in zip(calls, samples, strict=True):
         given = lookup(signature.bind(probed.call.args, probed.call.kwargs), path)
         shown = visible_keys(sample.mask) if sample.mask is not None else "no mask"
+        if isinstance(given, Tensor) and (inverted := _hides(given, shown)) is not None:
+            hides.append(inverted)
         if not isinstance(given, Tensor) or given.dim() != 4 or isinstance(shown, str):
             continue
         nonzero = (given != 0).cpu()
@@ -95,4 +108,4 @@ def mask_argument(
             if sample.keep is not None:
                 later = later & sample.keep[:, None, None, :] & sample.keep[:, None, :, None]
             unordered.append(bool((read & later).any()))
-    return MaskArgument(path, bool(truth) and all(truth), any(unordered))
+    return MaskArgument(path, bool(truth) and all(truth), any(unordered), bool(hides) and all(hides))

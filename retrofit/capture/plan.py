@@ -6,7 +6,7 @@ calls of a module on the probes  →  one graph per spelling of the call  →  c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from retrofit.capture.assemble import assembled, assembled_keys
 from retrofit.capture.attend import Attend
-from retrofit.capture.call import CACHE_NAMES, LeafPath, Signature
+from retrofit.capture.call import CACHE_NAMES, LeafPath, Signature, spelled
 from retrofit.capture.call_plan import parts_of_call
 from retrofit.capture.cross import cross_mask
 from retrofit.capture.export import Captured, capture
@@ -59,6 +59,7 @@ from retrofit.passes.attention.rewrite import attentions, normalize
 from retrofit.passes.attention.rule import STAGES, source_line
 
 MASK_NAME = "attention_mask"
+_SHARED = "it attends to keys in the cache that another module has put there"
 
 
 class Planner:
@@ -112,8 +113,9 @@ class Planner:
         for probed in calls:
             try:
                 normalized = self._normalized(module, probed.call, signature)
-            except CaptureError as error:
-                return Refused(str(error))
+            except CaptureError as error:  # its mask does not fit to keys that are not its own
+                others = calls[0].call.continued or any(call.shared for call in every)
+                return Refused(_SHARED if others else str(error))
             if normalized.attention is None:
                 nearest = normalized.nearest
                 return Refused(
@@ -140,8 +142,7 @@ class Planner:
         assert primary.attention is not None
         (kind,) = kinds if len(kinds) == 1 else ("cross",)
         if kind == "self" and any(call.shared for call in every):
-            reason = "it attends to keys in the cache that another module has put there"
-            return _refused(primary.attention, reason, "the place in the cache")
+            return _refused(primary.attention, _SHARED, "the place in the cache")
         mask = self._mask(module, primary, samples, calls, every, mask_paths, kind)
         if isinstance(mask, str):
             return _refused(primary.attention, mask, "the mask", kind)
@@ -155,6 +156,9 @@ class Planner:
             return _refused(primary.attention, reason, "the mask", kind)
         if kind == "cross" and not mask.biased and self.managed:
             mask_paths = {path for path in mask_paths if is_mask_of(path, calls, samples, signature)}
+        if (own := self._now_and_then(module, primary, calls, signature, mask_paths)) is not None:
+            reason = f"it computes with {spelled(own)}, which it is given in some calls alone"
+            return _refused(primary.attention, reason, "the inputs", kind)
         slot = slot_of(module, signature, every)
         if isinstance(slot, str):
             return _refused(primary.attention, slot, "the place in the cache", kind)
@@ -228,6 +232,24 @@ class Planner:
         learned = learned_mask(module, attention) is not None and all(map(is_mask, mask_paths))
         # A constant in a row of scores is not the same as none beside a softcap or sinks.
         return not learned and not given["softcap"] and given["sinks"] is None
+
+    def _now_and_then(
+        self,
+        module: nn.Module,
+        primary: Normalized,
+        calls: Sequence[ProbedCall],
+        signature: Signature,
+        mask_paths: Set[LeafPath],
+    ) -> LeafPath | None:
+        """An input that the first call is without and that another one's graph reads; masks are read around it."""
+        own = set(primary.captured.inputs.values())
+        for probed in calls[1:]:
+            normalized = self._normalized(module, probed.call, signature)
+            for name, path in normalized.captured.inputs.items():
+                node = next(item for item in normalized.captured.graph.nodes if item.name == name)
+                if path not in own | mask_paths and path != (MASK_NAME,) and node.users:
+                    return path
+        return None
 
     def _hides(self, normalized: Normalized, calls: Sequence[ProbedCall], signature: Signature) -> str | None:
         """The placeholder of the mask that goes around the graph."""
@@ -330,12 +352,15 @@ def _plan(
         training = Training(reason="in training it takes other inputs")
     argument = next(iter(mask_paths), None) if managed else None
     taken = {captured.inputs[name] for name in source.inputs}
+    beside = argument
     if managed and argument is None and MASK_NAME in signature.names and (MASK_NAME,) not in taken:
-        argument = (MASK_NAME,)  # never a tensor on the probes; a converted model may hand padding over
+        beside = (MASK_NAME,)  # a converted model may hand padding over
+        given = signature.bind(call.args, call.kwargs).get(MASK_NAME)
+        argument = beside if given is None else None  # one that nobody reads says nothing
     around = (*CACHE_NAMES, *GOES_AROUND, *ignored, slot.argument)
     return SitePlan(
         **parts_of_call(
-            captured, source, signature, call, around, closed=not managed, guards=guards, mask=argument
+            captured, source, signature, call, around, closed=not managed, guards=guards, mask=beside
         ),
         training=None if training.reason or trained is None else trained.code,
         untrainable=training.reason,

@@ -140,6 +140,7 @@ def _made_up(model: nn.Module) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocabulary, (2, length), generator=generator)
     padding = getattr(text, "pad_token_id", None)
+    padding = 0 if padding is None else padding  # what a model takes for padding that names no token for it
     if isinstance(padding, int) and 0 <= padding < vocabulary:
         ids = torch.where(ids == padding, (padding + 1) % vocabulary, ids)
     inputs: dict[str, Any] = {"input_ids": ids.to(device)}

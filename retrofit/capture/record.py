@@ -41,6 +41,7 @@ class OwnerCall:
     Attributes:
         written: The layers of the key-value cache that hold more tokens after the call.
         shared: Whether it was given a cache that holds tokens, and added none.
+        continued: Whether it added some to those that a layer of the cache held.
         flops: Of its attention: the products of queries and keys, and of weights and values.
         kept: Names of the attributes of the module that hold something else after the call.
         alone: Whether the module around it was handed one sequence, so that queries and keys are the same tokens.
@@ -54,6 +55,7 @@ class OwnerCall:
     children: list[ChildCall] = field(default_factory=list)
     written: tuple[int, ...] = ()
     shared: bool = False
+    continued: bool = False
     flops: int = 0
     alone: bool = False
     kept: frozenset[str] = frozenset()
@@ -142,6 +144,7 @@ def record(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
             call.kept = changed(frame.state, state_of(module))
             call.written = _written(frame.filled, _filled(args, kwargs))
             call.shared = any(frame.filled or ()) and not call.written
+            call.continued = any((frame.filled or ())[layer : layer + 1] > (0,) for layer in call.written)
             finished.setdefault(paths[module], []).append(call)
 
     handles = []

@@ -74,12 +74,14 @@ class _StandIn(nn.Module):
         return len(self.__dict__["_standin"][1])
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        path, _, recorded, traced = self.__dict__["_standin"]
+        path, original, recorded, traced = self.__dict__["_standin"]
         call = recorded[self._count % len(recorded)]
         self._count += 1
         leaves, spec = pytree.tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         sizes = _sizes(call, tensors)
+        if isinstance(original, nn.Linear):  # its width may be that of the example's sequences
+            sizes[0][-1] = original.out_features
         traced.calls.append((path, spec, [TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]))
         flat = [size for shape in sizes for size in shape]
         ranks = [len(shape) for shape in sizes]

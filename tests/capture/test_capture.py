@@ -67,6 +67,29 @@ def test_recording_finds_the_owners_and_their_calls():
     assert not model.first._forward_hooks
 
 
+class Doubled(nn.Module):
+    """Projects to as many channels as the example has tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(24, 3 * 12), nn.Linear(12, 24)
+
+    def forward(self, x):
+        q, k, v = (
+            part.unflatten(-1, (2, 6)).transpose(1, 2) for part in self.qkv(x).split([12, 12, 12], dim=-1)
+        )
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("tokens", [12, 36, 24])
+def test_a_linear_layer_is_as_wide_whatever_the_number_of_tokens(tokens):
+    model = nn.Sequential(nn.Linear(8, 24), Doubled()).eval()
+    x, y = torch.randn(2, tokens, 8), torch.randn(3, 7, 8)
+    expected = model(y)
+    assert len(api.convert(model, DenseConfig(), (x,)).converted) == 1
+    torch.testing.assert_close(model(y), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_children_stay_live_leaves_even_if_they_cannot_be_traced():
     model = Model().eval()
     recording = record(model, (torch.randn(2, 9, 24),), {})
@@ -214,3 +237,31 @@ def test_a_bias_that_a_child_makes_from_sizes_stays_in_the_graph():
         (site,) = api.convert(model, DenseConfig(), torch.randn(2, 11, 8)).converted
         assert site.mask == "position bias"
         torch.testing.assert_close(model(longer), expected, rtol=1e-5, atol=1e-5)
+
+
+class Choosing(nn.Module):
+    """Does one thing or another, or what torch.export does not take."""
+
+    def __init__(self, fails):
+        super().__init__()
+        self.fails = fails
+
+    def forward(self, x):
+        y = F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None])[:, 0]
+        if self.fails:
+            return y + torch.from_numpy(y.detach().numpy())
+        return y * 2 if x.sum() > 0 else y
+
+
+@pytest.mark.parametrize(
+    ("fails", "reason"),
+    [
+        (False, r"Choosing does one thing or another by the values of a tensor.*\(at test_capture.py:\d+\)"),
+        (True, r"torch.export of Choosing failed: .*\(at test_capture.py:\d+\)"),
+    ],
+)
+def test_what_cannot_be_exported_is_named_with_its_line(fails, reason):
+    recording = record(nn.Sequential(Choosing(fails)).eval(), (torch.randn(2, 9, 8),), {})
+    (call,) = recording.owners["0"]
+    with pytest.raises(CaptureError, match=reason):
+        capture(Choosing(fails), call)

@@ -93,3 +93,30 @@ def test_keys_that_another_module_has_put_there():
     first, second = retrofit.inspect(Borrows(), (torch.randn(2, 5, 8),)).sites
     assert first.convertible
     assert "it attends to keys in the cache that another module has put there" in second.reason
+
+
+class Masked(Cached):
+    """Is handed a mask of all keys in the cache."""
+
+    def forward(self, x, mask, past_key_values=None):
+        q = k = v = x[:, None]
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, 0)
+        return F.scaled_dot_product_attention(q, k, v, mask)[:, 0]
+
+
+class Continues(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = Cached(True), Masked(True)
+
+    def forward(self, x):
+        cache = DynamicCache()
+        x = self.first(x, cache)
+        return self.second(x, x.new_zeros(x.shape[1], 2 * x.shape[1]), cache)
+
+
+def test_keys_beside_those_that_another_module_has_put_there():
+    first, second = retrofit.inspect(Continues(), (torch.randn(2, 5, 8),)).sites
+    assert first.convertible
+    assert second.reason == "it attends to keys in the cache that another module has put there"

@@ -297,6 +297,30 @@ def _windowed(t, w):
             "own chunk of 4 tokens",
         ),
         ([_sample(None), _sample(None, causal=True)], "none of"),
+        (
+            [_sample(_windowed(T, 4)[None, None], _keep(3))],
+            "does not hide padding: in a probe of 11 tokens key 0, which is padding, is visible to query 3",
+        ),
+        ([_sample((_distance(T).abs() <= 2)[None, None])], "which sees 2 before it and 2 after it"),
+        (
+            [
+                _sample((_distance(T).abs() <= 2)[None, None]),
+                _sample((_distance(T).abs() <= 2) & _keep(3)[:, None, None, :], _keep(3)),
+            ],
+            "a sliding window on both sides",
+        ),
+        (
+            [_sample((_causal(T) | (torch.arange(T) < 3))[None, None])],
+            "the first 3 tokens see one another, later ones see those before them",
+        ),
+        (
+            [_sample((torch.arange(T)[:, None] // 4 == torch.arange(T) // 4)[None, None])],
+            "nearest to causal, but in a probe of 11 tokens key 1 is visible to query 0",
+        ),
+        (
+            [_sample((_distance(T) != 4)[None, None])],
+            "nearest to one that hides padding alone, but in a probe of 11 tokens key 0 is hidden from query 4",
+        ),
     ],
 )
 def test_masks_are_classified_or_refused(samples, expected):

@@ -112,6 +112,14 @@ def _gated(site, q, k, v):
     return flat(F.softmax(q @ k.mT * SCALE + gate * bias, -1) @ v)
 
 
+def _side_by_side(site, q, k, v):
+    """As long-document encoders: keys of the same block, and some that all see."""
+    q, k, v = heads(q, k, v)
+    scores = torch.cat([q @ k[:, :, :1].mT, q @ k.mT], dim=-1) * SCALE
+    weights = F.softmax(scores, -1)
+    return flat(weights[..., :1] @ v[:, :, :1] + weights[..., 1:] @ v)
+
+
 def _score_dependent(site, s):
     return s.masked_fill(s < s.mean(dim=-1, keepdim=True), float("-inf"))
 
@@ -304,6 +312,10 @@ NEAR_MISSES: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "two tanh": (
         lambda: Site(softmax_of(lambda site, s: torch.tanh(torch.tanh(s)))),
         "wrong side of a tanh",
+    ),
+    "the scores of two products": (
+        lambda: Site(_side_by_side),
+        "the scores of 2 products of queries and keys stand side by side",
     ),
     "a logit for each query": (lambda: Site(weights_of(_sink_by_query)), "vary over more than the heads"),
     "a mask after the sinks": (lambda: Site(weights_of(_mask_after_sinks)), "after a logit was added"),

@@ -156,6 +156,40 @@ def test_a_table_that_is_zero_as_yet_is_carried_and_trained() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+class Shifted(Windows):
+    """The same in windows that were shifted around the edge, where what came from the other side is far away."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        (b, n, _), windows = x.shape, mask.shape[0]
+        q, k, v = self.qkv(x).reshape(b, n, 3, HEADS, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        bias = self.table[self.index.view(-1)].view(n, n, -1).permute(2, 0, 1).contiguous()
+        scores = (q * SCALE) @ k.mT + bias.unsqueeze(0)
+        scores = scores.view(b // windows, windows, HEADS, n, n) + mask.unsqueeze(1).unsqueeze(0)
+        y = scores.view(-1, HEADS, n, n).softmax(-1) @ v
+        return self.out(y.transpose(1, 2).reshape(b, n, -1))
+
+
+def test_shifted_windows_of_images_of_any_size() -> None:
+    torch.manual_seed(0)
+    model = Around(Shifted()).eval()
+    torch.nn.init.normal_(model.attn.table)
+    examples = []
+    for images, windows in ((2, 4), (3, 4), (1, 9), (5, 1)):
+        region = torch.randint(2, (windows, Windows.SIDE**2))
+        mask = torch.where(region[:, None] == region[:, :, None], 0.0, -100.0)
+        examples.append((torch.randn(images * windows, Windows.SIDE**2, WIDTH), mask))
+    with torch.no_grad():
+        before = [model(*example) for example in examples]
+        (site,) = retrofit.convert(model, retrofit.DenseConfig(), examples[0]).converted
+        assert site.mask == "position bias"
+        for example, expected in zip(examples, before, strict=True):
+            torch.testing.assert_close(model(*example), expected, rtol=1e-5, atol=1e-5)
+        with pytest.raises(RuntimeError, match="invalid for input of size"):
+            model(examples[0][0][:6], examples[0][1])
+        retrofit.revert(model)
+        assert all(torch.equal(model(*x), expected) for x, expected in zip(examples, before, strict=True))
+
+
 class HandedIn(nn.Module):
     """Attention whose caller hands in what is added to the scores."""
 
