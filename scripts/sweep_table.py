@@ -108,10 +108,10 @@ def _totals(rows: list[dict[str, Any]]) -> str:
 
 def _versions(result: dict[str, Any]) -> str:
     made = f"transformers {result['transformers']}, torch {result['torch']}, retrofit at {result['commit']}, "
-    renewed = Counter((row["commit"], row["torch"]) for row in result["rows"] if "commit" in row)
+    others = Counter((row["commit"], row["torch"]) for row in result["rows"] if "commit" in row)
     later = "".join(
-        f" {count} of the rows were renewed at {commit} with torch {torch}."
-        for (commit, torch), count in renewed.items()
+        f" {count} of the rows are of {commit} with torch {torch}."
+        for (commit, torch), count in others.items()
     )
     return f"{made}{result['date']}.{later}"
 

@@ -54,7 +54,7 @@ class _Job:
 
 
 class Results:
-    """The rows of each family, written with every new one."""
+    """The rows of each family, written with every new one. Those of another commit than the file's say which."""
 
     def __init__(self, folder: Path, families: list[str], commit: str | None) -> None:
         self.folder = folder
@@ -84,8 +84,11 @@ class Results:
 
     def _read(self, family: str) -> dict[str, dict[str, Any]]:
         path = self._path(family)
-        rows = json.loads(path.read_text())["rows"] if path.exists() else []
-        return {row["architecture"]: row for row in rows}
+        if not path.exists():
+            return {}
+        result = json.loads(path.read_text())
+        of = {} if result["commit"] == self.commit else {key: result[key] for key in ("commit", "torch")}
+        return {row["architecture"]: {**of, **row} for row in result["rows"]}
 
 
 def run(tasks: list[Task], jobs: int, limit: float, deadline: float) -> Iterator[tuple[Task, dict[str, Any]]]:
