@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from retrofit.capture.call import LeafPath, lookup, spelled
+from retrofit.capture.call import LeafPath, is_cache, lookup, spelled
 from retrofit.capture.export import expanded, is_record
 from retrofit.capture.ignored import GOES_AROUND, MEANINGFUL
 from retrofit.capture.site_plan import CallPlan, compiled
@@ -204,10 +204,12 @@ class CapturedModule(nn.Module):
             value = lookup(values, path)
             if isinstance(value, Tensor):
                 differs = recorded is None and path not in plan.inputs and not self._goes_around(path)
+            elif _plain(value):
+                differs = _plain(recorded) and value != recorded
             else:
-                differs = _plain(value) and _plain(recorded) and value != recorded
+                differs = recorded is None and not is_cache(value)
             if differs:
-                shown = "a tensor" if isinstance(value, Tensor) else repr(value)
+                shown = repr(value) if _plain(value) else f"a {type(value).__name__.lower()}"
                 raise CaptureError(
                     f"{self.path} was captured with {spelled(path)}={recorded!r}, got {shown}; "
                     "convert with an example that has it"

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from retrofit.capture.call import Signature
 from retrofit.errors import MaskError, ModelLoadError
+from retrofit.passes.attention.bias import adds
 
 IMPLEMENTATION = "retrofit"
 """The attention implementation of a model whose masked attention modules are all converted."""
@@ -157,6 +158,20 @@ def _extent(real: Tensor) -> tuple[Tensor, Tensor]:
             f"{message} (row {row}); pad on the left when generating, and put packed sequences in rows of their own"
         )
     return start, length
+
+
+def only_hides(mask: Tensor) -> Tensor:
+    """``mask``, which is added to scores, if it does nothing but hide; not looked at while a program is compiled.
+
+    Raises:
+        MaskError: If it adds something to visible scores.
+    """
+    if not torch.compiler.is_compiling() and adds(mask):
+        raise MaskError(
+            "attention mask adds a bias to the scores, which this site was not captured with; convert with an example "
+            "that has such a mask, or leave the site out with where=…"
+        )
+    return mask
 
 
 def _from_dense(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -330,15 +331,27 @@ def first_tensor(output: Any) -> Tensor:
 
 def relative_error(got: Tensor, expected: Tensor, keep: Tensor | None) -> float:
     """‖got − expected‖ / ‖expected‖ over the real tokens; infinite if either is not finite there."""
-    got, expected = got.detach().double(), expected.detach().double()
+    got, expected = got.detach(), expected.detach()
     if keep is not None and got.dim() == 3 and got.shape[:2] == (keep.shape[1], keep.shape[0]):
         got, expected = got.transpose(0, 1), expected.transpose(0, 1)  # length first
+    real = torch.ones((), dtype=torch.bool, device=got.device)
     if keep is not None and got.dim() >= 3 and got.shape[0] == keep.shape[0]:
         dim = 1 if got.shape[1] == keep.shape[1] else 2
         if got.shape[dim] == keep.shape[1]:
             shape = [1] * got.dim()
             shape[0], shape[dim] = keep.shape
             real = keep.to(got.device).view(shape)
-            got, expected = torch.where(real, got, 0), torch.where(real, expected, 0)
-    error = (got - expected).norm() / expected.norm().clamp(min=1e-30)
-    return float(error) if bool(torch.isfinite(error)) else float("inf")
+    difference = size = 0.0
+    for a, b, known in zip(*map(_pieces, (got, expected, real.expand(got.shape))), strict=True):
+        a, b = (torch.where(known, x.double(), 0) for x in (a, b))
+        difference += float((a - b).square().sum())
+        size += float(b.square().sum())
+    error = math.sqrt(difference) / max(math.sqrt(size), 1e-30)
+    return error if math.isfinite(error) else float("inf")
+
+
+def _pieces(x: Tensor) -> list[Tensor]:
+    """``x`` in pieces, of which there are never many in memory twice: logits are large."""
+    if x.dim() < 2:
+        return [x]
+    return [piece for row in x.split(1) for piece in row.split(16, 1)]

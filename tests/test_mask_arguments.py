@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 import retrofit
 from retrofit.configs import DenseConfig, HSAConfig
-from retrofit.errors import NoAttentionFound
+from retrofit.errors import MaskError, NoAttentionFound
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
@@ -121,3 +122,53 @@ def test_an_argument_of_padded_calls_alone_is_named() -> None:
         NoAttentionFound, match=r"attention_mask\['conv'\], which it is given in some calls alone"
     ):
         retrofit.convert(model, DenseConfig())
+
+
+class Fused(nn.Module):
+    """Adds a mask that it is handed to its scores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(32, 96)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        q, k, v = (y.unflatten(-1, (4, 8)).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+
+
+class OfTorch(nn.Module):
+    """The same by torch's own module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        out: Tensor = self.attention(x, x, x, attn_mask=mask, need_weights=False)[0]
+        return out
+
+
+class Passes(nn.Module):
+    """Hands all it gets on to its attention."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        out: Tensor = self.attention(x, mask)
+        return out
+
+
+@pytest.mark.parametrize(
+    ("build", "shape"), [(Fused, ()), (Fused, (1, 1)), (Fused, (2, 1)), (OfTorch, ())], ids=str
+)
+def test_a_mask_that_only_hid_must_go_on_to(build: type[nn.Module], shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    model, x = Passes(build()).eval(), torch.randn(2, 11, 32)
+    hides = torch.full((11, 11), -torch.inf).triu(1).expand(*shape, 11, 11)
+    expected = model(x, hides)
+    retrofit.convert(model, DenseConfig(), (x, hides))
+    torch.testing.assert_close(model(x, hides), expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(MaskError, match="adds a bias to the scores, which this site was not captured with"):
+        model(x, hides + torch.rand(11, 11))

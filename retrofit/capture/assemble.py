@@ -13,7 +13,8 @@ from torch.fx import Graph, Node
 from torch.fx.graph_module import _format_import_block
 from torch.package.importer import sys_importer
 
-from retrofit.capture.observe import Normalized
+from retrofit.capture.observe import Normalized, mask_paths_of
+from retrofit.masks import only_hides
 from retrofit.passes.attention.added import added
 from retrofit.passes.attention.bias import HIDDEN
 from retrofit.passes.attention.masks import MaskClass
@@ -58,7 +59,7 @@ def assembled(
     bias = added(graph, attention, hides) if mask.biased else None
     if keep_mask and kind == "self":
         floor = HIDDEN if mask.slopes else HIDDEN_SCORE if mask.biased else None
-        _as_visible(graph, attention, floor)
+        _as_visible(graph, attention, floor, handed_in=bool(mask_paths_of(normalized)))
     target_call(graph, attention, keep_mask=keep_mask, keep_keys=kind == "self", bias=bias)
     returned = _output(graph).args[0]
     assert isinstance(returned, tuple)
@@ -109,15 +110,17 @@ def _source(graph: Graph, results: tuple[Any, ...]) -> Source:
     return Source(_format_import_block(code.globals, sys_importer) + "\n" + code.src, names, results)
 
 
-def _as_visible(graph: Graph, attention: Node, floor: float | None) -> None:
+def _as_visible(graph: Graph, attention: Node, floor: float | None, *, handed_in: bool) -> None:
     """Turns an additive mask into a boolean one.
 
-    Without a bias it is known to hide and no more, so that whatever hides, hides all; with one, what is at most
-    ``floor`` hides.
+    Without a bias it is known to hide and no more, so that whatever hides, hides all (of one that is handed in this is
+    checked in every call); with one, what is at most ``floor`` hides.
     """
     mask = attention.args[3]
     if isinstance(mask, Node) and mask.meta["val"].is_floating_point():
         with graph.inserting_before(attention):
+            if floor is None and handed_in:
+                mask = graph.call_function(only_hides, (mask,))
             test = (torch.ops.aten.eq.Scalar, 0) if floor is None else (torch.ops.aten.gt.Scalar, floor)
             visible = graph.call_function(test[0], (mask, test[1]))
         attention.args = (*attention.args[:3], visible, *attention.args[4:])

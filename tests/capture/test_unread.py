@@ -117,7 +117,7 @@ class Options(Attention):
         causal: bool = True,
         factor: float = 1.0,
         checked: bool = False,
-        shift: Tensor | None = None,
+        shift: Tensor | tuple[Tensor] | None = None,
         **more: Any,
     ) -> Tensor:
         if checked:
@@ -125,7 +125,7 @@ class Options(Attention):
         q, k, v = (m(x).unflatten(-1, (2, 16)).transpose(1, 2) for m in (self.q, self.k, self.v))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2)
         out = out * torch.tensor(factor) * more.get("gain", 1.0)
-        return out if shift is None else out + shift
+        return out if shift is None else out + (shift[0] if isinstance(shift, tuple) else shift)
 
 
 class Passes(nn.Module):
@@ -144,6 +144,7 @@ class Passes(nn.Module):
         ({"causal": False}, "captured with causal=True, got False"),
         ({"factor": 2.0}, r"captured with factor=1.0, got 2.0"),
         ({"shift": torch.ones(32)}, "captured with shift=None, got a tensor"),
+        ({"shift": (torch.ones(32),)}, "captured with shift=None, got a tuple"),
         ({"gain": 3.0}, "captured without gain, got 3.0"),
     ],
 )
