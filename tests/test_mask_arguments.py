@@ -172,3 +172,21 @@ def test_a_mask_that_only_hid_must_go_on_to(build: type[nn.Module], shape: tuple
     torch.testing.assert_close(model(x, hides), expected, rtol=1e-5, atol=1e-5)
     with pytest.raises(MaskError, match="adds a bias to the scores, which this site was not captured with"):
         model(x, hides + torch.rand(11, 11))
+
+
+def _alibi(slopes: list[float], tokens: int) -> Tensor:
+    index = torch.arange(tokens)
+    bias = torch.tensor(slopes)[:, None, None] * (index - index[:, None])
+    return bias.masked_fill(index > index[:, None], -torch.inf)[None]
+
+
+def test_a_position_bias_that_is_handed_in_must_keep_its_slopes() -> None:
+    torch.manual_seed(0)
+    model, slopes = Passes(Fused()).eval(), [0.5, 0.25, 0.1, 0.05]
+    batches = [(torch.randn(2, n, 32), _alibi(slopes, n)) for n in (11, 40)]
+    expected = [model(*batch) for batch in batches]
+    retrofit.convert(model, DenseConfig(), batches[0])
+    for batch, before in zip(batches, expected, strict=True):
+        torch.testing.assert_close(model(*batch), before, rtol=1e-5, atol=1e-5)
+    with pytest.raises(MaskError, match="other slopes than this site was captured with"):
+        model(batches[0][0], _alibi([0.9, 0.25, 0.3, 0.05], 11))

@@ -5,16 +5,18 @@ graph with one retrofit::attention  →  forward(self, *tensors, context) that c
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import Graph, Node
 from torch.fx.graph_module import _format_import_block
 from torch.package.importer import sys_importer
 
 from retrofit.capture.observe import Normalized, mask_paths_of
-from retrofit.masks import only_hides
+from retrofit.masks import only_hides, same_slopes
 from retrofit.passes.attention.added import added
 from retrofit.passes.attention.bias import HIDDEN
 from retrofit.passes.attention.masks import MaskClass
@@ -59,7 +61,11 @@ def assembled(
     bias = added(graph, attention, hides) if mask.biased else None
     if keep_mask and kind == "self":
         floor = HIDDEN if mask.slopes else HIDDEN_SCORE if mask.biased else None
-        _as_visible(graph, attention, floor, handed_in=bool(mask_paths_of(normalized)))
+        if floor is None and mask_paths_of(normalized):
+            _checked(graph, attention, only_hides)
+        elif mask.slopes:
+            _checked(graph, attention, same_slopes, mask.slopes)
+        _as_visible(graph, attention, floor)
     target_call(graph, attention, keep_mask=keep_mask, keep_keys=kind == "self", bias=bias)
     returned = _output(graph).args[0]
     assert isinstance(returned, tuple)
@@ -110,17 +116,25 @@ def _source(graph: Graph, results: tuple[Any, ...]) -> Source:
     return Source(_format_import_block(code.globals, sys_importer) + "\n" + code.src, names, results)
 
 
-def _as_visible(graph: Graph, attention: Node, floor: float | None, *, handed_in: bool) -> None:
+def _checked(graph: Graph, attention: Node, check: Callable[..., Tensor], *known: Any) -> None:
+    """Has every call check that an additive mask does what it was seen to do."""
+    mask = attention.args[3]
+    if isinstance(mask, Node) and mask.meta["val"].is_floating_point():
+        with graph.inserting_before(attention):
+            checked = graph.call_function(check, (mask, *known))
+        checked.meta = dict(mask.meta)
+        attention.args = (*attention.args[:3], checked, *attention.args[4:])
+
+
+def _as_visible(graph: Graph, attention: Node, floor: float | None) -> None:
     """Turns an additive mask into a boolean one.
 
-    Without a bias it is known to hide and no more, so that whatever hides, hides all (of one that is handed in this is
-    checked in every call); with one, what is at most ``floor`` hides.
+    Without a bias it is known to hide and no more, so that whatever hides, hides all; with one, what is at most
+    ``floor`` hides.
     """
     mask = attention.args[3]
     if isinstance(mask, Node) and mask.meta["val"].is_floating_point():
         with graph.inserting_before(attention):
-            if floor is None and handed_in:
-                mask = graph.call_function(only_hides, (mask,))
             test = (torch.ops.aten.eq.Scalar, 0) if floor is None else (torch.ops.aten.gt.Scalar, floor)
             visible = graph.call_function(test[0], (mask, test[1]))
         attention.args = (*attention.args[:3], visible, *attention.args[4:])
