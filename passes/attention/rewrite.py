@@ -14,9 +14,11 @@ from retrofit.passes.attention.arguments import arguments
 from retrofit.passes.attention.canonical import ATTENTION
 from retrofit.passes.attention.merged import merge_values
 from retrofit.passes.attention.rule import PassReport, Rule, calls, remove_dead, run_rules
+from retrofit.passes.attention.sigmoid import SigmoidAttention
 from retrofit.passes.attention.spelled_eager import EagerSpelling
 from retrofit.passes.attention.spelled_mass import SinkAsFactor
 from retrofit.passes.attention.spelled_sdpa import SdpaSpelling
+from retrofit.passes.attention.spelled_softmax import SpelledSoftmax
 
 CONTEXT = "context"
 ATTEND = "attend"
@@ -27,7 +29,13 @@ _CHECKS = (
     torch.ops.aten._assert_scalar.default,
     torch.ops.aten._assert_async.msg,
 )
-SPELLINGS: tuple[Rule[Any], ...] = (SinkAsFactor(), SdpaSpelling(), EagerSpelling())
+SPELLINGS: tuple[Rule[Any], ...] = (
+    SpelledSoftmax(),
+    SinkAsFactor(),
+    SdpaSpelling(),
+    EagerSpelling(),
+    SigmoidAttention(),
+)
 
 
 def normalize(graph: Graph) -> PassReport:

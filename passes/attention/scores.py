@@ -6,7 +6,7 @@ baddbmm → view → ·scale → tanh → +mask → masked_fill → float32 → 
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -205,7 +205,7 @@ def _sum(node: Node) -> Step:
             return Step(node, left, "neutral")  # a constant changes no softmax
         raise Reject(node, "a constant is added to the scores")
     if is_call(node, aten.sub.Tensor):
-        if _is_maximum(right):
+        if is_maximum(right):
             return Step(node, left, "neutral")
         return Step(node, left, "mask")
     swapped = leads_to_product(right) and not leads_to_product(left)
@@ -214,7 +214,7 @@ def _sum(node: Node) -> Step:
     return Step(node, right if swapped else left, "mask")
 
 
-def _is_maximum(node: Node) -> bool:
+def is_maximum(node: Node) -> bool:
     """Whether ``node`` is a maximum, which is subtracted before a softmax for the sake of its range."""
     if is_call(node, operator.getitem) and isinstance(node.args[0], Node):
         node = node.args[0]
@@ -265,6 +265,11 @@ def assigns(node: Node) -> bool:
 
 def leads_to_product(node: Any) -> bool:
     """Whether ``node`` is a product of two tensors after nothing but steps of scores."""
+    return next(products_before(node), None) is not None
+
+
+def products_before(node: Any) -> Iterator[Node]:
+    """The products of two tensors that lead to ``node`` by nothing but steps of scores."""
     pending, seen = [node], set()
     while pending:
         current = pending.pop()
@@ -272,14 +277,13 @@ def leads_to_product(node: Any) -> bool:
             continue
         seen.add(current)
         if is_call(current, *PRODUCTS):
-            return True
-        if is_call(current, *_SUMS, *_SCALING, *WHERE):
+            yield current
+        elif is_call(current, *_SUMS, *_SCALING, *WHERE):
             pending.extend(current.args)
         elif is_call(current, aten.cat.default):
             pending.extend(current.args[0])  # type: ignore[arg-type]
         elif is_call(current, *PASSED) or permutation(current) is not None:
             pending.append(current.args[0])
-    return False
 
 
 def results_of(nodes: Sequence[Node]) -> list[Node]:

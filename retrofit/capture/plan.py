@@ -286,9 +286,11 @@ def normalized_of(captured: Captured) -> Normalized:
         nearest = max(refusals, key=lambda refusal: (refusal.attention, STAGES.index(refusal.stage)))
         reason = "; ".join(dict.fromkeys(str(refusal) for refusal in refusals))
         return Normalized(captured, None, reason, kind, nearest)
+    if not found:
+        return Normalized(captured, None, "its weights sum to one in a way that no rule reads as a softmax")
     if len(found) != 1:
-        names = f" (at {'; at '.join(map(_where, found))})" if found else ""
-        differing = f", which differ in {' and '.join(differences(*found[:2]))}" if found else ""
+        names = f" (at {'; at '.join(map(_where, found))})"
+        differing = f", which differ in {' and '.join(differences(*found[:2]))}"
         reason = f"{len(found)} attentions in one module{differing}{names}"
         return Normalized(captured, None, reason, several=tuple(found))
     return Normalized(captured, found[0], "")
