@@ -12,21 +12,19 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 # What leaves a role as it is; in place too.
-_LAYOUT = frozenset(
-    (
-        "view",
-        "_unsafe_view",
-        "reshape",
-        "unsqueeze",
-        "squeeze",
-        "expand",
-        "permute",
-        "transpose",
-        "t",
-        "clone",
-    )
-    + ("_to_copy", "alias", "detach", "copy")
-)
+_VIEWS = {
+    "view",
+    "_unsafe_view",
+    "reshape",
+    "unsqueeze",
+    "squeeze",
+    "expand",
+    "permute",
+    "transpose",
+    "t",
+    "alias",
+}
+_LAYOUT = _VIEWS | {"clone", "_to_copy", "detach", "copy"}
 _MASKED = _LAYOUT | {"masked_fill", "where", "mul"}
 _STEPS = _MASKED | {"div", "add", "sub", "rsub", "neg"}
 _PASSED = {

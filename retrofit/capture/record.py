@@ -158,8 +158,9 @@ def record(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
 
     handles = []
     for module in paths:
-        handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
-        handles.append(module.register_forward_hook(leave, with_kwargs=True))
+        # By way of nn.Module: a ScriptModule has no such methods, but calls the hooks.
+        handles.append(nn.Module.register_forward_pre_hook(module, enter, with_kwargs=True))
+        handles.append(nn.Module.register_forward_hook(module, leave, with_kwargs=True))
     try:
         with torch.no_grad(), slow_path(), _Watch(stack):
             output = model(*args, **kwargs)
