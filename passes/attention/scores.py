@@ -200,7 +200,7 @@ def _adds_a_column(node: Node) -> bool:
 
 def _sum(node: Node) -> Step:
     left, right = node.args[0], node.args[1]
-    if not isinstance(left, Node) or not isinstance(right, Node):
+    if not isinstance(left, Node) or not isinstance(right, Node) or shape(right) is None:
         if isinstance(left, Node):
             return Step(node, left, "neutral")  # a constant changes no softmax
         raise Reject(node, "a constant is added to the scores")
@@ -225,6 +225,9 @@ def _row_factor(softmax: Node, node: Node) -> Step:
     left, right = node.args[0], node.args[1]
     if not isinstance(left, Node) or not isinstance(right, Node):
         raise Reject(node, "the scores are divided by or multiplied with something unknown")
+    if shape(right) is None:
+        what = "divided by" if is_call(node, aten.div.Tensor) else "multiplied with"
+        raise Named(node, f"the scores are {what} a number that depends on the sizes of the inputs")
     swapped = leads_to_product(right) and not leads_to_product(left)
     if swapped and is_call(node, aten.div.Tensor):
         raise Reject(node, "something is divided by the scores")
@@ -296,7 +299,11 @@ def results_of(nodes: Sequence[Node]) -> list[Node]:
         seen.add(node)
         if any(user.op == "output" for user in node.users):
             found.append(node)
-        pending.extend(user for user in node.users if user.op != "output" and not _for_its_dtype(user, node))
+        pending.extend(
+            user
+            for user in node.users
+            if user.op != "output" and user.target not in SIZE_ONLY and not _for_its_dtype(user, node)
+        )
     return found
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from retrofit.passes.attention.arguments import arguments, is_call
+from retrofit.passes.attention.arguments import arguments, is_call, shape
 from retrofit.passes.attention.axes import SAME, sizes
 from retrofit.passes.attention.layout import Editor
 from retrofit.passes.attention.operands import CASTS, constant, constant_factor
@@ -144,7 +144,7 @@ def _quotient(node: Node) -> tuple[Any, Node, tuple[Any, ...]] | None:
     """What ``node`` divides, by what, and of which sizes that is at last."""
     left, right = node.args[:2]
     if is_call(node, aten.div.Tensor):
-        return (left, right, sizes(right)) if isinstance(right, Node) else None
+        return (left, right, sizes(right)) if shape(right) is not None else None
     for total, other in ((right, left), (left, right)):
         inverse = _unsqueezed(total)
         if is_call(inverse, aten.reciprocal.default):

@@ -253,6 +253,17 @@ def _parts(s, dim=-1, more=0.0):
     return e / (e.sum(dim, keepdim=True) + more)
 
 
+def _chunks(site, q, k, v):
+    q, k, v = heads(q, k, v)
+    return flat(torch.cat([F.softmax(part @ k.mT * SCALE, -1) @ v for part in q.split(4, dim=2)], 2))
+
+
+def _slices(site, q, k, v):
+    q, k, v = heads(q, k, v)
+    parts = [q[:, :, first : first + 4] for first in range(0, q.shape[2], 4)]
+    return flat(torch.cat([F.scaled_dot_product_attention(part, k, v) for part in parts], 2))
+
+
 class InParts(nn.Module):
     """A softmax over classes, written out."""
 
@@ -287,6 +298,16 @@ NEAR_MISSES: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: InParts(_parts, lambda share, x: (share[..., None] * x[:, :, None]).sum(-2)),
         "not into a product with values",
     ),
+    "scores divided by the length": (
+        lambda: Site(weights_of(lambda site, s: F.softmax(s / s.shape[-1], -1))),
+        "the scores are divided by a number that depends on the sizes of the inputs",
+    ),
+    "scores multiplied with the length": (
+        lambda: Site(softmax_of(lambda site, s: s * s.shape[-1] ** -0.5)),
+        "the scores are multiplied with a number that depends on the sizes of the inputs",
+    ),
+    "chunks of queries": (lambda: Site(_chunks), "its queries attend in 3 chunks, each in a call of its own"),
+    "chunks of queries, by slices": (lambda: Site(_slices), "its queries attend in 3 chunks"),
     "softmax over queries, in parts": (
         lambda: Site(weights_of(lambda site, s: _parts(s, dim=2))),
         "not over the keys",

@@ -208,6 +208,15 @@ SPELLINGS: dict[str, Callable[[], nn.Module]] = {
     "a softcap": lambda: Site(softmax_of(lambda site, s: torch.tanh(s / 5) * 5)),
     "a tanh": lambda: Site(softmax_of(lambda site, s: torch.tanh(s))),
     "attention sinks": lambda: Site(weights_of(_sink)),
+    "a sink of zero": lambda: Site(weights_of(lambda site, s: _sink(site, s, torch.zeros_like(s[..., :1])))),
+    "a sink of one number, and a mask": lambda: Site(
+        weights_of(
+            lambda site, s: _sink(
+                site, s.masked_fill(~causal(s.shape[-1]), -torch.inf), torch.full((*s.shape[:-1], 1), 0.5)
+            )
+        )
+    ),
+    "a number that sizes make added": lambda: Site(softmax_of(lambda site, s: s * SCALE + s.shape[-1])),
     "a sink as a factor": lambda: Site(lambda site, q, k, v: _sink_as_factor(q, k, v, site.sinks)),
     "a softcap, a mask and sinks": lambda: Site(weights_of(_softcap_mask_and_sinks)),
     "ALiBi": lambda: Site(softmax_of(_alibi)),
