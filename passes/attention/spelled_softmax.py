@@ -144,7 +144,8 @@ def _quotient(node: Node) -> tuple[Any, Node, tuple[Any, ...]] | None:
     """What ``node`` divides, by what, and of which sizes that is at last."""
     left, right = node.args[:2]
     if is_call(node, aten.div.Tensor):
-        return (left, right, sizes(right)) if shape(right) is not None else None
+        known = isinstance(right, Node) and shape(right) is not None
+        return (left, right, sizes(right)) if known else None  # type: ignore[return-value]
     for total, other in ((right, left), (left, right)):
         inverse = _unsqueezed(total)
         if is_call(inverse, aten.reciprocal.default):
@@ -176,26 +177,31 @@ def _check_sum(anchor: Node, *, attention: bool) -> None:
     """Checks that nothing is added to the sum that the result shows."""
     quotient = _quotient(anchor)
     assert quotient is not None
-    exponentials, total, _ = quotient
-    stable = False
-    current = _behind(exponentials)
-    while isinstance(current, Node) and not stable:
-        if is_call(current, aten.exp.default):
-            shifted = _behind(current.args[0])
-            stable = is_call(shifted, aten.sub.Tensor) and is_maximum(shifted.args[1])
-            break
-        current = current.args[0] if current.args else None
+    exponentials, total, own = quotient
+    holds_one = _holds_one(exponentials, own)
     while (current := _unsqueezed(total)) is not total or _more(current) is not None:
         more = _more(current)
-        if more and (more > _NEGLIGIBLE or not stable):
+        if more and (abs(more) > _NEGLIGIBLE or not holds_one):
             what = "is added to" if is_call(current, aten.add.Tensor) else "bounds"
-            why = "" if more > _NEGLIGIBLE else ", from which no maximum was taken"
+            why = "" if abs(more) > _NEGLIGIBLE else ", which may all be small"
             raise Reject(
                 current,
                 f"{more:g} {what} the sum of the exponentials{why}, so that they are no softmax",
                 attention=attention,
             )
         total = current if more is None else current.args[0]
+
+
+def _holds_one(node: Any, rows: tuple[Any, ...]) -> bool:
+    """Whether the maximum of each row was taken from the scores, and nothing is set to 0 after that."""
+    node = _behind(node)
+    if is_call(node, aten.matmul.default, aten.bmm.default):
+        node = _behind(node.args[0])
+    shifted: Any = _behind(node.args[0]) if is_call(node, aten.exp.default) else None
+    if not is_call(shifted, aten.sub.Tensor):
+        return False
+    largest = shifted.args[1]
+    return is_maximum(largest) and sizes(largest) == rows
 
 
 def _exponentials(node: Any) -> tuple[Node, tuple[Node, ...]] | None:

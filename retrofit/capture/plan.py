@@ -289,7 +289,7 @@ def normalized_of(captured: Captured) -> Normalized:
         reason = "; ".join(dict.fromkeys(str(refusal) for refusal in refusals))
         return Normalized(captured, None, reason, kind, nearest)
     if not found:
-        return Normalized(captured, None, "its weights sum to one in a way that no rule reads as a softmax")
+        return Normalized(captured, None, "attention ran in it, in a form that no rule reads")
     if (chunks := _chunks(found)) is not None:
         return Normalized(captured, None, chunks)
     if len(found) != 1:

@@ -253,6 +253,11 @@ def _parts(s, dim=-1, more=0.0):
     return e / (e.sum(dim, keepdim=True) + more)
 
 
+def _little_more(site, s):
+    e = (s - s.amax(-1, keepdim=True)).exp() * causal(s.shape[-1])
+    return e / (e.sum(-1, keepdim=True) + 1e-9)
+
+
 def _chunks(site, q, k, v):
     q, k, v = heads(q, k, v)
     return flat(torch.cat([F.softmax(part @ k.mT * SCALE, -1) @ v for part in q.split(4, dim=2)], 2))
@@ -318,7 +323,11 @@ NEAR_MISSES: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "softmax with a little more in the sum": (
         lambda: Site(weights_of(lambda site, s: _parts(s, more=1e-9))),
-        "1e-09 is added to the sum of the exponentials, from which no maximum was taken",
+        "1e-09 is added to the sum of the exponentials, which may all be small",
+    ),
+    "softmax with a little more in the sum of what the mask leaves": (
+        lambda: Site(weights_of(_little_more)),
+        "1e-09 is added to the sum of the exponentials, which may all be small",
     ),
     "sigmoid attention": (
         lambda: Site(weights_of(lambda site, s: torch.sigmoid(s - 2.0))),
