@@ -114,7 +114,7 @@ class RetrofittedAttention(CapturedModule):
                 return layer_for(cache, layer, self.path)
         return None
 
-    def bias_of_step(self, bias: Tensor, q: Tensor, context: _Context) -> Tensor:
+    def retrofit_bias_of_step(self, bias: Tensor, q: Tensor, context: _Context) -> Tensor:
         """The position bias of the new tokens to all keys, the cached ones included.
 
         Args:
@@ -135,7 +135,7 @@ class RetrofittedAttention(CapturedModule):
         (found,) = vars(self)["_run_step"](self, q.shape[2], *tensors)
         return found
 
-    def attend(
+    def retrofit_attend(
         self,
         q: Tensor,
         k: Tensor | None,

@@ -1,6 +1,6 @@
 """Turns the one canonical attention of a module into a call of its target.
 
-retrofit::attention(q, k, v, mask, …, sinks)   →   call_module "attend"(q, k, v, context[, mask[, sinks[, bias]]])
+retrofit::attention(q, k, v, mask, …, sinks)   →   call_module "retrofit_attend"(q, k, v, context[, mask[, sinks[, bias]]])
 """
 
 from __future__ import annotations
@@ -14,20 +14,28 @@ from retrofit.passes.attention.arguments import arguments
 from retrofit.passes.attention.canonical import ATTENTION
 from retrofit.passes.attention.merged import merge_values
 from retrofit.passes.attention.rule import PassReport, Rule, calls, remove_dead, run_rules
+from retrofit.passes.attention.sigmoid import SigmoidAttention
 from retrofit.passes.attention.spelled_eager import EagerSpelling
 from retrofit.passes.attention.spelled_mass import SinkAsFactor
 from retrofit.passes.attention.spelled_sdpa import SdpaSpelling
+from retrofit.passes.attention.spelled_softmax import SpelledSoftmax
 
 CONTEXT = "context"
-ATTEND = "attend"
-BIAS_OF_STEP = "bias_of_step"
+ATTEND = "retrofit_attend"
+BIAS_OF_STEP = "retrofit_bias_of_step"
 # What export asserts about the example's dtypes and sizes; it would tie the graph to them.
 _CHECKS = (
     torch.ops.aten._assert_tensor_metadata.default,
     torch.ops.aten._assert_scalar.default,
     torch.ops.aten._assert_async.msg,
 )
-SPELLINGS: tuple[Rule[Any], ...] = (SinkAsFactor(), SdpaSpelling(), EagerSpelling())
+SPELLINGS: tuple[Rule[Any], ...] = (
+    SpelledSoftmax(),
+    SinkAsFactor(),
+    SdpaSpelling(),
+    EagerSpelling(),
+    SigmoidAttention(),
+)
 
 
 def normalize(graph: Graph) -> PassReport:

@@ -6,7 +6,7 @@ baddbmm → view → ·scale → tanh → +mask → masked_fill → float32 → 
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -200,12 +200,12 @@ def _adds_a_column(node: Node) -> bool:
 
 def _sum(node: Node) -> Step:
     left, right = node.args[0], node.args[1]
-    if not isinstance(left, Node) or not isinstance(right, Node):
+    if not isinstance(left, Node) or not isinstance(right, Node) or shape(right) is None:
         if isinstance(left, Node):
             return Step(node, left, "neutral")  # a constant changes no softmax
         raise Reject(node, "a constant is added to the scores")
     if is_call(node, aten.sub.Tensor):
-        if _is_maximum(right):
+        if is_maximum(right):
             return Step(node, left, "neutral")
         return Step(node, left, "mask")
     swapped = leads_to_product(right) and not leads_to_product(left)
@@ -214,7 +214,7 @@ def _sum(node: Node) -> Step:
     return Step(node, right if swapped else left, "mask")
 
 
-def _is_maximum(node: Node) -> bool:
+def is_maximum(node: Node) -> bool:
     """Whether ``node`` is a maximum, which is subtracted before a softmax for the sake of its range."""
     if is_call(node, operator.getitem) and isinstance(node.args[0], Node):
         node = node.args[0]
@@ -225,6 +225,9 @@ def _row_factor(softmax: Node, node: Node) -> Step:
     left, right = node.args[0], node.args[1]
     if not isinstance(left, Node) or not isinstance(right, Node):
         raise Reject(node, "the scores are divided by or multiplied with something unknown")
+    if shape(right) is None:
+        what = "divided by" if is_call(node, aten.div.Tensor) else "multiplied with"
+        raise Named(node, f"the scores are {what} a number that depends on the sizes of the inputs")
     swapped = leads_to_product(right) and not leads_to_product(left)
     if swapped and is_call(node, aten.div.Tensor):
         raise Reject(node, "something is divided by the scores")
@@ -265,6 +268,11 @@ def assigns(node: Node) -> bool:
 
 def leads_to_product(node: Any) -> bool:
     """Whether ``node`` is a product of two tensors after nothing but steps of scores."""
+    return next(products_before(node), None) is not None
+
+
+def products_before(node: Any) -> Iterator[Node]:
+    """The products of two tensors that lead to ``node`` by nothing but steps of scores."""
     pending, seen = [node], set()
     while pending:
         current = pending.pop()
@@ -272,14 +280,13 @@ def leads_to_product(node: Any) -> bool:
             continue
         seen.add(current)
         if is_call(current, *PRODUCTS):
-            return True
-        if is_call(current, *_SUMS, *_SCALING, *WHERE):
+            yield current
+        elif is_call(current, *_SUMS, *_SCALING, *WHERE):
             pending.extend(current.args)
         elif is_call(current, aten.cat.default):
             pending.extend(current.args[0])  # type: ignore[arg-type]
         elif is_call(current, *PASSED) or permutation(current) is not None:
             pending.append(current.args[0])
-    return False
 
 
 def results_of(nodes: Sequence[Node]) -> list[Node]:
@@ -292,7 +299,11 @@ def results_of(nodes: Sequence[Node]) -> list[Node]:
         seen.add(node)
         if any(user.op == "output" for user in node.users):
             found.append(node)
-        pending.extend(user for user in node.users if user.op != "output" and not _for_its_dtype(user, node))
+        pending.extend(
+            user
+            for user in node.users
+            if user.op != "output" and user.target not in SIZE_ONLY and not _for_its_dtype(user, node)
+        )
     return found
 
 

@@ -6,6 +6,7 @@ cat([scores, expand(sinks.view(1, H, 1, 1))], −1) → softmax → [..., :-1]  
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.fx import Node
 from retrofit.passes.attention.arguments import is_call
 from retrofit.passes.attention.axes import SAME, Axis, leaves, sizes
 from retrofit.passes.attention.layout import Editor
-from retrofit.passes.attention.operands import CASTS
+from retrofit.passes.attention.operands import CASTS, constant
 from retrofit.passes.attention.roles import Roles
 from retrofit.passes.attention.rule import Reject
 from retrofit.passes.attention.scores import Step
@@ -59,8 +60,16 @@ def check_sinks(
     return step, axes
 
 
-def sinks_maker(step: Step, axes: tuple[Axis, ...], roles: Roles) -> Callable[[Editor, Roles], Node]:
+def sinks_maker(
+    step: Step, axes: tuple[Axis, ...], roles: Roles, like: Node
+) -> Callable[[Editor, Roles], Node]:
     """Returns what makes the sinks' node [Hq].
+
+    Args:
+        step: What adds them.
+        axes: What the scores' dimensions stand for there.
+        roles: Which axes are what.
+        like: A tensor of the device and dtype that a constant sink is to have.
 
     Raises:
         Reject: If they vary over more than the heads.
@@ -78,6 +87,14 @@ def sinks_maker(step: Step, axes: tuple[Axis, ...], roles: Roles) -> Callable[[E
         column = source
 
     heads = (*roles.heads, *roles.group)
+    number = _constant(column)
+    if number is not None:
+        count = prod(int(atom.size) for atom in leaves(heads))
+
+        def fill(editor: Editor, roles: Roles) -> Node:
+            return editor.call(aten.new_full.default, like, [count], number)
+
+        return fill
     if {atom for axis in own for atom in leaves(axis)} - set(leaves(heads)):
         raise Reject(step.node, "extra logits that vary over more than the heads stand beside the scores")
 
@@ -85,3 +102,12 @@ def sinks_maker(step: Step, axes: tuple[Axis, ...], roles: Roles) -> Callable[[E
         return editor.to_groups(column, own, ((*roles.heads, *roles.group),))
 
     return make
+
+
+def _constant(column: Node) -> float | None:
+    """The number that all logits of ``column`` are; None if there is no such number."""
+    if is_call(column, aten.zeros_like.default, aten.new_zeros.default, aten.zeros.default):
+        return 0.0
+    if is_call(column, aten.ones_like.default, aten.new_ones.default, aten.ones.default):
+        return 1.0
+    return constant(column)

@@ -139,7 +139,7 @@ def _match(name: str, softmax: Node, product: Product, steps: list[Step], weight
         rows=rows,
         leaving=weights.leaving,
         softcap=softcap,
-        sinks=None if sink is None else sinks_maker(*sink, roles),
+        sinks=None if sink is None else sinks_maker(*sink, roles, q.node),
     )
 
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from retrofit.capture.kept import restored
@@ -17,6 +18,7 @@ from retrofit.capture.observe import ProbedCall
 from retrofit.capture.plan import Planner
 from retrofit.capture.probes import ExampleInputs, Probe, is_transformers, make_probes, same_draws
 from retrofit.capture.record import OwnerCall, Recording, record
+from retrofit.capture.reserved import taken
 from retrofit.capture.site_plan import Refused, SitePlan
 from retrofit.capture.used import refuse_used
 from retrofit.errors import CaptureError, RetrofitError
@@ -132,6 +134,10 @@ def _analyse(
             plan = Refused(f"a softmax besides the attention of {inner[0]}, between no two products", "other")
         elif inlined is not None:
             plan = Refused(f"it has a softmax of its own around the attention of {inlined}")
+        elif isinstance(module, torch.jit.ScriptModule):
+            plan = Refused("it is a ScriptModule; put the module that this was made from in its place")
+        elif (name := taken(module)) is not None:
+            plan = Refused(name)
         elif not path:
             plan = Refused("the attention is the whole model; wrap it in a module that holds it")
         else:

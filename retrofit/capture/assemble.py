@@ -1,6 +1,6 @@
 """Writes the Python source of a site from its normalised graph.
 
-graph with one retrofit::attention  →  forward(self, *tensors, context) that calls self.attend in its place
+graph with one retrofit::attention  →  forward(self, *tensors, context) that calls self.retrofit_attend in its place
 """
 
 from __future__ import annotations

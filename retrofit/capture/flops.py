@@ -17,6 +17,10 @@ _PRODUCTS = (aten.bmm.default, aten.mm.default, aten.baddbmm.default, aten.addmm
 _MORE_LOGITS = 1.5  # a softmax may take some learned logits besides the scores
 
 
+def _makes_weights(name: str) -> bool:
+    return "softmax" in name or name.startswith(("exp.", "exp_.", "sigmoid"))
+
+
 class Counted(Protocol):
     """What operations are credited to."""
 
@@ -44,11 +48,11 @@ class AttentionFlops:
             func: The kernel.
             args: What it took.
             result: What it gave.
-            owner: Whose attention it belongs to, if it is a softmax or a fused attention.
+            owner: Whose attention it belongs to, if it is a softmax, exponentials or a fused attention.
         """
         if func in _PRODUCTS:
             self._product(args[-2], args[-1], result)
-        elif owner is not None and isinstance(result, Tensor) and "softmax" in func.__name__:
+        elif owner is not None and isinstance(result, Tensor) and _makes_weights(func.__name__):
             self._softmax(result.numel(), owner)
         elif owner is not None and len(args) >= 3 and all(isinstance(value, Tensor) for value in args[:3]):
             q, k, v = args[:3]

@@ -25,7 +25,7 @@ State = Mapping[LeafPath, Any]
 def state_of(module: nn.Module) -> State:
     """The tensors and plain values among the attributes and buffers of ``module``, those in lists and dicts included."""
     own = {name: value for name, value in vars(module).items() if name not in _OF_TORCH}
-    found = leaves({**own, **module._buffers})
+    found = leaves({**own, **_buffers(module)})
     return {path: leaf for path, leaf in found.items() if isinstance(leaf, _PLAIN)}
 
 
@@ -66,9 +66,14 @@ def restored(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 def _attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
     """Attributes and buffers by name: what they are, and for lists and dicts a copy of what is in them."""
-    own = {name: value for name, value in vars(module).items() if name not in _OF_TORCH} | module._buffers
+    own = {name: value for name, value in vars(module).items() if name not in _OF_TORCH} | _buffers(module)
     copies = rebuild(own, {})
     return {name: (value, copies[name]) for name, value in own.items()}
+
+
+def _buffers(module: nn.Module) -> dict[str, Tensor | None]:
+    """The buffers by name; those of a ScriptModule are no dict."""
+    return dict(module._buffers.items())
 
 
 def _place(module: nn.Module, name: str) -> Any:

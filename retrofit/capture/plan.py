@@ -52,11 +52,13 @@ from retrofit.capture.slots import Slot, slot_of
 from retrofit.capture.training import Training, training_of
 from retrofit.errors import CaptureError
 from retrofit.passes.attention.arguments import arguments, shape
+from retrofit.passes.attention.axes import size_of
 from retrofit.passes.attention.bias import ROUNDED
 from retrofit.passes.attention.masks import MaskClass, MaskSample, classify, real_tokens
 from retrofit.passes.attention.merged import differences
 from retrofit.passes.attention.rewrite import attentions, normalize
 from retrofit.passes.attention.rule import STAGES, source_line
+from retrofit.passes.attention.weights import same_computation
 
 MASK_NAME = "attention_mask"
 _SHARED = "it attends to keys in the cache that another module has put there"
@@ -286,12 +288,30 @@ def normalized_of(captured: Captured) -> Normalized:
         nearest = max(refusals, key=lambda refusal: (refusal.attention, STAGES.index(refusal.stage)))
         reason = "; ".join(dict.fromkeys(str(refusal) for refusal in refusals))
         return Normalized(captured, None, reason, kind, nearest)
+    if not found:
+        return Normalized(captured, None, "attention ran in it, in a form that no rule reads")
+    if (chunks := _chunks(found)) is not None:
+        return Normalized(captured, None, chunks)
     if len(found) != 1:
-        names = f" (at {'; at '.join(map(_where, found))})" if found else ""
-        differing = f", which differ in {' and '.join(differences(*found[:2]))}" if found else ""
+        names = f" (at {'; at '.join(map(_where, found))})"
+        differing = f", which differ in {' and '.join(differences(*found[:2]))}"
         reason = f"{len(found)} attentions in one module{differing}{names}"
         return Normalized(captured, None, reason, several=tuple(found))
     return Normalized(captured, found[0], "")
+
+
+def _chunks(found: Sequence[Node]) -> str | None:
+    """What is to say where several attentions are those of parts of the queries to the same keys; None elsewhere."""
+    keys = [node.args[1:3] for node in found]
+    if len(found) < 2 or not all(same_computation(keys[0], other) for other in keys[1:]):
+        return None
+    queries = [size_of((shape(node.args[0]) or ())[2]) for node in found]
+    if sum(queries) != size_of((shape(found[0].args[1]) or ())[2]):
+        return None
+    return (
+        f"its queries attend in {len(found)} chunks, each in a call of its own (at {_where(found[0])}), which are as "
+        "many as the example makes them; have it attend with all queries at once"
+    )
 
 
 def _refused(attention: Node, reason: str, stage: str, kind: str = "self") -> Refused:

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from retrofit.capture.attend import Attend
 from retrofit.capture.call import is_cache
 from retrofit.capture.flops import AttentionFlops
+from retrofit.capture.in_parts import SoftmaxInParts
 from retrofit.capture.kept import changed, state_of
 
 _SOFTMAX = (torch.ops.aten._softmax.default, torch.ops.aten._safe_softmax.default)
@@ -77,7 +78,7 @@ class Recording:
 
     @property
     def observed(self) -> int:
-        """Number of modules in which an SDPA call or a softmax was seen."""
+        """Number of modules in which an SDPA call, a softmax or a sigmoid attention was seen."""
         return len(self.owners)
 
 
@@ -96,18 +97,26 @@ class _Watch(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.stack = stack
         self.flops = AttentionFlops()
+        self.parts = SoftmaxInParts()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        owner = None
         fused = any(part in func.__name__ for part in _FUSED)
-        if fused or func in _SOFTMAX:
-            owner = next((f for f in reversed(self.stack) if not isinstance(f.module, _PASSED_THROUGH)), None)
-            if owner is not None:
-                owner.call.sdpa += fused
-                owner.call.softmax += not fused
+        softmax = func in _SOFTMAX
+        opens = not fused and not softmax and self.parts.opens(func, args)
+        owner = self._owner() if fused or softmax or opens else None
         result = func(*args, **(kwargs or {}))
-        self.flops.saw(func, args, result, owner.call if owner is not None else None)
+        self.flops.saw(func, args, result, owner)
+        in_parts = self.parts.saw(func, args, result)
+        owner = owner or (self._owner() if in_parts else None)
+        if owner is not None:
+            owner.sdpa += fused
+            owner.softmax += softmax or in_parts is not None
         return result
+
+    def _owner(self) -> OwnerCall | None:
+        frames = (frame for frame in reversed(self.stack) if not isinstance(frame.module, _PASSED_THROUGH))
+        frame = next(frames, None)
+        return None if frame is None else frame.call
 
 
 @contextmanager
@@ -149,8 +158,9 @@ def record(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
 
     handles = []
     for module in paths:
-        handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
-        handles.append(module.register_forward_hook(leave, with_kwargs=True))
+        # By way of nn.Module: a ScriptModule has no such methods, but calls the hooks.
+        handles.append(nn.Module.register_forward_pre_hook(module, enter, with_kwargs=True))
+        handles.append(nn.Module.register_forward_hook(module, leave, with_kwargs=True))
     try:
         with torch.no_grad(), slow_path(), _Watch(stack):
             output = model(*args, **kwargs)

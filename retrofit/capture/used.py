@@ -25,6 +25,7 @@ from retrofit.capture.site_plan import Refused, SitePlan
 
 if TYPE_CHECKING:
     from retrofit.capture.analyse import Found
+    from retrofit.capture.observe import ProbedCall
 
 
 def refuse_used(
@@ -55,12 +56,22 @@ def refuse_used(
             else:
                 planned[path] = replace(item, plan=replace(item.plan, unkept=kept[path]))
     giving = [path for path, item in planned.items() if isinstance(item.plan, SitePlan) and item.plan.lost]
-    if not giving or _same_without(model, _hooks(planned, giving), probe, output):
-        return
+    if giving and not _same_without(model, _hooks(planned, giving), probe, output):
+        for path in giving:
+            if not _same_without(model, _hooks(planned, [path]), probe, output):
+                reason = "the attention weights that it returns are used by the module around it"
+                _refuse(planned, path, reason, "the use of its weights")
     for path in giving:
-        if not _same_without(model, _hooks(planned, [path]), probe, output):
-            reason = "the attention weights that it returns are used by the module around it"
-            _refuse(planned, path, reason, "the use of its weights")
+        item = planned[path]
+        if isinstance(item.plan, SitePlan):
+            calls = [_without_weights(probed, item.plan.lost) for probed in item.calls]
+            planned[path] = replace(item, calls=calls)
+
+
+def _without_weights(probed: ProbedCall, lost: tuple[int, ...]) -> ProbedCall:
+    """The call with None in the place of the weights in its result, as a site is compared with."""
+    output = _Without(lost)(None, (), probed.call.output)
+    return replace(probed, call=replace(probed.call, output=output))
 
 
 def _refuse(planned: dict[str, Found], path: str, reason: str, stage: str) -> None:
@@ -112,7 +123,7 @@ class _Without:
     def __init__(self, lost: tuple[int, ...]) -> None:
         self.lost = lost
 
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+    def __call__(self, module: nn.Module | None, args: Any, output: Any) -> Any:
         leaves, spec = pytree.tree_flatten(output)
         tensors = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         for number in self.lost:

@@ -39,6 +39,29 @@ def _router(q, k, v):
     return torch.softmax(q.flatten(0, 2) @ k[0, 0].mT, -1).sum()
 
 
+def _in_parts(q, k, v):
+    exponentials = (q @ k.mT).exp()
+    return exponentials / exponentials.sum(-1, keepdim=True) @ v
+
+
+def _divided_last(q, k, v):
+    exponentials = (q @ k.mT).exp()
+    return exponentials @ v / exponentials.sum(-1, keepdim=True)
+
+
+def _by_logarithm(q, k, v):
+    return (q @ k.mT).log_softmax(-1).exp() @ v
+
+
+def _by_logsumexp(q, k, v):
+    scores = q @ k.mT
+    return (scores - scores.logsumexp(-1, keepdim=True)).exp() @ v
+
+
+def _sigmoid(q, k, v):
+    return (q @ k.mT / 3 - 1).sigmoid() @ v
+
+
 class Module(nn.Module):
     def __init__(self, function):
         super().__init__()
@@ -50,7 +73,19 @@ class Module(nn.Module):
 
 @pytest.mark.parametrize(
     ("function", "expected"),
-    [(_sdpa, WHOLE), (_eager, WHOLE), (_einsum, WHOLE), (_with_sinks, WHOLE), (_capped, WHOLE), (_router, 0)],
+    [
+        (_sdpa, WHOLE),
+        (_eager, WHOLE),
+        (_einsum, WHOLE),
+        (_with_sinks, WHOLE),
+        (_capped, WHOLE),
+        (_in_parts, WHOLE),
+        (_divided_last, WHOLE),
+        (_by_logarithm, WHOLE),
+        (_by_logsumexp, WHOLE),
+        (_sigmoid, WHOLE),
+        (_router, 0),
+    ],
 )
 def test_the_two_products_are_counted(function, expected):
     tensors = torch.randn(B, H, T, D), torch.randn(B, H, N, D), torch.randn(B, H, N, DV)
@@ -72,3 +107,25 @@ def test_the_softmax_of_another_module_is_left_aside():
     owners = record(RouterFirst(), tensors, {}).owners
     assert [call.flops for call in owners["attention"]] == [WHOLE, WHOLE]
     assert [call.flops for call in owners["router"]] == [0]
+
+
+class Gated(nn.Module):
+    """Experts with weights for each, and gates that are sigmoids of a product with them."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = (nn.Parameter(torch.randn(B * H, D, D)) for _ in range(2))
+
+    def forward(self, x):
+        return torch.bmm(torch.bmm(x, self.up).sigmoid(), self.down)
+
+
+def _products_of_exponentials(q, k, v):
+    return q.exp() @ (k.exp().mT @ v) / k.sum((-1, -2), keepdim=True).exp()
+
+
+@pytest.mark.parametrize("module", [Gated(), Module(_products_of_exponentials)])
+def test_what_is_no_attention_has_no_owner(module):
+    tensors = torch.randn(B, H, T, D), torch.randn(B, H, N, D), torch.randn(B, H, N, DV)
+    given = tensors if isinstance(module, Module) else (torch.randn(B * H, T, D),)
+    assert not record(module, given, {}).owners

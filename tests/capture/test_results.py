@@ -116,3 +116,45 @@ def test_each_call_returns_a_dataclass_of_its_own() -> None:
     second: Any = model(x)
     assert second[1].states is None
     assert second[1].count == 3
+
+
+class Weighing(nn.Module):
+    def __init__(self, give: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.qkv, self.give = nn.Linear(WIDTH, 3 * WIDTH), give
+
+    def forward(self, x: Tensor) -> Any:
+        q, k, v = (part.unflatten(2, (HEADS, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1))
+        weights = torch.softmax(q @ k.mT, dim=-1)
+        return self.give(weights, (weights @ v).transpose(1, 2).flatten(2))
+
+
+WEIGHTS: dict[str, tuple[Callable[[Tensor, Tensor], Any], Callable[[Any], Tensor]]] = {
+    "last": (lambda w, y: (y, w), lambda found: found[0]),
+    "first": (lambda w, y: (w, y), lambda found: found[1]),
+    "first in a dict": (lambda w, y: {"w": w, "y": y}, lambda found: found["y"]),
+    "last in a dict": (lambda w, y: {"y": y, "w": w}, lambda found: found["y"]),
+    "two of them, first": (lambda w, y: ((w, w.mean(1)), y), lambda found: found[1]),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_weights_that_nobody_takes_may_stand_anywhere(name: str) -> None:
+    torch.manual_seed(0)
+    give, take = WEIGHTS[name]
+    model, inputs = Model(Weighing(give), take).eval(), [torch.randn(*size, WIDTH) for size in SIZES]
+    expected = [model(x) for x in inputs]
+    assert len(retrofit.convert(model, retrofit.DenseConfig(), (inputs[0],)).converted) == 1
+    for x, wanted in zip(inputs, expected, strict=True):
+        torch.testing.assert_close(model(x), wanted, rtol=1e-5, atol=1e-5)
+    retrofit.revert(model)
+    assert all(torch.equal(model(x), wanted) for x, wanted in zip(inputs, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    "take", [lambda found: found[1] * found[0].amax(), lambda found: found[0] @ found[0]]
+)
+def test_weights_that_are_first_and_taken_are_refused(take: Callable[[Any], Tensor]) -> None:
+    model = Model(Weighing(lambda w, y: (w, y)), take).eval()
+    with pytest.raises(NoAttentionFound, match="used by the module around it"):
+        retrofit.convert(model, retrofit.DenseConfig(), (torch.randn(2, 11, WIDTH),))

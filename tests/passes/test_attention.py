@@ -228,7 +228,7 @@ def test_the_target_call_drops_the_mask_and_keeps_it_on_demand():
         normalize(graph)
         (node,) = attentions(graph)
         call = target_call(graph, node, keep_mask=keep)
-        assert call.target == "attend"
+        assert call.target == "retrofit_attend"
         assert len(call.args) == (5 if keep else 4)
         kept = [node for node in graph.nodes if node.op == "call_function"]
         assert bool(kept) == keep

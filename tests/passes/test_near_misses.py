@@ -248,6 +248,38 @@ def _convolved(site, s):
     return F.conv2d(s * SCALE, site.mix[..., None, None])
 
 
+def _parts(s, dim=-1, more=0.0):
+    e = s.exp()
+    return e / (e.sum(dim, keepdim=True) + more)
+
+
+def _little_more(site, s):
+    e = (s - s.amax(-1, keepdim=True)).exp() * causal(s.shape[-1])
+    return e / (e.sum(-1, keepdim=True) + 1e-9)
+
+
+def _chunks(site, q, k, v):
+    q, k, v = heads(q, k, v)
+    return flat(torch.cat([F.softmax(part @ k.mT * SCALE, -1) @ v for part in q.split(4, dim=2)], 2))
+
+
+def _slices(site, q, k, v):
+    q, k, v = heads(q, k, v)
+    parts = [q[:, :, first : first + 4] for first in range(0, q.shape[2], 4)]
+    return flat(torch.cat([F.scaled_dot_product_attention(part, k, v) for part in parts], 2))
+
+
+class InParts(nn.Module):
+    """A softmax over classes, written out."""
+
+    def __init__(self, softmax, mix=lambda share, x: share) -> None:
+        super().__init__()
+        self.head, self.softmax, self.mix = nn.Linear(WIDTH, WIDTH), softmax, mix
+
+    def forward(self, x):
+        return self.mix(self.softmax(self.head(x)), x)
+
+
 NEAR_MISSES: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "softmax over experts": (Router, "not into a product with values"),
     "softmax over experts, by einsum": (
@@ -259,6 +291,52 @@ NEAR_MISSES: dict[str, tuple[Callable[[], nn.Module], str]] = {
         "the keys are the same for every row",
     ),
     "softmax over classes": (Classifier, "a softmax whose result is not multiplied with values"),
+    "softmax over classes, in parts": (
+        lambda: InParts(_parts),
+        "a softmax whose result is not multiplied with values",
+    ),
+    "softmax over classes, by its logarithm": (
+        lambda: InParts(lambda s: s.log_softmax(-1).exp()),
+        "a softmax whose result is not multiplied with values",
+    ),
+    "softmax over experts, in parts": (
+        lambda: InParts(_parts, lambda share, x: (share[..., None] * x[:, :, None]).sum(-2)),
+        "not into a product with values",
+    ),
+    "scores divided by the length": (
+        lambda: Site(weights_of(lambda site, s: F.softmax(s / s.shape[-1], -1))),
+        "the scores are divided by a number that depends on the sizes of the inputs",
+    ),
+    "scores multiplied with the length": (
+        lambda: Site(softmax_of(lambda site, s: s * s.shape[-1] ** -0.5)),
+        "the scores are multiplied with a number that depends on the sizes of the inputs",
+    ),
+    "chunks of queries": (lambda: Site(_chunks), "its queries attend in 3 chunks, each in a call of its own"),
+    "chunks of queries, by slices": (lambda: Site(_slices), "its queries attend in 3 chunks"),
+    "softmax over queries, in parts": (
+        lambda: Site(weights_of(lambda site, s: _parts(s, dim=2))),
+        "not over the keys",
+    ),
+    "softmax with one more in the sum": (
+        lambda: Site(weights_of(lambda site, s: _parts(s, more=1.0))),
+        "1 is added to the sum of the exponentials, so that they are no softmax",
+    ),
+    "softmax with a little more in the sum": (
+        lambda: Site(weights_of(lambda site, s: _parts(s, more=1e-9))),
+        "1e-09 is added to the sum of the exponentials, which may all be small",
+    ),
+    "softmax with a little more in the sum of what the mask leaves": (
+        lambda: Site(weights_of(_little_more)),
+        "1e-09 is added to the sum of the exponentials, which may all be small",
+    ),
+    "sigmoid attention": (
+        lambda: Site(weights_of(lambda site, s: torch.sigmoid(s - 2.0))),
+        "the attention weights are a sigmoid of the scores, not a softmax",
+    ),
+    "sigmoid attention with a mask": (
+        lambda: Site(weights_of(lambda site, s: torch.sigmoid(s).masked_fill(~causal(s.shape[-1]), 0) / 8)),
+        "the attention weights are a sigmoid of the scores, not a softmax",
+    ),
     "softmax over learned codes": (Codebook, "the keys are the same for every row"),
     "a mean by learned scores": (
         Pooled,
@@ -385,15 +463,19 @@ def test_a_near_miss_is_refused_and_left_untouched(name):
     assert re.search(r"(spelled|test_near_misses)\.py:\d", site.reason) or "around it" in site.reason
 
 
-def _kernelised(site, q, k, v):
-    q, k, v = heads(F.elu(q) + 1, F.elu(k) + 1, v)
+def _kernelised(site, q, k, v, positive=lambda x: F.elu(x) + 1):
+    q, k, v = heads(positive(q), positive(k), v)
     return flat(q @ (k.transpose(2, 3) @ v) / (q @ k.sum(2)[..., None]))
 
 
 NO_SOFTMAX: dict[str, Callable[[], nn.Module]] = {
-    "sigmoid attention": lambda: Site(weights_of(lambda site, s: torch.sigmoid(s - 2.0))),
     "relu attention": lambda: Site(weights_of(lambda site, s: F.relu(s) / s.shape[-1])),
     "linear attention with a kernel": lambda: Site(_kernelised),
+    "linear attention with exponentials": lambda: Site(
+        lambda site, q, k, v: _kernelised(site, q, k, v, torch.exp)
+    ),
+    "a gate": lambda: InParts(torch.sigmoid, lambda gate, x: gate * x @ x.mT @ x),
+    "exponentials alone": lambda: InParts(torch.exp, lambda e, x: e @ x.mT @ x),
 }
 
 

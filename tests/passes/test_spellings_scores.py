@@ -104,6 +104,54 @@ class WithSoftmax(Site):
         self.softmax = nn.Softmax(dim=-1)
 
 
+def _parts(s, mask=lambda e: e, stable=True):
+    e = mask((s - s.amax(-1, keepdim=True) if stable else s).exp())
+    return e / e.sum(-1, keepdim=True)
+
+
+def _inverse_of_the_sum(s):
+    e = torch.exp(s - s.max(-1, keepdim=True).values)
+    return e * (1 / e.sum(-1)).unsqueeze(-1)
+
+
+def _with_epsilon(s):
+    e = torch.exp(s - s.max(-1, keepdim=True).values)
+    return e / (e.sum(-1, keepdim=True) + 1e-9)
+
+
+def _parts_in_place(s):
+    s.sub_(s.amax(-1, keepdim=True))
+    s.exp_()
+    s /= s.sum(-1, keepdim=True)
+    return s
+
+
+def _divided_last(site, q, k, v):
+    q, k, v = heads(q, k, v)
+    s = (q @ k.mT * SCALE).masked_fill(~causal(q.shape[2]), -torch.inf)
+    e = (s - s.amax(-1, keepdim=True)).exp()
+    return flat((e @ v) / e.sum(-1, keepdim=True))
+
+
+IN_PARTS = {
+    "exp by its sum": lambda s: _parts(s, stable=False),
+    "exp by its sum, after subtracting the maximum": _parts,
+    "two exps in float32": lambda s: torch.exp(s.float()) / torch.exp(s.float()).sum(-1, keepdim=True),
+    "exp times the inverse of its sum": _inverse_of_the_sum,
+    "exp by its sum and next to nothing": _with_epsilon,
+    "exp by its sum, in place": _parts_in_place,
+    "exp times the mask": lambda s: _parts(s, lambda e: e * causal(e.shape[-1])),
+    "exp times the mask in numbers": lambda s: _parts(s, lambda e: e * causal(e.shape[-1]).float()),
+    "exp filled with zeros": lambda s: _parts(s, lambda e: e.masked_fill(~causal(e.shape[-1]), 0.0)),
+    "exp or zero": lambda s: _parts(s, lambda e: torch.where(causal(e.shape[-1]), e, 0.0)),
+    "log_softmax": lambda s: s.log_softmax(-1).exp(),
+    "log_softmax of masked scores": lambda s: s.masked_fill(~causal(s.shape[-1]), -1e9).log_softmax(3).exp(),
+    "logsumexp": lambda s: (s - s.logsumexp(-1, keepdim=True)).exp(),
+    "logsumexp, unsqueezed": lambda s: torch.exp(s - torch.logsumexp(s, -1)[..., None]),
+}
+"""A softmax of the scores that is not one call."""
+
+
 FILLS = {
     "minus infinity": -torch.inf,
     "the least number": torch.finfo(torch.float32).min,
@@ -160,6 +208,15 @@ SPELLINGS: dict[str, Callable[[], nn.Module]] = {
     "a softcap": lambda: Site(softmax_of(lambda site, s: torch.tanh(s / 5) * 5)),
     "a tanh": lambda: Site(softmax_of(lambda site, s: torch.tanh(s))),
     "attention sinks": lambda: Site(weights_of(_sink)),
+    "a sink of zero": lambda: Site(weights_of(lambda site, s: _sink(site, s, torch.zeros_like(s[..., :1])))),
+    "a sink of one number, and a mask": lambda: Site(
+        weights_of(
+            lambda site, s: _sink(
+                site, s.masked_fill(~causal(s.shape[-1]), -torch.inf), torch.full((*s.shape[:-1], 1), 0.5)
+            )
+        )
+    ),
+    "a number that sizes make added": lambda: Site(softmax_of(lambda site, s: s * SCALE + s.shape[-1])),
     "a sink as a factor": lambda: Site(lambda site, q, k, v: _sink_as_factor(q, k, v, site.sinks)),
     "a softcap, a mask and sinks": lambda: Site(weights_of(_softcap_mask_and_sinks)),
     "ALiBi": lambda: Site(softmax_of(_alibi)),
@@ -228,6 +285,11 @@ SPELLINGS: dict[str, Callable[[], nn.Module]] = {
     ),
     "by assignment": lambda: Site(softmax_of(_assigned)),
     "nn.Softmax": WithSoftmax,
+    **{
+        name: partial(lambda spelled: Site(weights_of(lambda site, s: spelled(s))), spelled)
+        for name, spelled in IN_PARTS.items()
+    },
+    "values by exp, then by its sum": lambda: Site(_divided_last),
     "Tensor.softmax in float32": lambda: Site(
         weights_of(lambda site, s: s.softmax(dim=3, dtype=torch.float32).to(s.dtype))
     ),
