@@ -131,6 +131,9 @@ class Planner:
             kinds.add(kind_of(normalized.attention))
             if (short := too_short(normalized.attention)) is not None:
                 return _refused(normalized.attention, short, "the layout")
+            if arguments(normalized.attention)["dropout_p"]:
+                reason = "it drops out attention weights in evaluation as well, not in training alone"
+                return _refused(normalized.attention, reason, "the dropout")
             chosen_by = selection(normalized.attention)
             if chosen_by is not None and kinds == {"self"}:
                 reason = f"the mask shows the keys that {chosen_by} selects, not all that are real"
