@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from retrofit.awaken import awakened, says_nothing
 from retrofit.capture.analyse import Analysis, Found, Progress, analyse_again, evaluating, reason_in
 from retrofit.capture.kept import restored
 from retrofit.capture.outline import Outline, Outliner
-from retrofit.capture.record import OwnerCall
 from retrofit.capture.site_plan import CallPlan, Refused
 from retrofit.errors import CaptureError
 from retrofit.exchange import Outlined, exchange_all, exchange_back
-from retrofit.verify import SITE_TOLERANCE, relative_error
+from retrofit.verify import SITE_TOLERANCE, first_tensor, relative_error
 
 
 def with_parts(
@@ -80,13 +80,18 @@ def _made(item: Found, outline: Outline, before: Outlined | None) -> Outlined:
     made = Outlined(item.module, item.path, outline)
     for call in item.every:
         with torch.no_grad(), evaluating(made):
-            _compare(made(*call.args, **call.kwargs), call)
+            _compare(made(*call.args, **call.kwargs), call.output)
+            if not says_nothing(item.module, first_tensor(call.output)):
+                continue
+            with awakened(item.module) as asleep, evaluating(item.module):
+                if asleep:
+                    _compare(made(*call.args, **call.kwargs), item.module(*call.args, **call.kwargs))
     return made
 
 
-def _compare(output: object, call: OwnerCall) -> None:
+def _compare(output: object, original: object) -> None:
     got, expected = (
-        [leaf for leaf in pytree.tree_leaves(of) if isinstance(leaf, Tensor)] for of in (output, call.output)
+        [leaf for leaf in pytree.tree_leaves(of) if isinstance(leaf, Tensor)] for of in (output, original)
     )
     for a, b in zip(got, expected, strict=True):
         tolerance = max(SITE_TOLERANCE, 2 * torch.finfo(b.dtype).eps) if b.is_floating_point() else 0.0

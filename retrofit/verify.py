@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from retrofit.awaken import awakened, is_zero, says_nothing
 from retrofit.capture.analyse import Found, evaluating
 from retrofit.capture.call import is_cache, rebuild
+from retrofit.capture.kept import restored
 from retrofit.capture.observe import ProbedCall
 from retrofit.capture.probes import Probe, same_draws
 from retrofit.errors import VerificationError
@@ -32,24 +34,81 @@ STEPS = (4, 1, 1)  # tokens of each call after the prompt's
 def verify_site(found: Found, site: RetrofittedAttention) -> float:
     """Runs the dense ``site`` on every recorded call; returns the largest relative error.
 
+    Where the module gives zero on the example, or has weights that are zero throughout, it is compared once more with
+    random numbers in their place.
+
     Raises:
-        VerificationError: If it is above the tolerance of the dtype.
+        VerificationError: If it is above the tolerance of the dtype, or the module gives zero all the same.
     """
     worst = 0.0
     for probed in found.calls:
-        expected = first_tensor(probed.call.output)
-        tolerance = max(SITE_TOLERANCE, 2 * torch.finfo(expected.dtype).eps)
-        with torch.no_grad(), evaluating(site):
-            error = relative_error(first_tensor(site(**_as_converted(site, probed))), expected, probed.keep)
-        if error <= tolerance and tolerance > SITE_TOLERANCE and _can_be_float32(site):
-            error, tolerance = _error_in_float32(found, site, probed), SITE_TOLERANCE
-        worst = max(worst, error)
-        if not error <= tolerance:
-            raise VerificationError(
-                f"{found.path} differs from the original by {error:.1e} relative after rewriting, at most "
-                f"{tolerance:.0e} is allowed"
-            )
+        expected = probed.call.output
+        worst = max(worst, _verified(found, site, probed, expected))
+        if not says_nothing(found.module, first_tensor(expected)):
+            continue
+        with awakened(found.module) as asleep:
+            expected = _of_original(found, site, probed) if asleep else expected
+            if is_zero(first_tensor(expected)):
+                raise VerificationError(
+                    f"{found.path} gives zero on the example, also with random numbers in the place of parameters "
+                    "that are zero, so that it cannot be compared; convert with an example on which it gives something"
+                )
+            if asleep:
+                worst = max(worst, _verified(found, site, probed, expected))
     return worst
+
+
+def _verified(found: Found, site: RetrofittedAttention, probed: ProbedCall, expected: Any) -> float:
+    """The error of ``site`` on one call.
+
+    Raises:
+        VerificationError: If it is too large.
+    """
+    first = first_tensor(expected)
+    tolerance = max(SITE_TOLERANCE, 2 * torch.finfo(first.dtype).eps)
+    with torch.no_grad(), evaluating(site):
+        error = _difference(site(**_as_converted(site, probed)), expected, probed.keep)
+    if error <= tolerance and tolerance > SITE_TOLERANCE and _can_be_float32(site):
+        error, tolerance = _error_in_float32(found, site, probed), SITE_TOLERANCE
+    if not error <= tolerance:
+        raise VerificationError(
+            f"{found.path} differs from the original by {error:.1e} relative after rewriting, at most "
+            f"{tolerance:.0e} is allowed"
+        )
+    return error
+
+
+def _of_original(found: Found, site: RetrofittedAttention, probed: ProbedCall) -> Any:
+    """What the original module gives now for a recorded call."""
+    bound = site.plan.signature.bind(probed.call.args, probed.call.kwargs)
+    values = {name: None if is_cache(value) else value for name, value in bound.items()}
+    with torch.no_grad(), evaluating(found.module), restored(found.module.modules()):
+        return found.module(**values)
+
+
+def _difference(got: Any, expected: Any, keep: Tensor | None) -> float:
+    """The largest relative error among the tensors that both outputs have."""
+    error = relative_error(first_tensor(got), first_tensor(expected), keep)
+    ours, theirs = tensors_of(got), tensors_of(expected)
+    for path in ours.keys() & theirs.keys():
+        error = max(error, _beside(ours[path], theirs[path], keep))
+    return error
+
+
+def _beside(got: Tensor, expected: Tensor, keep: Tensor | None) -> float:
+    """The relative error of one tensor among others; of one that has no rows to leave out where padding is, none."""
+    if got.shape != expected.shape:
+        return float("inf")
+    padded = keep is not None and not bool(keep.all())
+    if padded and keep is not None and not _has_rows(got, keep):
+        return 0.0
+    return relative_error(got, expected, keep)
+
+
+def _has_rows(output: Tensor, keep: Tensor) -> bool:
+    return output.dim() > 2 and any(
+        tuple(output.shape[dim] for dim in dims) == tuple(keep.shape) for dims in ((0, 1), (0, 2), (1, 0))
+    )
 
 
 def proof(site: RetrofittedAttention) -> str:
@@ -102,9 +161,9 @@ def _error_in_float32(found: Found, site: RetrofittedAttention, probed: ProbedCa
     bound = site.plan.signature.bind(call.args, call.kwargs)
     values = {name: None if is_cache(value) else value for name, value in bound.items()}
     with torch.no_grad(), evaluating(original), evaluating(twin):
-        expected = first_tensor(original(**_float32(values)))
-        got = first_tensor(twin(**_float32(_as_converted(site, probed))))
-    return relative_error(got, expected, probed.keep)
+        expected = original(**_float32(values))
+        got = twin(**_float32(_as_converted(site, probed)))
+    return _difference(got, expected, probed.keep)
 
 
 def _float32(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -153,6 +212,7 @@ class ModelCheck:
     ) -> None:
         self.probes = probes
         self.outputs = [first_tensor(output) for output in outputs]
+        self.besides = [tensors_of(output) for output in outputs]
         self.keep = keep
         names = [probe.name for probe in probes]
         self.steps_of = "padded left" if "padded left" in names else names[0]
@@ -224,8 +284,11 @@ class ModelCheck:
             VerificationError: If one is above the tolerance of the dtype.
         """
         with torch.no_grad(), evaluating(model):
-            got = [first_tensor(_called(model, probe)) for probe in self.probes]
+            all_of = [_called(model, probe) for probe in self.probes]
+        got = [first_tensor(output) for output in all_of]
         errors = [relative_error(a, b, keep) for a, b, keep in zip(got, self.outputs, self.keep, strict=True)]
+        for number, output in enumerate(all_of):
+            errors[number] = max(errors[number], self._besides(number, tensors_of(output)))
         prefill = max(errors)
         worst = self.probes[errors.index(prefill)].name
         steps = cached_steps(model, self.probes, self.steps_of) if self.steps else []
@@ -243,6 +306,15 @@ class ModelCheck:
                     f"after rewriting, at most {tolerance:.0e} is allowed"
                 )
         return prefill, decode
+
+    def _besides(self, number: int, got: Mapping[str, Tensor]) -> float:
+        """The largest error among all tensors of an output; none where a probe has padding, which these may be of."""
+        known = (self.probes[number].keep, self.keep[number])
+        if any(keep is not None and not bool(keep.all()) for keep in known):
+            return 0.0
+        expected = self.besides[number]
+        paths = [path for path in got if path in expected and expected[path].is_floating_point()]
+        return max((_beside(got[path], expected[path], None) for path in paths), default=0.0)
 
 
 class _Blank:
@@ -327,6 +399,19 @@ def first_tensor(output: Any) -> Tensor:
                 tensor: Tensor = output[name]
                 return tensor
     return next(leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor))
+
+
+def tensors_of(output: Any, path: str = "") -> dict[str, Tensor]:
+    """All tensors of an output by their place in it."""
+    if isinstance(output, Tensor):
+        return {path: output}
+    items: Any = output.items() if isinstance(output, Mapping) else ()
+    if isinstance(output, (tuple, list)):
+        items = enumerate(output)
+    found: dict[str, Tensor] = {}
+    for name, item in items:
+        found |= tensors_of(item, f"{path}.{name}")
+    return found
 
 
 def relative_error(got: Tensor, expected: Tensor, keep: Tensor | None) -> float:

@@ -119,6 +119,7 @@ def _match(name: str, softmax: Node, product: Product, steps: list[Step], weight
     v = peeled(_operand(second, 1 - w_side, of_values), factors=False, repeats=True)
     out_axes = tuple(of_values[label] for label in second.result)
     rows = _rows(steps, before, keys)
+    _check_neutral(steps, before, keys)
     roles = assign(q, k, v, keys, width, outer)
     if isinstance(roles, str):
         raise Reject(softmax, roles)
@@ -220,6 +221,21 @@ def _rows(steps: list[Step], before: list[tuple[Axis, ...]], keys: Axis) -> tupl
             raise Reject(step.node, "the scores are multiplied with a tensor that varies over the keys")
         found.append(RowFactor(other, own, is_call(step.node, aten.div.Tensor)))
     return tuple(found)
+
+
+def _check_neutral(steps: Sequence[Step], before: Sequence[tuple[Axis, ...]], keys: Axis) -> None:
+    """Checks that what is added to a row of scores, or taken from it, is one number for all that the softmax is over."""
+    sink = next((number for number, step in enumerate(steps) if step.role == "sink"), -1)
+    for number, (step, axes) in enumerate(zip(steps, before, strict=True)):
+        if step.role != "neutral":
+            continue
+        if number < sink:
+            raise Reject(
+                step.node, "a number is added to the scores, but not to the logit that stands beside them"
+            )
+        other = step.node.args[1]
+        if isinstance(other, Node) and _varies(broadcast_axes(other, axes), keys):
+            raise Reject(step.node, "the maximum taken from the scores is not that over the keys")
 
 
 def _other(step: Step) -> Node:

@@ -97,6 +97,7 @@ def evaluate_for(
     """Returns the value of ``node``, which no input gives values to, for other sizes of the inputs."""
     needed = ancestors(node, through_sizes=False)
     results: dict[Node, Any] = {}
+    last = {item: current for current in graph.nodes if current in needed for item in current.all_input_nodes}
 
     def value(item: Node) -> Any:
         if item in results:
@@ -119,6 +120,9 @@ def evaluate_for(
             results[current] = module.get_submodule(str(current.target))(*args, **kwargs)
         else:
             results[current] = current.target(*args, **kwargs)
+        for item in current.all_input_nodes:
+            if last[item] is current and item is not node:
+                results.pop(item, None)  # of many tokens, it is large
     return results[node]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
@@ -15,7 +16,9 @@ from torch.utils import _pytree as pytree
 from retrofit.capture.call import LeafPath, Signature, lookup
 from retrofit.capture.evaluate import ancestors, concrete, evaluate, evaluate_for, symbols_of
 from retrofit.capture.export import Captured, expanded
+from retrofit.capture.mask_numbers import held_by, numbers_in
 from retrofit.capture.record import OwnerCall
+from retrofit.errors import CaptureError
 from retrofit.passes.attention.arguments import shape
 from retrofit.passes.attention.axes import size_of
 from retrofit.passes.attention.masks import MaskSample
@@ -23,6 +26,9 @@ from retrofit.passes.attention.rule import Refusal
 
 FAR = (2048, 1024, 512, 256, 128, 64)  # lengths at which a mask made of sizes alone is looked at again
 MOST_SCORES = 2**25
+MOST_SCORES_NEEDED = (
+    2**27
+)  # where a number in the mask, or a mask that the module holds, asks for that length
 
 
 @dataclass(frozen=True)
@@ -139,31 +145,99 @@ def _rows_and_keys(normalized: Normalized, values: Mapping[str, Any]) -> tuple[i
 def longer_samples(
     module: nn.Module, normalized: Normalized, call: OwnerCall, signature: Signature
 ) -> list[MaskSample]:
-    """The mask as it is far beyond the example, if sizes alone make it: a window may be wider than the example."""
+    """The mask as it is far beyond the example, if sizes alone make it: a window may be wider than the example.
+
+    Raises:
+        CaptureError: If a number in the mask is beyond the lengths that can be looked at.
+    """
     attention = normalized.attention
     assert attention is not None
     q, mask = attention.args[0], attention.args[3]
     if not isinstance(mask, Node) or mask_paths_of(normalized):
         return []
     assert isinstance(q, Node)
-    queries = (shape(q) or ())[2]
-    if isinstance(queries, int) or not queries.node.expr.is_Symbol:
+    batch, _, queries, _ = shape(q) or ()
+    if isinstance(queries, int):
         return []
-    graph = normalized.captured.graph
+    graph, constants = normalized.captured.graph, normalized.captured.constants
     known = symbols_of(graph, values_of(normalized.captured, call, signature))
-    for length in FAR:
-        sizes = {**known, queries.node.expr: length}
+    (seen,) = concrete((queries,), known)
+    if not isinstance(batch, int) and batch.node.expr.is_Symbol:
+        known[batch.node.expr] = 1  # all rows have the same mask, as no input makes it
+    learned = dict(module.named_parameters())
+    numbers = numbers_in(mask, module, constants, learned)
+    held = _held_lengths(mask, module, constants)
+    needed = {-(-(number + 1) // 256) * 256 for number in numbers} | {number + 1 for number in numbers} | held
+    too_large: set[int] = set()
+    for length in sorted({*FAR, *needed}, reverse=True):
+        if length <= seen or (sizes := _of_length(queries, length, known)) is None:
+            continue
         try:
-            if math.prod(concrete(shape(mask) or (), sizes)) > MOST_SCORES:
+            most = MOST_SCORES_NEEDED if length in needed else MOST_SCORES
+            if math.prod(concrete(shape(mask) or (), sizes)) > most:
+                too_large.add(length)
                 continue
+            rows, _, tokens, _ = concrete(shape(q) or (), sizes)
             with torch.no_grad():
-                value = evaluate_for(graph, mask, module, sizes, normalized.captured.constants)
-            batch = concrete(shape(q) or (), sizes)[0]
+                value = evaluate_for(graph, mask, module, sizes, constants)
         except (RuntimeError, IndexError):
             continue  # longer than what the module has a mask for
-        if value.shape[-1] == length:
-            return [MaskSample(value, bool(attention.args[4]), batch, length, None)]
-    return []
+        if value.shape[-1] == tokens:
+            seen, longer = tokens, [MaskSample(value, bool(attention.args[4]), rows, tokens, None)]
+            break
+    else:
+        longer = []
+    beyond = [number for number in numbers if number >= seen]
+    if (whole := max(_held_masks(mask, module, constants) & too_large, default=0)) > seen:
+        raise CaptureError(f"it holds a mask for {whole} tokens, more than can be looked at")
+    if beyond and (too_large or not held):  # else what is held ends before
+        raise CaptureError(
+            f"its mask has the number {max(beyond)} in it, which the lengths that were looked at, {seen} tokens "
+            "at most, do not reach"
+        )
+    return longer
+
+
+def _of_length(
+    queries: torch.SymInt, length: int, known: Mapping[sympy.Symbol, int]
+) -> dict[sympy.Symbol, int] | None:
+    """The sizes with which there are ``length`` queries, or a few more; None if they do not follow from it."""
+    expr = queries.node.expr
+    if len(expr.free_symbols) != 1:
+        return None
+    (symbol,) = expr.free_symbols
+    step = expr.coeff(symbol)
+    rest = expr - step * symbol
+    if not step.is_Integer or step <= 0 or not rest.is_Integer:
+        return None
+    return {**known, symbol: int(-(-(length - rest) // step))}
+
+
+def _held_lengths(mask: Node, module: nn.Module, constants: Mapping[str, Any]) -> set[int]:
+    """How long what the module holds for its mask may be: cut to the tokens, or looked up by distance both ways."""
+    sizes = {size for value in _held(mask, module, constants) for size in value.shape}
+    return {part for size in sizes for part in (size, (size + 1) // 2) if part > 2}
+
+
+def _held_masks(mask: Node, module: nn.Module, constants: Mapping[str, Any]) -> set[int]:
+    """The lengths of masks [N, N] that the module holds."""
+    square = (value for value in _held(mask, module, constants) if value.shape[-2:-1] == value.shape[-1:])
+    return {value.shape[-1] for value in square}
+
+
+def _held(mask: Node, module: nn.Module, constants: Mapping[str, Any]) -> list[Tensor]:
+    nodes = (node for node in ancestors(mask, through_sizes=False) if node.op == "get_attr")
+    values = (held_by(node, module, constants) for node in nodes)
+    return [value for value in values if isinstance(value, Tensor) and value.dim()]
+
+
+def holds_mask(attention: Node, constants: Mapping[str, Any]) -> bool:
+    """Whether the module itself, not the graph that identical ones share, holds a part of the mask."""
+    mask = attention.args[3]
+    return isinstance(mask, Node) and any(
+        node.op == "call_module" or (node.op == "get_attr" and str(node.target) not in constants)
+        for node in ancestors(mask, through_sizes=False)
+    )
 
 
 def mask_paths_of(normalized: Normalized) -> set[LeafPath]:

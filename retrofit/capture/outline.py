@@ -93,6 +93,8 @@ def _parted(module: nn.Module, call: OwnerCall, signature: Signature) -> _Parted
     whole = normalized_of(capture(module, call))
     if not whole.several:
         raise CaptureError(whole.reason)
+    if any(arguments(node)["dropout_p"] for node in whole.several):
+        raise CaptureError("it drops out attention weights in evaluation as well, not in training alone")
     guards = (*guards_of(whole.captured), *guards_of_one(module, whole, call, rows_alone=False))
     graph, copies = copied_graph(whole.captured.graph)
     attends: dict[str, Callable[[], Attend]] = {}

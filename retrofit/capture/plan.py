@@ -27,6 +27,7 @@ from retrofit.capture.mask_argument import MaskArgument, is_mask_of, mask_argume
 from retrofit.capture.observe import (
     Normalized,
     ProbedCall,
+    holds_mask,
     is_pooled,
     kind_of,
     learned_mask,
@@ -81,6 +82,7 @@ class Planner:
         self._training: dict[int, Training] = {}
         self._ignored: dict[int, frozenset[str]] = {}
         self._guards: dict[int, tuple[Guard, ...]] = {}
+        self._longest: dict[int, Sequence[MaskSample] | CaptureError] = {}
 
     def plan(
         self, module: nn.Module, calls: Sequence[ProbedCall], every: Sequence[OwnerCall]
@@ -131,6 +133,9 @@ class Planner:
             kinds.add(kind_of(normalized.attention))
             if (short := too_short(normalized.attention)) is not None:
                 return _refused(normalized.attention, short, "the layout")
+            if arguments(normalized.attention)["dropout_p"]:
+                reason = "it drops out attention weights in evaluation as well, not in training alone"
+                return _refused(normalized.attention, reason, "the dropout")
             chosen_by = selection(normalized.attention)
             if chosen_by is not None and kinds == {"self"}:
                 reason = f"the mask shows the keys that {chosen_by} selects, not all that are real"
@@ -206,10 +211,10 @@ class Planner:
         biased = is_biased(module, attention, samples, mask_paths)
         if kind == "cross" and not (biased and self.managed):
             return cross_mask(attention, samples, every, biased=False)
-        longer = [
-            *longer_samples(module, primary, calls[0].call, Signature.of(module)),
-            *self._far.get(module, ()),
-        ]
+        try:
+            longer = [*self._longer(module, primary, calls[0].call), *self._far.get(module, ())]
+        except CaptureError as error:
+            return str(error)
         if not biased:
             return classify([*samples, *longer])
         if (reason := dependence(primary)) is not None:
@@ -226,6 +231,22 @@ class Planner:
             return cross_mask(attention, hidden, every, biased=True)
         found = classify([*hidden, *map(hiding, longer)])
         return found if isinstance(found, str) else replace(found, biased=True)
+
+    def _longer(self, module: nn.Module, primary: Normalized, call: OwnerCall) -> Sequence[MaskSample]:
+        """The mask far beyond the example; identical modules that hold nothing for it share it."""
+        assert primary.attention is not None
+        if holds_mask(primary.attention, primary.captured.constants):
+            return longer_samples(module, primary, call, Signature.of(module))
+        key = id(primary)
+        if key not in self._longest:
+            try:
+                self._longest[key] = longer_samples(module, primary, call, Signature.of(module))
+            except CaptureError as error:
+                self._longest[key] = error
+        found = self._longest[key]
+        if isinstance(found, CaptureError):
+            raise found
+        return found
 
     @staticmethod
     def _by_distance(module: nn.Module, attention: Node, mask_paths: set[LeafPath]) -> bool:
