@@ -283,26 +283,27 @@ class ModelCheck:
         Raises:
             VerificationError: If one is above the tolerance of the dtype.
         """
+        errors = []
         with torch.no_grad(), evaluating(model):
-            all_of = [_called(model, probe) for probe in self.probes]
-        got = [first_tensor(output) for output in all_of]
-        errors = [relative_error(a, b, keep) for a, b, keep in zip(got, self.outputs, self.keep, strict=True)]
-        for number, output in enumerate(all_of):
-            errors[number] = max(errors[number], self._besides(number, tensors_of(output)))
+            for number, probe in enumerate(self.probes):
+                output = _called(model, probe)
+                error = relative_error(first_tensor(output), self.outputs[number], self.keep[number])
+                errors.append(max(error, self._besides(number, tensors_of(output))))
+                del output  # logits are large: never those of two probes at a time
         prefill = max(errors)
         worst = self.probes[errors.index(prefill)].name
         steps = cached_steps(model, self.probes, self.steps_of) if self.steps else []
         decode = max(
             (relative_error(a, b, None) for a, b in zip(steps, self.steps, strict=True)), default=None
         )
-        tolerance = max(MODEL_TOLERANCE, 32 * torch.finfo(got[0].dtype).eps)
-        for name, probe, error in (
+        tolerance = max(MODEL_TOLERANCE, 32 * torch.finfo(self.outputs[0].dtype).eps)
+        for name, of, difference in (
             ("output", worst, prefill),
             ("cached decode", self.steps_of, decode),
         ):
-            if error is not None and not error <= tolerance:
+            if difference is not None and not difference <= tolerance:
                 raise VerificationError(
-                    f"the whole model's {name} differs from the original by {error:.1e} relative ({probe}) "
+                    f"the whole model's {name} differs from the original by {difference:.1e} relative ({of}) "
                     f"after rewriting, at most {tolerance:.0e} is allowed"
                 )
         return prefill, decode
