@@ -234,7 +234,7 @@ def _check_neutral(steps: Sequence[Step], before: Sequence[tuple[Axis, ...]], ke
                 step.node, "a number is added to the scores, but not to the logit that stands beside them"
             )
         other = step.node.args[1]
-        if isinstance(other, Node) and _varies(broadcast_axes(other, axes), keys):
+        if shape(other) is not None and _varies(broadcast_axes(other, axes), keys):
             raise Reject(step.node, "the maximum taken from the scores is not that over the keys")
 
 
