@@ -234,7 +234,8 @@ def _check_neutral(steps: Sequence[Step], before: Sequence[tuple[Axis, ...]], ke
                 step.node, "a number is added to the scores, but not to the logit that stands beside them"
             )
         other = step.node.args[1]
-        if shape(other) is not None and _varies(broadcast_axes(other, axes), keys):
+        known = isinstance(other, Node) and shape(other) is not None
+        if known and _varies(broadcast_axes(other, axes), keys):  # type: ignore[arg-type]
             raise Reject(step.node, "the maximum taken from the scores is not that over the keys")
 
 
