@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from retrofit.capture.call import Signature
 from retrofit.errors import MaskError, ModelLoadError
-from retrofit.passes.attention.bias import HIDDEN, adds
 
 IMPLEMENTATION = "retrofit"
 """The attention implementation of a model whose masked attention modules are all converted."""
@@ -158,43 +157,6 @@ def _extent(real: Tensor) -> tuple[Tensor, Tensor]:
             f"{message} (row {row}); pad on the left when generating, and put packed sequences in rows of their own"
         )
     return start, length
-
-
-def only_hides(mask: Tensor) -> Tensor:
-    """``mask``, which is added to scores, if it does nothing but hide; not looked at while a program is compiled.
-
-    Raises:
-        MaskError: If it adds something to visible scores.
-    """
-    if not torch.compiler.is_compiling() and adds(mask):
-        raise MaskError(
-            "attention mask adds a bias to the scores, which this site was not captured with; convert with an example "
-            "that has such a mask, or leave the site out with where=…"
-        )
-    return mask
-
-
-def same_slopes(mask: Tensor, slopes: tuple[float, ...]) -> Tensor:
-    """``mask`` [B, Hq, T, N], which is added to scores, if what it adds rises by ``slopes`` from key to key; not looked
-    at while a program is compiled, and then for the last query alone.
-
-    Raises:
-        MaskError: If it rises otherwise.
-    """
-    if torch.compiler.is_compiling() or mask.dim() != 4 or mask.shape[1] not in (1, len(slopes)):
-        return mask
-    row = mask[:, :, -1].detach().double()
-    known = (row > HIDDEN).int()
-    first, last = known.argmax(-1, keepdim=True), row.shape[-1] - 1 - known.flip(-1).argmax(-1, keepdim=True)
-    span = (last - first) * known.any(-1, keepdim=True)
-    expected = span * row.new_tensor(slopes)[: mask.shape[1], None]
-    rise = torch.where(span > 0, row.gather(-1, last) - row.gather(-1, first), 0)
-    rounding = 8 * torch.finfo(mask.dtype).eps * row.masked_fill(known == 0, 0).abs().amax()
-    if bool(((rise - expected).abs() > rounding + 1e-4 * expected.abs()).any()):
-        raise MaskError(
-            "attention mask adds a position bias of other slopes than this site was captured with; convert again"
-        )
-    return mask
 
 
 def _from_dense(

@@ -80,10 +80,8 @@ def _verified(found: Found, site: RetrofittedAttention, probed: ProbedCall, expe
 
 def _of_original(found: Found, site: RetrofittedAttention, probed: ProbedCall) -> Any:
     """What the original module gives now for a recorded call."""
-    bound = site.plan.signature.bind(probed.call.args, probed.call.kwargs)
-    values = {name: None if is_cache(value) else value for name, value in bound.items()}
     with torch.no_grad(), evaluating(found.module), restored(found.module.modules()):
-        return found.module(**values)
+        return found.module(**_arguments(site, probed))
 
 
 def _difference(got: Any, expected: Any, keep: Tensor | None) -> float:
@@ -157,11 +155,8 @@ def _error_in_float32(found: Found, site: RetrofittedAttention, probed: ProbedCa
     original = copy.deepcopy(found.module).float()
     target = copy.deepcopy(site.retrofit).float()
     twin = RetrofittedAttention(original, site.path, site.plan, target)
-    call = probed.call
-    bound = site.plan.signature.bind(call.args, call.kwargs)
-    values = {name: None if is_cache(value) else value for name, value in bound.items()}
     with torch.no_grad(), evaluating(original), evaluating(twin):
-        expected = original(**_float32(values))
+        expected = original(**_float32(_arguments(site, probed)))
         got = twin(**_float32(_as_converted(site, probed)))
     return _difference(got, expected, probed.keep)
 
@@ -179,11 +174,15 @@ def _float32(values: Mapping[str, Any]) -> dict[str, Any]:
     return changed
 
 
+def _arguments(site: RetrofittedAttention, probed: ProbedCall) -> dict[str, Any]:
+    """The arguments of the recorded call, without a cache."""
+    bound = site.plan.signature.bind(probed.call.args, probed.call.kwargs)
+    return {name: None if is_cache(value) else value for name, value in bound.items()}
+
+
 def _as_converted(site: RetrofittedAttention, probed: ProbedCall) -> dict[str, Any]:
     """The recorded call as a converted model makes it: padding in the place of the mask, no cache."""
-    plan, call = site.plan, probed.call
-    bound = plan.signature.bind(call.args, call.kwargs)
-    values = {name: None if is_cache(value) else value for name, value in bound.items()}
+    plan, values = site.plan, _arguments(site, probed)
     if plan.mask_argument is not None and probed.keep is not None and plan.kind == "self":
         device = next(value.device for value in values.values() if isinstance(value, Tensor))
         keep = probed.keep.to(device)

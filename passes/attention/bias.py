@@ -78,13 +78,8 @@ def _slopes(mask: Tensor, visible: Tensor, sample: MaskSample) -> Tensor | str:
         real = real & keep[:, None, :, None]
     bias, index = mask.double(), torch.arange(keys, dtype=torch.float64)
     bias, real = torch.broadcast_tensors(bias, real)
-    first, last = (torch.where(real, index, fill) for fill in (float(keys), -1.0))
-    start, end = first.amin(-1), last.amax(-1)
-    at_start, at_end = (
-        bias.gather(-1, place.clamp(0, keys - 1).long()[..., None])[..., 0] for place in (start, end)
-    )
-    span = (end - start).transpose(0, 1).flatten(1)
-    rise = (at_end - at_start).transpose(0, 1).flatten(1)
+    start, at_start, span, rise = first_to_last(bias, real)
+    span, rise = (x.transpose(0, 1).flatten(1) for x in (span, rise))
     longest = span.argmax(dim=1, keepdim=True)
     slopes = (rise.gather(1, longest) / span.gather(1, longest))[:, 0]
     line = at_start[..., None] + slopes[:, None, None] * (index - start[..., None])
@@ -95,6 +90,24 @@ def _slopes(mask: Tensor, visible: Tensor, sample: MaskSample) -> Tensor | str:
     if mask.dtype not in (torch.float32, torch.float64):
         return f"{ROUNDED} {mask.dtype}; convert the model in float32 and cast it afterwards"
     return slopes
+
+
+def first_to_last(bias: Tensor, real: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """From the first to the last real key of each row of ``bias`` [..., N]: the place of the first, the bias there, how
+    far it is to the last, and by how much the bias rises on the way. Where no key is real, the way is less than 0.
+
+    Args:
+        bias: What is added to the scores, float64.
+        real: bool, of the same shape.
+    """
+    keys = bias.shape[-1]
+    index = torch.arange(keys, dtype=torch.float64, device=bias.device)
+    first, last = (torch.where(real, index, fill) for fill in (float(keys), -1.0))
+    start, end = first.amin(-1), last.amax(-1)
+    at_start, at_end = (
+        bias.gather(-1, place.clamp(0, keys - 1).long()[..., None])[..., 0] for place in (start, end)
+    )
+    return start, at_start, end - start, at_end - at_start
 
 
 def kind_of_bias(mask: Tensor, hidden: Tensor) -> str:

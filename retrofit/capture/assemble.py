@@ -16,7 +16,7 @@ from torch.fx.graph_module import _format_import_block
 from torch.package.importer import sys_importer
 
 from retrofit.capture.observe import Normalized, mask_paths_of
-from retrofit.masks import only_hides, same_slopes
+from retrofit.handed_in import only_hides, same_slopes
 from retrofit.passes.attention.added import added
 from retrofit.passes.attention.bias import HIDDEN
 from retrofit.passes.attention.masks import MaskClass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,8 +34,11 @@ class Attention(nn.Module):
         super().__init__()
         self.qkv, self.give = nn.Linear(WIDTH, 3 * WIDTH), give
 
+    def heads(self, x: Tensor) -> Iterator[Tensor]:
+        return (part.unflatten(2, (HEADS, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1))
+
     def forward(self, x: Tensor) -> Any:
-        q, k, v = (part.unflatten(2, (HEADS, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1))
+        q, k, v = self.heads(x)
         return self.give(x, F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -118,13 +121,9 @@ def test_each_call_returns_a_dataclass_of_its_own() -> None:
     assert second[1].count == 3
 
 
-class Weighing(nn.Module):
-    def __init__(self, give: Callable[[Tensor, Tensor], Any]) -> None:
-        super().__init__()
-        self.qkv, self.give = nn.Linear(WIDTH, 3 * WIDTH), give
-
+class Weighing(Attention):
     def forward(self, x: Tensor) -> Any:
-        q, k, v = (part.unflatten(2, (HEADS, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1))
+        q, k, v = self.heads(x)
         weights = torch.softmax(q @ k.mT, dim=-1)
         return self.give(weights, (weights @ v).transpose(1, 2).flatten(2))
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -30,6 +31,20 @@ BUCKETS = 16
 
 def _distance(t):
     return torch.arange(t) - torch.arange(t)[:, None]
+
+
+@contextmanager
+def carried(model: nn.Module, examples: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Converts the one site of ``model``, which carries its bias, for as long; with proof on all examples."""
+    with torch.no_grad():
+        before = [model(*example) for example in examples]
+        (site,) = retrofit.convert(model, retrofit.DenseConfig(), examples[0]).converted
+        assert site.mask == "position bias"
+        for example, expected in zip(examples, before, strict=True):
+            torch.testing.assert_close(model(*example), expected, rtol=1e-5, atol=1e-5)
+        yield
+        retrofit.revert(model)
+        assert all(torch.equal(model(*x), expected) for x, expected in zip(examples, before, strict=True))
 
 
 class Biased(nn.Module):
@@ -178,16 +193,8 @@ def test_shifted_windows_of_images_of_any_size() -> None:
         region = torch.randint(2, (windows, Windows.SIDE**2))
         mask = torch.where(region[:, None] == region[:, :, None], 0.0, -100.0)
         examples.append((torch.randn(images * windows, Windows.SIDE**2, WIDTH), mask))
-    with torch.no_grad():
-        before = [model(*example) for example in examples]
-        (site,) = retrofit.convert(model, retrofit.DenseConfig(), examples[0]).converted
-        assert site.mask == "position bias"
-        for example, expected in zip(examples, before, strict=True):
-            torch.testing.assert_close(model(*example), expected, rtol=1e-5, atol=1e-5)
-        with pytest.raises(RuntimeError, match="invalid for input of size"):
-            model(examples[0][0][:6], examples[0][1])
-        retrofit.revert(model)
-        assert all(torch.equal(model(*x), expected) for x, expected in zip(examples, before, strict=True))
+    with carried(model, examples), pytest.raises(RuntimeError, match="invalid for input of size"):
+        model(examples[0][0][:6], examples[0][1])
 
 
 class HandedIn(nn.Module):
@@ -208,11 +215,5 @@ def test_a_bias_that_is_handed_in_stays_so() -> None:
     examples = [
         (torch.randn(b, t, WIDTH), torch.randn(b, HEADS, t, t)) for b, t in ((2, 11), (1, 7), (5, 23))
     ]
-    with torch.no_grad():
-        before = [model(*example) for example in examples]
-        (site,) = retrofit.convert(model, retrofit.DenseConfig(), examples[0]).converted
-        assert site.mask == "position bias"
-        for example, expected in zip(examples, before, strict=True):
-            torch.testing.assert_close(model(*example), expected, rtol=1e-5, atol=1e-5)
-        retrofit.revert(model)
-        assert all(torch.equal(model(*x), expected) for x, expected in zip(examples, before, strict=True))
+    with carried(model, examples):
+        pass
