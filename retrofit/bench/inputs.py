@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from retrofit.data import Source, tokens
 from retrofit.errors import BenchmarkError
+from retrofit.evaluate.perplexity import positions_of
 from retrofit.progress import track
 
 
@@ -60,10 +61,13 @@ class Inputs:
         return Inputs(like(self.q), like(self.k), like(self.v), self.scale)
 
 
-def record(model: nn.Module, path: str, tokenizer: Any, source: Source, length: int, scale: float) -> Inputs:
+def record(
+    model: nn.Module, path: str, tokenizer: Any, source: Source | Tensor, length: int, scale: float
+) -> Inputs:
     """Records what the target at ``path`` receives on ``source``.
 
-    Beyond the positions the model has, segments recorded one after the other are joined.
+    Beyond the positions that the model was trained for, rotary angles go on. Where positions are a table, segments
+    recorded one after the other are joined: each then has first tokens and neighbours of its own.
 
     Raises:
         BenchmarkError: If the text has fewer tokens than ``length``, or the site is not reached.
@@ -71,7 +75,7 @@ def record(model: nn.Module, path: str, tokenizer: Any, source: Source, length: 
     ids = tokens(source, tokenizer, limit=length)[None, :length]
     if ids.shape[1] < length:
         raise BenchmarkError(f"the text has {ids.shape[1]} tokens, {length} are needed; give a longer text")
-    step = min(length, getattr(model.config, "max_position_embeddings", length))
+    step = length if _angles_go_on(model.config) else min(length, positions_of(model) or length)
     device = next(model.parameters()).device
     segments = [
         _record_once(model, path, ids[:, begin : min(begin + step, length)].to(device))
@@ -79,6 +83,12 @@ def record(model: nn.Module, path: str, tokenizer: Any, source: Source, length: 
     ]
     q, k, v = (torch.cat(parts, dim=2).contiguous() for parts in zip(*segments, strict=True))
     return Inputs(q, k, v, scale)
+
+
+def _angles_go_on(config: Any) -> bool:
+    """Whether positions are rotary angles, which have no end."""
+    inner = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return any(getattr(inner, name, None) is not None for name in ("rope_parameters", "rope_theta"))
 
 
 class _Recorded(Exception):
