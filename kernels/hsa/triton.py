@@ -34,10 +34,8 @@ FUSED_FROM = 2048
 """Tokens of the dense start from which PyTorch's kernel is worth its launch and two copies."""
 BLOCKS_AT_ONCE = 8192
 """Query blocks whose votes wait in memory."""
-QUERIES_AT_ONCE = 8
-"""Queries that choose at a time."""
-SETTLING_WARPS = 2
-"""Warps that do."""
+SETTLING_WARPS = 1
+"""Warps by which the queries of a block choose."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_SUM = {torch.float32: 2.0**100, torch.bfloat16: 2.0**100, torch.float16: 2.0**15}
 """Sum of a query's weights, shifted by the highest score among sinks and window, from which a row is done again."""
@@ -283,7 +281,6 @@ def choosing(call: Call) -> dict[str, Any]:
         "ROOM": g.leaves_per_query,
         "PARTS": votes.parts,
         "BITS": highest.bit_length(),
-        "ROWS": QUERIES_AT_ONCE,
     }
 
 

@@ -17,6 +17,8 @@ from retrofit.kernels.launch import kernel
 
 WHOLE, NONE = tl.constexpr(FADE), tl.constexpr(UNUSED)
 SHIFT, RISES = tl.constexpr(RISE_BITS), tl.constexpr(2**RISE_BITS - 1)
+MOST_LEAVES = tl.constexpr(2**30)
+"""More leaves than there are."""
 MOST_KEYS = tl.constexpr(128)
 """Keys in a step of any kernel, at most."""
 CHOICES_AT_ONCE = tl.constexpr(32)
@@ -27,27 +29,26 @@ SOME = tl.constexpr(64)
 
 @triton.jit
 def highest_left(above, ROOM: tl.constexpr, BITS: tl.constexpr):
-    """The highest of the numbers [N, M], each of less than BITS bits, for which there is no room in each row; 0 where
-    there is room for all above 0.
+    """The highest of the numbers [N], each of less than BITS bits, for which there is no room; 0 where there is room
+    for all above 0.
 
     Found bit by bit. Numbers that fit stand two to a register: their highest bit is free for the comparison.
     """
     PAIRS: tl.constexpr = BITS < 16
     above = tl.maximum(above, 0)
     if PAIRS:
-        left, right = tl.split(tl.reshape(above, [above.shape[0], above.shape[1] // 2, 2]))
+        left, right = tl.split(tl.reshape(above, [above.shape[0] // 2, 2]))
         above = left + (right << 16)
-    found = tl.zeros([above.shape[0]], tl.int32)
+    found = tl.full([], 0, tl.int32)
     step = tl.full([], 1, tl.int32) << BITS
     for _ in range(BITS):
         step = step // 2
         higher = found + step
         if PAIRS:
-            reach = ((above + (0x8000 - higher)[:, None] * 0x10001) >> 15) & 0x10001
-            count = tl.sum(reach, 1)
+            count = tl.sum(((above + (0x8000 - higher) * 0x10001) >> 15) & 0x10001, 0)
             count = (count & 0xFFFF) + (count >> 16)
         else:
-            count = tl.sum((above >= higher[:, None]).to(tl.int32), 1)
+            count = tl.sum((above >= higher).to(tl.int32), 0)
         found = tl.where(count > ROOM, higher, found)
     return found
 
@@ -93,57 +94,47 @@ def choose_leaves(
     kept, choices, held, t0, low, high, least,
     WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr, FANOUT: tl.constexpr, BEAM: tl.constexpr,
     QUERY_BLOCK: tl.constexpr, ROOM: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr,
-    CHOICES: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, FRESH: tl.constexpr,
+    CHOICES: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr, FRESH: tl.constexpr,
 ):  # fmt: skip
-    """Each new query of the block at t0 chooses by the votes ``held``, ROWS queries at a time: adds to ``choices``
-    [CHOICES].
+    """Each new query of the block at t0 chooses by the votes ``held``, one after another: adds to ``choices``
+    [CHOICES] what it wants and nobody before it did.
 
-    Where leaves fade in, how far each query wants the leaves takes the place of the votes. If ``choices`` is FRESH,
-    the places behind the last one get NONE.
+    If ``choices`` is FRESH, the places behind the last one get NONE.
     """
     STRIDE: tl.constexpr = WIDTH_PAD + FANOUT
     CHILDREN: tl.constexpr = BEAM * FANOUT
     candidate = tl.arange(0, WIDTH_PAD)
-    row = tl.arange(0, ROWS)
-    is_edge = (candidate >= CHILDREN) & (candidate < WIDTH)
     edge = covered_leaves(t0, WINDOW, SINK, BLOCK) // FANOUT
-    used = spans_kept(kept, BEAM, WIDTH_PAD // FANOUT)
+    is_child = candidate < spans_kept(kept, BEAM, WIDTH_PAD // FANOUT) * FANOUT
+    of_edge = tl.where(
+        (candidate >= CHILDREN) & (candidate < WIDTH), edge * FANOUT + candidate - CHILDREN, MOST_LEAVES
+    )
     count, reached = read_choices(choices, candidate, low > t0, QUERY_BLOCK, WIDTH, WIDTH_PAD, CHOICES, PARTS)
-    first = candidate * 0 + QUERY_BLOCK
-    for r in range(tl.maximum(low - t0, 0) // ROWS * ROWS, tl.minimum(high - t0, QUERY_BLOCK), ROWS):
-        some = r + row
-        limit = covered_leaves(t0 + some, WINDOW, SINK, BLOCK)
-        open_ = is_edge[None] & ((edge * FANOUT + candidate - CHILDREN)[None] < limit[:, None])
-        open_ = open_ | (candidate < used * FANOUT)[None]
-        new = (t0 + some >= low) & (t0 + some < high)
-        at = held + some[:, None] * STRIDE + candidate[None]
-        vote = tl.load(at).to(tl.int32)  # of leaves that are not open they are whatever was in memory
-        level = tl.where(open_ & new[:, None], vote - least, 0)
-        if tl.max(tl.sum((level > 0).to(tl.int32), 1), 0) > ROOM:
-            level -= highest_left(level, ROOM, BITS)[:, None]
-        if PARTS == WHOLE:
-            first = tl.minimum(first, tl.min(tl.where(level > 0, some[:, None], QUERY_BLOCK), 0))
-        else:
+    chosen_by = candidate * 0 + QUERY_BLOCK
+    first, last = tl.maximum(low - t0, 0), tl.minimum(high - t0, QUERY_BLOCK) - 1
+    following = tl.load(held + first * STRIDE + candidate)
+    for row in range(first, last + 1):
+        vote = following.to(tl.int32)  # of leaves that are not open it is whatever was in memory
+        following = tl.load(held + tl.minimum(row + 1, last) * STRIDE + candidate)
+        open_ = is_child | (of_edge < covered_leaves(t0 + row, WINDOW, SINK, BLOCK))
+        level = tl.where(open_, vote - least, 0)
+        if tl.max(tl.where(reached < WHOLE, level, 0), 0) > 0:
+            if tl.sum((level > 0).to(tl.int32), 0) > ROOM:
+                level -= highest_left(level, ROOM, BITS)
             level = tl.minimum(tl.maximum(level, 0) * PARTS, WHOLE)
-            if tl.max(tl.reshape(level - reached[None], [ROWS * WIDTH_PAD]), 0) > 0:
-                tl.debug_barrier()  # every thread has read its votes
-                tl.store(at, level)
-                tl.debug_barrier()
-                before = tl.broadcast_to(reached[None], level.shape)
-                for back in tl.static_range(1, ROWS):
-                    earlier = tl.load(at - back * STRIDE, mask=(row >= back)[:, None], other=0)
-                    before = tl.maximum(before, earlier)
-                rise = tl.maximum(level - before, 0)
+            rise = tl.maximum(level - reached, 0)
+            if PARTS == WHOLE:
+                chosen_by = tl.where(rise > 0, row, chosen_by)
+            elif tl.max(rise, 0) > 0:
                 is_one = (rise > 0).to(tl.int32)
-                of_row = tl.sum(is_one, 1)
-                to = (count + tl.cumsum(of_row, 0) - of_row - 1)[:, None] + tl.cumsum(is_one, 1)
-                choice = ((some[:, None] * WIDTH + candidate[None]) << SHIFT) + rise
+                to = count + tl.cumsum(is_one, 0) - 1
+                choice = ((row * WIDTH + candidate) << SHIFT) + rise
                 tl.store(choices + to, choice, mask=(rise > 0) & (to < CHOICES))
-                count += tl.sum(of_row, 0)
-                reached = tl.maximum(reached, tl.max(level, 0))
+                count += tl.sum(is_one, 0)
+            reached = tl.maximum(reached, level)
     if PARTS == WHOLE:
-        is_new = (first < QUERY_BLOCK) & (reached == 0)
-        choice = tl.sort(tl.where(is_new, ((first * WIDTH + candidate) << SHIFT) + WHOLE, NONE))
+        is_new = chosen_by < QUERY_BLOCK
+        choice = tl.sort(tl.where(is_new, ((chosen_by * WIDTH + candidate) << SHIFT) + WHOLE, NONE))
         tl.store(choices + count + candidate, choice, mask=(choice < NONE) & (count + candidate < CHOICES))
         count += tl.sum(is_new.to(tl.int32), 0)
     if FRESH:
@@ -205,8 +196,7 @@ def settle(
     KV_HEADS: tl.constexpr, WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr,
     FANOUT: tl.constexpr, BEAM: tl.constexpr, QUERY_BLOCK: tl.constexpr, DENSE_END: tl.constexpr,
     ROOM: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, CHOICES: tl.constexpr,
-    LIST: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, FRESH: tl.constexpr,
-    LAYOUT: tl.constexpr,
+    LIST: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr, FRESH: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Each new query of a block chooses the leaves that weigh enough, ROOM at most; then lists what the block executes.
 
@@ -225,8 +215,7 @@ def settle(
         choose_leaves(
             kept, made, votes + tl.program_id(0).to(tl.int64) * (QUERY_BLOCK * (WIDTH_PAD + FANOUT)),
             t0, low, high, least,
-            WINDOW, SINK, BLOCK, FANOUT, BEAM, QUERY_BLOCK, ROOM, WIDTH, WIDTH_PAD, CHOICES, PARTS, BITS, ROWS,
-            FRESH,
+            WINDOW, SINK, BLOCK, FANOUT, BEAM, QUERY_BLOCK, ROOM, WIDTH, WIDTH_PAD, CHOICES, PARTS, BITS, FRESH,
         )  # fmt: skip
         tl.debug_barrier()  # every thread has written its choices
         at = tile.to(tl.int64)
