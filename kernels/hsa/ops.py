@@ -181,10 +181,16 @@ def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     levels, value_levels = ctx.counts
     nodes, value_nodes = rest[:levels], rest[levels : levels + value_levels]
     gate, spans, choices, out, lse, sinks = rest[levels + value_levels :]
+    select_only = gate is None and not any((*ctx.needs_input_grad[5], *ctx.needs_input_grad[7]))
     grads = torch.ops.retrofit.hsa_attention_backward(
-        grad, q, k, v, start, length, nodes, value_nodes, gate, spans, choices, out, lse, sinks, **ctx.options
+        *(grad, q, k, v, start, length),
+        *((), ()) if select_only else (nodes, value_nodes),
+        *(gate, spans, choices, out, lse, sinks),
+        **ctx.options,
     )
-    pooled = list(grads[3 : 3 + levels]), list(grads[3 + levels : 3 + levels + value_levels])
+    if select_only:
+        grads = [*grads[:3], *[None] * (levels + value_levels), *grads[3:]]
+    pooled = grads[3 : 3 + levels], grads[3 + levels : 3 + levels + value_levels]
     by_head = iter(grads[3 + levels + value_levels :])
     grad_gate, grad_sinks = (None if x is None else next(by_head) for x in (gate, sinks))
     grad_nodes, grad_value_nodes = pooled

@@ -56,8 +56,8 @@ def hsa_attention_backward(
         v: Values.
         start: Index of each row's first real token.
         length: Number of real tokens of each row.
-        nodes: Pooled keys per level; they only select, so their gradients are zero.
-        value_nodes: Pooled values per level; not used without summaries.
+        nodes: Pooled keys per level; they only select, so their gradients are zero. Left out where nobody needs these.
+        value_nodes: The same of pooled values; not used without summaries.
         spans: As the forward pass returned it, and so all that follow.
         choices: Who chose which leaf.
         out: The output.
@@ -66,10 +66,13 @@ def hsa_attention_backward(
         padded: Whether ``start`` and ``length`` may say anything but that every row has all index slots.
         geometry: The sizes.
     """
-    grads = [torch.zeros_like(x) for x in (q, k, v)]
+    call = Call.of(q, k, v, geometry, padded=padded)
+    make = (
+        torch.empty_like if call.starts_dense else torch.zeros_like
+    )  # not all is written where not all is new
+    grads = [make(x) for x in (q, k, v)]
     grad_q, grad_k, grad_v = (_in_rows(x) for x in grads)
     q, k, v, grad = (_in_rows(x) for x in (q, k, v, grad))
-    call = Call.of(q, k, v, geometry, padded=padded)
     delta = torch.empty_like(lse)
     tile = call.tile(call.settings.query_gradients)
     heads = call.heads_per_tile(tile.rows)
@@ -152,13 +155,12 @@ def _parts(steps: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """
     tiles = steps.shape[0]
     room = min(max(FEWEST_PARTS, tiles // 4), -(-most // SHORTEST_PART) * tiles)
-    sizes = SHORTEST_PART * 2 ** torch.arange(16, device=steps.device)
-    parts = (steps + sizes[:, None] - 1) // sizes[:, None]
-    several = torch.where(parts > 1, parts, 0)
-    chosen = (several.sum(1, keepdim=True) <= room).int().argmax(0)
-    part_ends = several.gather(0, chosen.expand(1, tiles)).squeeze(0).cumsum(0)
-    owners = torch.searchsorted(part_ends, torch.arange(room, device=steps.device), right=True)
-    return parts.gather(0, chosen.expand(1, tiles)).squeeze(0), part_ends, owners, sizes.gather(0, chosen)
+    parts, part_ends, size = torch.empty_like(steps), torch.empty_like(steps), steps.new_empty(1)
+    inverse.split_tiles[(1,)](
+        steps, parts, part_ends, size, tiles, room, SHORTEST=SHORTEST_PART, SIZES=16, TILE=512, num_warps=8
+    )  # fmt: skip
+    places = torch.arange(room, dtype=torch.int32, device=steps.device)
+    return parts, part_ends, torch.searchsorted(part_ends, places, right=True), size
 
 
 def _in_rows(x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ blocks; their choices of leaves in it are its entries, in ascending order:
     count_entries   choices                     →  entries of each tile from each chunk of blocks
     write_entries   choices, their running sum  →  entries
     count_steps     near blocks and entries     →  steps of each tile
+    split_tiles     steps                       →  parts of each tile, of so many steps
 
 An entry is block · 2³² + leaf of the tile · 2²⁴ + rise · 2⁸ + row. One program writes a chunk, block after block,
 and counts which of a tile's entries comes first, so the order never depends on timing.
@@ -156,3 +157,31 @@ def count_steps(
     end = tl.load(ends + (at + 1) * chunks - 1, mask=known, other=0)
     begin = tl.load(ends + at * chunks - 1, mask=known & (at > 0), other=0)
     tl.store(steps + at, (near + end - begin).to(tl.int32), mask=known)
+
+
+@kernel()
+def split_tiles(
+    steps, parts, part_ends, size, tiles, room,
+    SHORTEST: tl.constexpr, SIZES: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """How tiles are split into parts of ``size`` steps, the first of SHORTEST, 2·SHORTEST, … for which those that are
+    split have at most ``room`` parts together. One program does it.
+
+    Writes ``parts`` [tiles], the running sum ``part_ends`` [tiles] of those of tiles that have several, and ``size`` [1].
+    """
+    place = tl.arange(0, TILE)
+    sizes = SHORTEST << tl.arange(0, SIZES)
+    sums = tl.zeros([SIZES], tl.int32)
+    for n in range(0, tiles, TILE):
+        count = tl.load(steps + n + place, mask=n + place < tiles, other=0)
+        count = (count[None] + sizes[:, None] - 1) // sizes[:, None]
+        sums += tl.sum(tl.where(count > 1, count, 0), 1)
+    most = tl.min(tl.where(sums <= room, sizes, SHORTEST << (SIZES - 1)), 0)
+    tl.store(size, most)
+    before = tl.full([], 0, tl.int32)
+    for n in range(0, tiles, TILE):
+        count = (tl.load(steps + n + place, mask=n + place < tiles, other=0) + most - 1) // most
+        several = tl.where(count > 1, count, 0)
+        tl.store(parts + n + place, count, mask=n + place < tiles)
+        tl.store(part_ends + n + place, before + tl.cumsum(several, 0), mask=n + place < tiles)
+        before += tl.sum(several, 0)

@@ -152,6 +152,24 @@ def test_interpreted_parts_add_up(build: Callable[..., Any], monkeypatch: pytest
 
 
 @interpreted
+@pytest.mark.parametrize(("tiles", "longest"), [(7, 60), (9, 500), (700, 400), (1500, 4000)])
+def test_interpreted_tiles_are_split_as_finely_as_there_is_room(tiles: int, longest: int) -> None:
+    steps = torch.arange(tiles, dtype=torch.int32) * 7919 % (longest + 1)
+    parts, part_ends, owners, size = triton_backward._parts(steps, most=longest)
+
+    def several(size: int) -> Tensor:
+        return torch.tensor([count if (count := -(-step // size)) > 1 else 0 for step in steps.tolist()])
+
+    shortest = triton_backward.SHORTEST_PART
+    found = next(shortest << n for n in range(16) if several(shortest << n).sum() <= len(owners))
+    assert size.tolist() == [found]
+    assert torch.equal(parts, (steps + found - 1) // found)
+    assert torch.equal(part_ends, several(found).cumsum(0).int())
+    used = torch.repeat_interleave(torch.arange(tiles), several(found))
+    assert torch.equal(owners, torch.cat([used, torch.full([len(owners) - len(used)], tiles)]))
+
+
+@interpreted
 def test_interpreted_operator_goes_back_through_the_kernels(
     build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
