@@ -59,14 +59,17 @@ def kernel(**options: Any) -> Callable[[Any], Kernel]:
 def _kinds(arguments: tuple[Any, ...]) -> Hashable:
     """What a kernel is compiled for: of a tensor its dtype and whether it is aligned, of an integer whether it is 1,
     a multiple of 16, and of how many bits."""
-    kinds: list[Any] = []
-    for x in arguments:
-        if type(x) is int:
-            kinds.append(1 if x == 1 else 2 + (x & 15 == 0) + 2 * (not -INT32 <= x < INT32))
-        elif isinstance(x, Tensor):
-            kinds.append(x.dtype if x.data_ptr() & 15 == 0 else (x.dtype,))
-        elif type(x) is tuple:
-            kinds.append(_kinds(x))
-        else:
-            kinds.append(type(x))
-    return tuple(kinds)
+    return tuple(
+        [
+            (1 if x == 1 else 2 + (x & 15 == 0) + 2 * (not -INT32 <= x < INT32))
+            if type(x) is int
+            else _kind(x)
+            for x in arguments
+        ]
+    )
+
+
+def _kind(x: Any) -> Any:
+    if isinstance(x, Tensor):
+        return x.dtype if x.data_ptr() & 15 == 0 else (x.dtype,)
+    return _kinds(x) if type(x) is tuple else type(x)

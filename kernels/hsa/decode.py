@@ -95,7 +95,7 @@ def hsa_decode(
     Raises:
         ConfigError: If ``state`` has not enough room.
     """
-    if state.with_room(k) is not state:
+    if not state.has_room(k.shape[2]):
         raise ConfigError(
             f"state must have room for the {k.shape[2]} slots of k, got {state.spans.shape[2]} query blocks of "
             f"{state.geometry.query_block} tokens; make it with state.with_room(k)"

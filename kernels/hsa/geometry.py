@@ -30,6 +30,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from itertools import pairwise
 from math import ceil, log2
 from typing import Any, NamedTuple, TypeVar, cast
@@ -117,17 +118,19 @@ class Geometry:
     @staticmethod
     def schema() -> str:
         """The sizes as an operator's schema has them."""
-        return ", ".join(f"{field.type} {_option(field.name)}" for field in fields(Geometry))
+        return ", ".join(
+            f"{field.type} {option}" for field, option in zip(fields(Geometry), OPTIONS, strict=True)
+        )
 
     @property
     def options(self) -> dict[str, int | float]:
         """The sizes as an operator takes them."""
-        return {_option(name): size for name, size in vars(self).items()}
+        return dict(zip(OPTIONS, vars(self).values(), strict=True))
 
     @staticmethod
     def of_options(options: Mapping[str, Any]) -> Geometry:
         """The geometry with the sizes among the options of an operator."""
-        return Geometry(**{field.name: options[_option(field.name)] for field in fields(Geometry)})
+        return _geometry(*(options[option] for option in OPTIONS))
 
     @property
     def dense_end(self) -> int:
@@ -341,9 +344,9 @@ class Geometry:
         return torch.where(ids < end, ids, -1)
 
 
-def _option(name: str) -> str:
-    """Name of a size among an operator's options: Inductor hands these on beside a parameter of its own, ``node``."""
-    return "node_size" if name == "node" else name
+OPTIONS = tuple({"node": "node_size"}.get(field.name, field.name) for field in fields(Geometry))
+"""Names of the sizes among an operator's options: Inductor hands these on beside a parameter of its own, ``node``."""
+_geometry = lru_cache(Geometry)
 
 
 def _at_least_0(count: Count) -> Count:

@@ -44,16 +44,20 @@ class HSAState:
             choices=fn(self.choices),
         )
 
+    def has_room(self, slots: int) -> bool:
+        """Whether there is room for so many index slots: all levels have it where the finest does."""
+        g = self.geometry
+        return self.spans.shape[2] >= g.blocks(slots) and self.nodes[0].shape[2] >= (slots - g.sink) // g.node
+
     def with_room(self, k: Tensor) -> HSAState:
         """Returns the state with room for at least all slots of the keys k [B, Hkv, N, D]; itself if it has that.
 
         Cells that no token has completed yet have no meaning.
         """
         g, slots = self.geometry, k.shape[2]
-        sizes = [max(0, slots - g.sink) // size for size in g.node_sizes]
-        fits = all(x.shape[2] >= size for x, size in zip(self.nodes, sizes, strict=True))
-        if fits and self.spans.shape[2] >= g.blocks(slots):
+        if self.has_room(slots):
             return self
+        sizes = [max(0, slots - g.sink) // size for size in g.node_sizes]
         spans, choices = g.selection(k, self.spans, self.choices)
         return replace(
             self,
