@@ -207,18 +207,18 @@ def operations(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Operation]:
     spreads = spreads_of(nodes[0])
     sizes = {"scale": scale, "padded": False, "geometry": g}
     forward = partial(
-        hsa.hsa_attention, q, k, v, start, length, nodes, spreads, [], None, None, None,
+        hsa.hsa_attention, q, k, v, start, length, nodes, spreads, [], None, None, None, None,
         causal=True, sliding_window=0, **sizes,
     )  # fmt: skip
     out, spans, choices, lse = forward()
 
     def hsa_backward() -> Sequence[Tensor]:
-        given = (grad, q, k, v, start, length, nodes, [], spans, choices, out, lse)
+        given = (grad, q, k, v, start, length, nodes, [], spans, choices, out, lse, None)
         return hsa.hsa_attention_backward(*given, **sizes)[:3]
 
     def decode() -> Sequence[Tensor]:
         state = ([x.clone() for x in nodes], spreads.clone(), spans.clone(), choices.clone())
-        given = (q[:, :, -1:], k, v, start, length, *state, [None] * len(nodes))
+        given = (q[:, :, -1:], k, v, start, length, *state, None, [None] * len(nodes))
         return [triton_decode.hsa_decode(*given, pooling="mean", ending=False, **sizes)]
 
     offsets = torch.zeros(q.shape[1], bands.scales, device=q.device)

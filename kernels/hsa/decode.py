@@ -22,7 +22,7 @@ MOST_TOKENS = 16
 _LIBRARY = torch.library.Library("retrofit", "FRAGMENT")
 _LIBRARY.define(
     "hsa_decode(Tensor q, Tensor k, Tensor v, Tensor start, Tensor length, Tensor(a!)[] nodes, "
-    "Tensor(b!)? spreads, Tensor(c!) spans, Tensor(d!) choices, Tensor[] weights, *, float scale, str pooling, "
+    "Tensor(b!)? spreads, Tensor(c!) spans, Tensor(d!) choices, Tensor? sinks, Tensor[] weights, *, float scale, str pooling, "
     f"bool padded, bool ending, {Geometry.schema()}) -> Tensor"
 )
 
@@ -65,6 +65,7 @@ def hsa_decode(
     start: Tensor,
     length: Tensor,
     weights: Sequence[Tensor] = (),
+    sinks: Tensor | None = None,
     scale: float,
     pooling: str = "mean",
     padded: bool = True,
@@ -83,6 +84,7 @@ def hsa_decode(
         start: Index of each row's first real token, int64 [B].
         length: Number of real tokens of each row, the new ones included, int64 [B].
         weights: What pools the keys per level, for ``learned``.
+        sinks: Logit of each head [Hq] that takes part in the softmax and has no value; None for none.
         scale: Factor on the scores.
         pooling: ``mean``, ``max`` or ``learned``.
         padded: Whether ``start`` and ``length`` may say anything but that every row has all slots of ``k``.
@@ -110,6 +112,7 @@ def hsa_decode(
         state.spreads,
         state.spans,
         state.choices,
+        sinks,
         list(weights),
         scale=scale,
         pooling=pooling,

@@ -58,7 +58,7 @@ def _hsa_attention(
     name = _implementation(options["implementation"], q, v, gate, causal, sliding_window, geometry, rules)
     if name == "triton":
         result: tuple[Tensor, Tensor, Tensor, Tensor] = triton_kernels().hsa_attention(
-            *arguments, **given, padded=options["padded"]
+            *arguments, sinks, **given, padded=options["padded"]
         )
         return result
     run = reference.hsa_attention if name == "reference" else blocked.hsa_attention
@@ -81,9 +81,7 @@ def _implementation(
     if name == "auto" and not (q.device.type == "cuda" and has_triton()):
         return "blocked"
     options = {"causal": causal, "sliding_window": sliding_window, "gate": gate, "geometry": geometry}
-    missing = (
-        triton_kernels().unsupported(q, v, **options) if rules.plain else "a softcap or sinks in the softmax"
-    )
+    missing = "a softcap" if rules.softcap else triton_kernels().unsupported(q, v, **options)
     if missing is None:
         return "triton"
     if name == "auto":
@@ -140,7 +138,10 @@ def _hsa_attention_backward(
     geometry = Geometry.of_options(options)
     if out is not None and lse is not None:
         found = triton_kernels().hsa_attention_backward(
-            *arguments, spans, choices, out, lse, scale=scale, padded=options["padded"], geometry=geometry
+            *(*arguments, spans, choices, out, lse, sinks),
+            scale=scale,
+            padded=options["padded"],
+            geometry=geometry,
         )
     else:
         found = blocked.hsa_attention_backward(
@@ -246,7 +247,7 @@ def hsa_attention(
         geometry: The sizes.
         rules: What else happens to the scores: a softcap, of nodes as of keys, and sinks, which take their share.
         implementation: ``reference``, ``blocked``, ``triton``, or ``auto``: ``triton`` on a GPU for what it can
-            do (causal, no sliding window, no summaries, plain scores, sizes that are powers of two) and else
+            do (causal, no sliding window, no summaries, no softcap, sizes that are powers of two) and else
             ``blocked``.
 
     Returns:

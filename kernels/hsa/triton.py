@@ -86,6 +86,7 @@ def hsa_attention(
     gate: Tensor | None,
     past_spans: Tensor | None,
     past_choices: Tensor | None,
+    sinks: Tensor | None,
     *,
     scale: float,
     causal: bool,
@@ -107,7 +108,7 @@ def hsa_attention(
         and (call.is_dense or geometry.dense_end >= FUSED_FROM)
     )
     if call.is_dense and fused:
-        out, lse = dense.attend(q, k, v, scale)
+        out, lse = _with_sinks(*dense.attend(q, k, v, scale), sinks)
         return out, spans, choices, lse
     make = torch.zeros if padded else torch.empty
     out = make(*q.shape[:3], call.value_dim, dtype=q.dtype, device=q.device)
@@ -119,20 +120,29 @@ def hsa_attention(
         nodes = [x.contiguous() for x in nodes]
         keep_spans(call, q, nodes, start, length, spans, scale, fresh=fresh)
         shift, lists = _choose_leaves(
-            call, q, k, nodes[0], spreads, start, length, spans, choices, todo, scale, fresh=fresh
+            call, q, k, nodes[0], spreads, sinks, start, length, spans, choices, todo, scale, fresh=fresh
         )
         execute.attend_listed[call.tiles](
-            q, k, v, start, length, *lists, shift, todo, out, lse, *strides(q, k, v), *call.extent,
+            q, k, v, sinks, start, length, *lists, shift, todo, out, lse, *strides(q, k, v), *call.extent,
             scale, LARGEST_SUM[q.dtype], **_execution(call),
         )  # fmt: skip
     if fused:
         end = geometry.dense_end
-        out[:, :, :end], lse[:, :, :end] = dense.attend(q[:, :, :end], k[:, :, :end], v[:, :, :end], scale)
+        before = dense.attend(q[:, :, :end], k[:, :, :end], v[:, :, :end], scale)
+        out[:, :, :end], lse[:, :, :end] = _with_sinks(*before, sinks)
     execute.attend_run[(min(tiles, call.settings.programs * processors(q.device)),)](
-        q, k, v, start, length, *lists, todo, out, lse, *strides(q, k, v), *call.extent, call.batch,
+        q, k, v, sinks, start, length, *lists, todo, out, lse, *strides(q, k, v), *call.extent, call.batch,
         0 if fused else min(call.blocks, geometry.dense_end // geometry.query_block), scale, **_execution(call),
     )  # fmt: skip
     return out, spans, choices, lse
+
+
+def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of the keys alone → those after the heads' sinks have taken their share."""
+    if sinks is None:
+        return out, lse
+    whole = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
+    return (out * (lse - whole).exp()[..., None]).to(out.dtype), whole
 
 
 def keep_spans(
@@ -180,6 +190,7 @@ def _choose_leaves(
     k: Tensor,
     nodes: Tensor,
     spreads: Tensor | None,
+    sinks: Tensor | None,
     start: Tensor,
     length: Tensor,
     spans: Tensor,
@@ -202,7 +213,7 @@ def _choose_leaves(
     for first in range(0, tiles, BLOCKS_AT_ONCE):
         end = min(first + BLOCKS_AT_ONCE, tiles)
         vote[(min(end - first, call.settings.programs * processors(q.device)),)](
-            q, k, nodes, spreads, start, length, spans, votes, shift, todo, *strides(q, k), *nodes.stride()[:2],
+            q, k, nodes, spreads, sinks, start, length, spans, votes, shift, todo, *strides(q, k), *nodes.stride()[:2],
             *spread_strides(spreads), *call.extent, call.total_blocks, leaves, first, end, scale, g.spread,
             **scoring(call),
         )  # fmt: skip

@@ -42,12 +42,13 @@ def hsa_attention_backward(
     choices: Tensor,
     out: Tensor,
     lse: Tensor,
+    sinks: Tensor | None,
     *,
     scale: float,
     padded: bool,
     geometry: Geometry,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
-    """Returns the gradients of q, k, v, nodes and value_nodes; the selection itself has none.
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor], Tensor | None]:
+    """Returns the gradients of q, k, v, nodes, value_nodes and sinks; the selection itself has none.
 
     Args:
         grad: Gradient of the output, [B, Hq, T, Dv].
@@ -61,7 +62,8 @@ def hsa_attention_backward(
         spans: As the forward pass returned it, and so all that follow.
         choices: Who chose which leaf.
         out: The output.
-        lse: Log-sum-exp of the scores of each query.
+        lse: Log-sum-exp of the scores of each query, its head's sink included.
+        sinks: Logit of each head that takes part in the softmax and has no value, or None.
         scale: Factor on the scores.
         padded: Whether ``start`` and ``length`` may say anything but that every row has all index slots.
         geometry: The sizes.
@@ -73,7 +75,7 @@ def hsa_attention_backward(
     grads = [make(x) for x in (q, k, v)]
     grad_q, grad_k, grad_v = (_in_rows(x) for x in grads)
     q, k, v, grad = (_in_rows(x) for x in (q, k, v, grad))
-    delta = torch.empty_like(lse)
+    delta = make(lse)
     tile = call.tile(call.settings.query_gradients)
     heads = call.heads_per_tile(tile.rows)
     lists = call.list_blocks(start, length, spans, choices)
@@ -107,7 +109,11 @@ def hsa_attention_backward(
         if found is not x:
             x.copy_(found)
     grad_nodes, grad_value_nodes = ([torch.zeros_like(x) for x in levels] for levels in (nodes, value_nodes))
-    return grads[0], grads[1], grads[2], grad_nodes, grad_value_nodes
+    grad_sinks = None
+    if sinks is not None:
+        share = (sinks.to(lse.dtype)[:, None] - lse).exp()
+        grad_sinks = -(share * delta).sum((0, 2)).to(sinks.dtype)
+    return grads[0], grads[1], grads[2], grad_nodes, grad_value_nodes, grad_sinks
 
 
 def _entries(

@@ -48,6 +48,7 @@ def hsa_decode(
     spreads: Tensor | None,
     spans: Tensor,
     choices: Tensor,
+    sinks: Tensor | None,
     weights: Sequence[Tensor | None],
     *,
     scale: float,
@@ -72,8 +73,8 @@ def hsa_decode(
     if not call.is_dense:
         if _may_complete(call, g.query_block, 1):  # the token behind a block begins the next one
             keep_spans(call, q, nodes, start, length, spans, scale, fresh=False)
-        lists = _choose(call, q, k, nodes[0], spreads, start, length, spans, choices, scale)
-    return _attend(call, q, k, v, start, length, lists, scale)
+        lists = _choose(call, q, k, nodes[0], spreads, sinks, start, length, spans, choices, scale)
+    return _attend(call, q, k, v, sinks, start, length, lists, scale)
 
 
 def _choose(
@@ -82,6 +83,7 @@ def _choose(
     k: Tensor,
     nodes: Tensor,
     spreads: Tensor | None,
+    sinks: Tensor | None,
     start: Tensor,
     length: Tensor,
     spans: Tensor,
@@ -94,7 +96,7 @@ def _choose(
     each = -(-pairs // _parts(call, q.device, tiles, pairs))
     votes, lists = call.empty_votes(tiles, q.device), call.empty_lists(q.device)
     vote_parts[(call.blocks, call.rows, -(-pairs // each))](
-        q, k, nodes, spreads, start, length, spans, votes, *strides(q, k), *nodes.stride()[:2],
+        q, k, nodes, spreads, sinks, start, length, spans, votes, *strides(q, k), *nodes.stride()[:2],
         *spread_strides(spreads), *call.extent, call.total_blocks, nodes.shape[2] // g.nodes_in_span(0), each,
         scale, g.spread, **scoring(call),
     )  # fmt: skip
@@ -110,6 +112,7 @@ def _attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    sinks: Tensor | None,
     start: Tensor,
     length: Tensor,
     lists: tuple[Tensor, Tensor, Tensor],
@@ -128,7 +131,7 @@ def _attend(
     )  # fmt: skip
     out = torch.empty(*q.shape[:3], call.value_dim, dtype=q.dtype, device=q.device)
     parts.join_parts[(call.tokens, call.rows)](
-        start, length, sums, totals, tops, out, *call.extent[:2], KV_HEADS=call.kv_heads, GROUP=call.group,
+        sinks, start, length, sums, totals, tops, out, *call.extent[:2], KV_HEADS=call.kv_heads, GROUP=call.group,
         ROWS=constants["ROWS"], PARTS=split, LAYOUT=call.layout, **call.values, num_warps=4,
     )  # fmt: skip
     return out

@@ -49,6 +49,12 @@ def near_edges(t0, WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr
 
 
 @triton.jit
+def sink_of(sinks, head, mask):
+    """The logits of heads' sinks, in powers of two."""
+    return tl.load(sinks + head, mask=mask, other=0.0).to(tl.float32) * LOG2E
+
+
+@triton.jit
 def listed_keys(listed, u, KEYS: tl.constexpr, BLOCK: tl.constexpr):
     """Positions [KEYS] of the keys in the blocks u, u + 1, … of the list."""
     key = tl.arange(0, KEYS)
@@ -118,7 +124,7 @@ def add_shifted(acc, total, p, values, ROWS: tl.constexpr, KEYS: tl.constexpr, P
 
 @kernel(do_not_specialize=["slots", "tokens", "blocks"])
 def attend_listed(
-    q, k, v, start, length, ordered, shares, counts, shift, todo, out, lse,
+    q, k, v, sinks, start, length, ordered, shares, counts, shift, todo, out, lse,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     slots, tokens, blocks, scale, limit,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
@@ -186,6 +192,8 @@ def attend_listed(
             acc, total = add_shifted(acc, total, p, z, ROWS, KEYS, PRECISION)
 
         sums = tl.sum(total, 1)
+        if sinks is not None:
+            sums += tl.exp2(sink_of(sinks, head, new) - top)
         fits = sums <= limit
         tl.store(
             out + at_out[:, None] * VALUE_DIM + value_dim[None],
@@ -211,7 +219,7 @@ def add_tile(acc, total, top, s, values, PRECISION: tl.constexpr):
 
 @kernel(do_not_specialize=["slots", "tokens", "blocks"])
 def attend_run(
-    q, k, v, start, length, ordered, shares, counts, todo, out, lse,
+    q, k, v, sinks, start, length, ordered, shares, counts, todo, out, lse,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     slots, tokens, blocks, batch, dense_blocks, scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
@@ -257,6 +265,9 @@ def attend_run(
         acc = tl.zeros([ROWS, VALUE_PAD], tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         top = tl.full([ROWS], -float("inf"), tl.float32)
+        if sinks is not None:
+            total += 1.0
+            top = sink_of(sinks, head, new)
 
         first, last, whole = near_edges(t0, WINDOW, SINK, BLOCK, QUERY_BLOCK)
         from_ = tl.maximum(t + 1 - WINDOW, 0) // BLOCK * BLOCK

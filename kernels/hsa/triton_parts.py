@@ -15,6 +15,7 @@ from retrofit.kernels.hsa.triton_execute import (
     load_keys,
     load_values,
     near_edges,
+    sink_of,
 )
 from retrofit.kernels.hsa.triton_select import LOG2E, row_range
 from retrofit.kernels.launch import kernel
@@ -103,7 +104,7 @@ def attend_parts(
 
 @kernel(do_not_specialize=["slots", "tokens"])
 def join_parts(
-    start, length, sums, totals, tops, out,
+    sinks, start, length, sums, totals, tops, out,
     slots, tokens,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
     VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, LAYOUT: tl.constexpr,
@@ -120,11 +121,14 @@ def join_parts(
     mine = (row < GROUP) & real
     wide = mine[:, None] & (value_dim[None] < VALUE_DIM)
     origin = ((i * tl.num_programs(1)).to(tl.int64) + bh) * PARTS * GROUP + row
-    top = tl.full([ROWS], -float("inf"), tl.float32)
+    sink = tl.full([ROWS], -float("inf"), tl.float32)
+    if sinks is not None:
+        sink = sink_of(sinks, h * GROUP + row, mine)
+    top = sink
     for part in tl.static_range(PARTS):
         top = tl.maximum(top, tl.load(tops + origin + part * GROUP, mask=mine, other=0.0))
     acc = tl.zeros([ROWS, VALUE_PAD], tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
+    total = tl.exp2(sink - top)
     for part in tl.static_range(PARTS):
         at = origin + part * GROUP
         weight = tl.exp2(tl.load(tops + at, mask=mine, other=0.0) - top)

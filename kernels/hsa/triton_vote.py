@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from retrofit.kernels.hsa.triton_execute import load_keys, near_edges
+from retrofit.kernels.hsa.triton_execute import load_keys, near_edges, sink_of
 from retrofit.kernels.hsa.triton_select import LOG2E, covered_leaves, row_range
 from retrofit.kernels.launch import kernel
 
@@ -99,7 +99,7 @@ def node_rows(span, leaf, node, leaves, FANOUT: tl.constexpr, PER_LEAF: tl.const
 
 @triton.jit
 def vote_spans(
-    q, k, nodes, spreads, shift, kept, held, b, h, t0, low, high, offset, begin, from_pair, to_pair,
+    q, k, nodes, spreads, sinks, shift, kept, held, b, h, t0, low, high, offset, begin, from_pair, to_pair,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_nb, stride_nh, stride_sb, stride_sh,
     tokens, leaves, scale, spread,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
@@ -149,6 +149,10 @@ def vote_spans(
         )  # fmt: skip
         if shift is not None:
             tl.store(shift + (b * KV_HEADS * GROUP + head) * tokens + at, top, mask=new)
+        if sinks is not None:
+            sink = sink_of(sinks, head, new)
+            more = tl.maximum(near, sink)
+            near = more + tl.log2(tl.exp2(near - more) + tl.exp2(sink - more))
         near = tl.where(new, near * STEPS, float("inf"))
         first_span = 2 * from_pair
         left, right = span_at(kept, first_span, used, edge), span_at(kept, first_span + 1, used, edge)
@@ -192,7 +196,7 @@ def spans_kept(kept, BEAM: tl.constexpr, PLACES: tl.constexpr):
 
 @kernel(do_not_specialize=["slots", "tokens", "blocks", "total_blocks", "leaves", "first", "end"])
 def vote(
-    q, k, nodes, spreads, start, length, spans, votes, shift, todo,
+    q, k, nodes, spreads, sinks, start, length, spans, votes, shift, todo,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_nb, stride_nh, stride_sb, stride_sh,
     slots, tokens, blocks, total_blocks, leaves, first, end, scale, spread,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
@@ -217,7 +221,7 @@ def vote(
         t0 = number * QUERY_BLOCK
         if (t0 + QUERY_BLOCK > DENSE_END) & (t0 < high):
             vote_spans(
-                q, k, nodes, spreads, shift, spans + (bh * total_blocks + number) * BEAM,
+                q, k, nodes, spreads, sinks, shift, spans + (bh * total_blocks + number) * BEAM,
                 votes + (tile - first).to(tl.int64) * (QUERY_BLOCK * (WIDTH_PAD + FANOUT)),
                 b, h, t0, low, high, offset, begin, 0, WIDTH,
                 stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_nb, stride_nh,
@@ -229,7 +233,7 @@ def vote(
 
 @kernel(do_not_specialize=["slots", "tokens", "blocks", "total_blocks", "leaves", "pairs"])
 def vote_parts(
-    q, k, nodes, spreads, start, length, spans, votes,
+    q, k, nodes, spreads, sinks, start, length, spans, votes,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_nb, stride_nh, stride_sb, stride_sh,
     slots, tokens, blocks, total_blocks, leaves, pairs, scale, spread,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
@@ -249,7 +253,7 @@ def vote_parts(
     if (t0 + QUERY_BLOCK > DENSE_END) & (t0 < high):
         from_pair = tl.program_id(2) * pairs
         vote_spans(
-            q, k, nodes, spreads, None, spans + (bh * total_blocks + number) * BEAM,
+            q, k, nodes, spreads, sinks, None, spans + (bh * total_blocks + number) * BEAM,
             votes + (bh * blocks + i) * (QUERY_BLOCK * (WIDTH_PAD + FANOUT)),
             b, h, t0, low, high, offset, begin, from_pair, from_pair + pairs,
             stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_nb, stride_nh,

@@ -164,7 +164,7 @@ class HSAAttention(TargetAttention):
 
     def _decodes(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> bool:
         """Whether the state can be brought up to date in place, by the kernels for a few tokens."""
-        if self.implementation not in ("auto", "triton") or not self.rules(call).plain:
+        if self.implementation not in ("auto", "triton") or self.rules(call).softcap:
             return False
         if torch.compiler.is_compiling() or self.config.pooling == "attention":
             return False
@@ -191,6 +191,7 @@ class HSAAttention(TargetAttention):
             start=call.start,
             length=call.length,
             weights=list(self.key_pooling),
+            sinks=self.rules(call).sinks,
             scale=self.scale,
             pooling=self.config.pooling,
             padded=call.padded,

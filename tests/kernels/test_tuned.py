@@ -72,14 +72,17 @@ nodes = [empty(2, slots // g.node_size(i)) for i in range(g.levels)]
 spreads = torch.empty(nodes[0].shape[:3], device="meta")
 spans, choices = g.selection(k, None, None)
 part, options = "hsa", {"scale": 0.1, "padded": False, "geometry": g}
-hsa.hsa_attention(
-    q, k, k, at, at, nodes, spreads, [], None, None, None, causal=True, sliding_window=0, **options
-)
+sinks = torch.zeros(8, dtype=dtype, device="meta")
+for given in (None, sinks) if dim == 64 else (None,):
+    hsa.hsa_attention(
+        q, k, k, at, at, nodes, spreads, [], None, None, None, given, causal=True, sliding_window=0, **options
+    )
 part = "hsa_backward"
-hsa.hsa_attention_backward(q, q, k, k, at, at, nodes, [], spans, choices, q, lse, **options)
+hsa.hsa_attention_backward(q, q, k, k, at, at, nodes, [], spans, choices, q, lse, sinks, **options)
 part, none = "decode", [None] * g.levels
 triton_decode.hsa_decode(
-    q[:, :, :1], k, k, at, at, nodes, spreads, spans, choices, none, pooling="mean", ending=True, **options
+    *(q[:, :, :1], k, k, at, at, nodes, spreads, spans, choices, sinks, none),
+    **{"pooling": "mean", "ending": True, **options},
 )
 part, bands = "maha", Bands((224,), None, 32, 2)
 cells = [empty(2, slots // 2)]

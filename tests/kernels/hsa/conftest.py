@@ -68,7 +68,9 @@ class Case:
         """The same on another device and in another dtype."""
         tensors = {name: getattr(self, name).to(device, dtype) for name in ("q", "k", "v")}
         rows = {name: getattr(self, name).to(device) for name in ("start", "length")}
-        return replace(self, **tensors, **rows)
+        sinks = self.rules.sinks
+        rules = self.rules._replace(sinks=None if sinks is None else sinks.to(device, dtype))
+        return replace(self, **tensors, **rows, rules=rules)
 
     def pool(self, x: Tensor) -> list[Tensor]:
         g = self.geometry

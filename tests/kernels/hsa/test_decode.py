@@ -48,6 +48,7 @@ def decoded(case: Any, begin: int, steps: list[int]) -> tuple[Tensor, HSAState]:
                 state,
                 start=case.start,
                 length=torch.minimum(case.length, end - case.start).clamp(min=0),
+                sinks=case.rules.sinks,
                 scale=case.scale,
                 padded=case.padded,
             )
@@ -86,8 +87,9 @@ def same_state(case: Any, actual: HSAState, expected: HSAState) -> None:
         {"tokens": 111},
         {"tokens": 130, "beam": 2, "fanout": 2, "nodes_per_span": 8},
         {"tokens": 118, "batch": 3, "start": [0, 44, 9], "length": [118, 74, 101], "heads": 6, "kv_heads": 2},
+        {"tokens": 111, "sinks": 0.5},
     ],
-    ids=["plain", "levels", "padded"],
+    ids=["plain", "levels", "padded", "sinks"],
 )
 def test_interpreted_tokens_equal_the_whole(build: Callable[..., Any], inputs: dict[str, Any]) -> None:
     case = build(**{"heads": 2, "kv_heads": 1, **inputs})
@@ -137,8 +139,9 @@ def on_gpu(case: Any, dtype: torch.dtype) -> Any:
         {"tokens": 2049, "heads": 16, "kv_heads": 1, "dim": 80},
         {"tokens": 10240, "heads": 4, "kv_heads": 4, "dim": 32},
         {"tokens": 2300, "batch": 3, "start": [0, 1900, 7], "length": [2300, 400, 2290], "dim": 64},
+        {"tokens": 2300, "heads": 16, "kv_heads": 2, "dim": 64, "sinks": 1.0},
     ],
-    ids=["smollm2", "llama", "wide group", "long", "padded"],
+    ids=["smollm2", "llama", "wide group", "long", "padded", "sinks"],
 )
 def test_on_a_gpu_tokens_equal_the_whole(
     build: Callable[..., Any], inputs: dict[str, Any], dtype: torch.dtype

@@ -51,8 +51,10 @@ def both(case: Any) -> tuple[Any, Any]:
         {"tokens": 130, "beam": 2, "fanout": 2, "nodes_per_span": 8},
         {"tokens": 111, "heads": 3, "kv_heads": 1, "block": 16, "sink": 16, "dense_until": 0},
         {"tokens": 120, "heads": 6, "query_block": 32, "dense_until": 0},
+        {"tokens": 110, "sinks": 0.5},
+        {"tokens": 110, "sinks": 90.0},
     ],
-    ids=["plain", "padded", "levels", "wide blocks", "wide group"],
+    ids=["plain", "padded", "levels", "wide blocks", "wide group", "sinks", "sinks beyond the range"],
 )
 def test_interpreted_kernels_equal_blocked(build: Callable[..., Any], inputs: dict[str, Any]) -> None:
     case = build(**{"heads": 2, "kv_heads": 1, **inputs})
@@ -99,7 +101,7 @@ def test_what_the_kernels_cannot_do_is_refused(build: Callable[..., Any]) -> Non
     for changes, words in (
         ({"causal": False}, "not causal"),
         ({"sliding_window": 90}, "sliding window, got 90"),
-        ({"rules": ScoreRules(2.0)}, "a softcap or sinks in the softmax"),
+        ({"rules": ScoreRules(2.0)}, "a softcap"),
     ):
         with pytest.raises(ConfigError, match=f"{words}.*use implementation='auto' or 'blocked'"):
             replace(build(100), **changes).run()
@@ -122,10 +124,11 @@ def test_what_the_kernels_cannot_do_is_refused(build: Callable[..., Any]) -> Non
             "dim": 32,
             "geometry": DEFAULT,
         },
+        {"tokens": 2300, "heads": 16, "kv_heads": 2, "dim": 64, "sinks": 1.0, "geometry": DEFAULT},
         {"tokens": 1000},
         {"tokens": 700, "batch": 2, "start": [0, 40], "length": [690, 660], "beam": 2, "fanout": 2},
     ],
-    ids=["smollm2", "llama", "wide group", "wide heads", "padded", "tiny", "levels"],
+    ids=["smollm2", "llama", "wide group", "wide heads", "padded", "sinks", "tiny", "levels"],
 )
 def test_on_a_gpu_equals_blocked(
     build: Callable[..., Any], inputs: dict[str, Any], dtype: torch.dtype

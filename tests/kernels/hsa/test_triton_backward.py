@@ -13,6 +13,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from retrofit.kernels import tuned
+from retrofit.kernels.dense.scores import ScoreRules
 from retrofit.kernels.hsa import blocked, triton, triton_backward
 from retrofit.kernels.hsa.geometry import FADE, UNUSED, Geometry
 
@@ -89,7 +90,7 @@ class Problem:
         selection = (self.spans, self.choices, out.to(self.grad), lse.float())
         scale, geometry = self.case.scale, self.case.geometry
         found = triton.hsa_attention_backward(
-            *given, [], [], *selection, scale=scale, padded=True, geometry=geometry
+            *given, [], [], *selection, None, scale=scale, padded=True, geometry=geometry
         )
         return list(found[:3])
 
@@ -170,11 +171,13 @@ def test_interpreted_tiles_are_split_as_finely_as_there_is_room(tiles: int, long
 
 
 @interpreted
+@pytest.mark.parametrize("sinks", [None, 1.0], ids=["plain", "sinks"])
 def test_interpreted_operator_goes_back_through_the_kernels(
-    build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, sinks: float | None
 ) -> None:
-    case = build(80, heads=2, kv_heads=1, dense_until=0)
-    inputs = [x.requires_grad_() for x in (case.q, case.k, case.v)]
+    case = build(80, heads=2, kv_heads=1, dense_until=0, sinks=sinks)
+    learned = [] if case.rules.sinks is None else [case.rules.sinks]
+    inputs = [x.requires_grad_() for x in (case.q, case.k, case.v, *learned)]
     expected = torch.autograd.grad(case.run().out.square().sum(), inputs)
     monkeypatch.delattr(blocked, "hsa_attention_backward")
     actual = torch.autograd.grad(replace(case, implementation="triton").run().out.square().sum(), inputs)
@@ -222,6 +225,21 @@ def test_gradients_on_a_gpu(build: Callable[..., Any], inputs: dict[str, Any], d
         # The kernels round weights, slopes and the output besides the gradients; in emulation up to 1.9 times. In
         # float32 the GPU's exp2 and log2, good to two units in the last place, add up over the heads of a group.
         assert error(x, y) <= 2.5 * error(z, y) + 5e-6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_sinks_on_a_gpu(build: Callable[..., Any], dtype: torch.dtype) -> None:
+    case = on_gpu(replace(build(2300, heads=16, kv_heads=2, dim=64), geometry=DEFAULT), dtype)
+    sinks = torch.linspace(-1, 2, 16, device="cuda", dtype=dtype, requires_grad=True)
+    case = replace(case, rules=ScoreRules(0.0, sinks))
+    grads = []
+    for name, kind in (("triton", dtype), ("blocked", dtype), ("blocked", torch.float64)):
+        x = on_gpu(case, kind)
+        x = replace(x, implementation=name, rules=ScoreRules(0.0, sinks.to(kind)))
+        grads.append(torch.autograd.grad(x.run().out.float().square().sum(), (x.q, x.k, x.v, sinks)))
+    for actual, bound, exact in zip(*grads, strict=True):
+        assert error(actual, exact) <= 2.5 * error(bound, exact) + 5e-6
 
 
 @pytest.mark.gpu
