@@ -205,10 +205,10 @@ def operations(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Operation]:
     halves = (bands.ratio,) * (bands.scales - 1)
     nodes, cells = pyramid_of(k, g.ratios, g.sink), [pyramid_of(x, halves, 0) for x in (k, v)]
     spreads = spreads_of(nodes[0])
-    sizes = {"scale": scale, "padded": False, "geometry": g}
+    sizes = {"scale": scale, "sliding_window": 0, "padded": False, "geometry": g}
     forward = partial(
         hsa.hsa_attention, q, k, v, start, length, nodes, spreads, [], None, None, None, None,
-        causal=True, sliding_window=0, **sizes,
+        causal=True, **sizes,
     )  # fmt: skip
     out, spans, choices, lse = forward()
 

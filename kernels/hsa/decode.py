@@ -22,21 +22,28 @@ MOST_TOKENS = 16
 _LIBRARY = torch.library.Library("retrofit", "FRAGMENT")
 _LIBRARY.define(
     "hsa_decode(Tensor q, Tensor k, Tensor v, Tensor start, Tensor length, Tensor(a!)[] nodes, "
-    "Tensor(b!)? spreads, Tensor(c!) spans, Tensor(d!) choices, Tensor? sinks, Tensor[] weights, *, float scale, str pooling, "
-    f"bool padded, bool ending, {Geometry.schema()}) -> Tensor"
+    "Tensor(b!)? spreads, Tensor(c!) spans, Tensor(d!) choices, Tensor? sinks, Tensor[] weights, *, float scale, "
+    f"str pooling, int sliding_window, bool padded, bool ending, {Geometry.schema()}) -> Tensor"
 )
 
 
 @torch.library.impl(_LIBRARY, "hsa_decode", "CompositeExplicitAutograd")
 def _hsa_decode(
-    *tensors: Any, scale: float, pooling: str, padded: bool, ending: bool, **sizes: Any
+    *tensors: Any, scale: float, pooling: str, sliding_window: int, padded: bool, ending: bool, **sizes: Any
 ) -> Tensor:
     from retrofit.kernels.hsa import triton_decode  # not at import time: it is optional and slow to import
 
     nodes, weights = tensors[5], tensors[-1]
     arguments = (*tensors[:-1], list(weights) or [None] * len(nodes))
-    options: dict[str, Any] = {"scale": scale, "pooling": pooling, "padded": padded, "ending": ending}
-    return triton_decode.hsa_decode(*arguments, **options, geometry=Geometry.of_options(sizes))
+    return triton_decode.hsa_decode(
+        *arguments,
+        scale=scale,
+        pooling=pooling,
+        sliding_window=sliding_window,
+        padded=padded,
+        ending=ending,
+        geometry=Geometry.of_options(sizes),
+    )
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -46,13 +53,11 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
 torch.library.register_fake("retrofit::hsa_decode", _fake, lib=_LIBRARY)
 
 
-def can_decode(
-    q: Tensor, v: Tensor, *, causal: bool, sliding_window: int, gate: Tensor | None, geometry: Geometry
-) -> bool:
+def can_decode(q: Tensor, v: Tensor, *, causal: bool, gate: Tensor | None, geometry: Geometry) -> bool:
     """Whether ``hsa_decode`` takes queries like these."""
     if not q.is_cuda or q.shape[2] > MOST_TOKENS or not ops.has_triton():
         return False
-    options = {"causal": causal, "sliding_window": sliding_window, "gate": gate, "geometry": geometry}
+    options = {"causal": causal, "gate": gate, "geometry": geometry}
     return ops.triton_kernels().unsupported(q, v, **options) is None
 
 
@@ -68,6 +73,7 @@ def hsa_decode(
     sinks: Tensor | None = None,
     scale: float,
     pooling: str = "mean",
+    sliding_window: int = 0,
     padded: bool = True,
     ending: bool = False,
 ) -> Tensor:
@@ -87,6 +93,7 @@ def hsa_decode(
         sinks: Logit of each head [Hq] that takes part in the softmax and has no value; None for none.
         scale: Factor on the scores.
         pooling: ``mean``, ``max`` or ``learned``.
+        sliding_window: A query sees no keys this far or farther before it; 0 for no limit.
         padded: Whether ``start`` and ``length`` may say anything but that every row has all slots of ``k``.
         ending: Whether the queries are the last tokens of their rows, behind which slots are free; else they are
             those of the last T slots.
@@ -116,6 +123,7 @@ def hsa_decode(
         list(weights),
         scale=scale,
         pooling=pooling,
+        sliding_window=sliding_window,
         padded=padded,
         ending=ending,
         **state.geometry.options,

@@ -55,7 +55,7 @@ def _hsa_attention(
         "sliding_window": sliding_window,
         "geometry": geometry,
     }
-    name = _implementation(options["implementation"], q, v, gate, causal, sliding_window, geometry, rules)
+    name = _implementation(options["implementation"], q, v, gate, causal, geometry, rules)
     if name == "triton":
         result: tuple[Tensor, Tensor, Tensor, Tensor] = triton_kernels().hsa_attention(
             *arguments, sinks, **given, padded=options["padded"]
@@ -71,7 +71,6 @@ def _implementation(
     v: Tensor,
     gate: Tensor | None,
     causal: bool,
-    sliding_window: int,
     geometry: Geometry,
     rules: ScoreRules,
 ) -> str:
@@ -80,7 +79,7 @@ def _implementation(
         return name
     if name == "auto" and not (q.device.type == "cuda" and has_triton()):
         return "blocked"
-    options = {"causal": causal, "sliding_window": sliding_window, "gate": gate, "geometry": geometry}
+    options = {"causal": causal, "gate": gate, "geometry": geometry}
     missing = "a softcap" if rules.softcap else triton_kernels().unsupported(q, v, **options)
     if missing is None:
         return "triton"
@@ -114,7 +113,7 @@ def _fake(
     q, k, v, gate, sinks = tensors[0], tensors[1], tensors[2], tensors[8], tensors[11]
     g, rules = Geometry.of_options(options), ScoreRules(softcap, sinks)
     shape = (k.shape[0], k.shape[1], g.blocks(k.shape[2]))
-    name = _implementation(options["implementation"], q, v, gate, causal, sliding_window, g, rules)
+    name = _implementation(options["implementation"], q, v, gate, causal, g, rules)
     return (
         q.new_empty(q.shape[0], q.shape[1], q.shape[2], v.shape[3]),
         q.new_empty((*shape, g.beam), dtype=torch.int32),
@@ -140,6 +139,7 @@ def _hsa_attention_backward(
         found = triton_kernels().hsa_attention_backward(
             *(*arguments, spans, choices, out, lse, sinks),
             scale=scale,
+            sliding_window=sliding_window,
             padded=options["padded"],
             geometry=geometry,
         )
@@ -247,8 +247,7 @@ def hsa_attention(
         geometry: The sizes.
         rules: What else happens to the scores: a softcap, of nodes as of keys, and sinks, which take their share.
         implementation: ``reference``, ``blocked``, ``triton``, or ``auto``: ``triton`` on a GPU for what it can
-            do (causal, no sliding window, no summaries, no softcap, sizes that are powers of two) and else
-            ``blocked``.
+            do (causal, no summaries, no softcap, sizes that are powers of two) and else ``blocked``.
 
     Returns:
         The output [B, Hq, T, Dv], zero for padding; per query block the kept spans of level 1, int32

@@ -41,14 +41,10 @@ LARGEST_SUM = {torch.float32: 2.0**100, torch.bfloat16: 2.0**100, torch.float16:
 """Sum of a query's weights, shifted by the highest score among sinks and window, from which a row is done again."""
 
 
-def unsupported(
-    q: Tensor, v: Tensor, *, causal: bool, sliding_window: int, gate: Tensor | None, geometry: Geometry
-) -> str | None:
+def unsupported(q: Tensor, v: Tensor, *, causal: bool, gate: Tensor | None, geometry: Geometry) -> str | None:
     """Returns what these kernels cannot do of a call, or None."""
     if not causal:
         return "attention that is not causal"
-    if sliding_window:
-        return f"a sliding window, got {sliding_window}"
     if gate is not None:
         return "summaries"
     if q.dtype not in DTYPES:
@@ -99,13 +95,15 @@ def hsa_attention(
     Arguments are as in ``ops``; the last output is float32 [B, Hq, T].
     """
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    call = Call.of(q, k, v, geometry, padded=padded)
+    call = Call.of(q, k, v, geometry, sliding_window=sliding_window, padded=padded)
     fresh = past_spans is None and call.tokens == call.slots and not call.is_dense
     spans, choices = call.empty_selection(k) if fresh else geometry.selection(k, past_spans, past_choices)
+    alike = min(call.slots, geometry.dense_end)
     fused = (
         call.starts_dense
         and dense.can_attend(q, k, v)
-        and (call.is_dense or geometry.dense_end >= FUSED_FROM)
+        and (call.is_dense or alike >= FUSED_FROM)
+        and (not sliding_window or alike <= sliding_window)
     )
     if call.is_dense and fused:
         out, lse = _with_sinks(*dense.attend(q, k, v, scale), sinks)
@@ -180,7 +178,7 @@ def keep_spans(
         select.keep[(call.blocks, call.rows)](
             start, length, spans, scores, *call.extent, call.total_blocks, scale,
             LEVEL=level, WIDTH_PAD=power(width), BEAM_PAD=min(power(g.beam), power(width)), FRESH=fresh, **coarse,
-            num_warps=4,
+            **call.reach, num_warps=4,
         )  # fmt: skip
 
 
@@ -261,6 +259,7 @@ def _execution(call: Call) -> dict[str, Any]:
         **call.product,
         **call.values,
         **call.shared,
+        **call.reach,
         **call.options(tile),
     }
 
@@ -278,6 +277,7 @@ def scoring(call: Call) -> dict[str, Any]:
         "MOST": call.votes.most,
         **call.product,
         **call.shared,
+        **call.reach,
         **call.candidates,
         **call.options(tile),
     }
@@ -292,6 +292,7 @@ def choosing(call: Call) -> dict[str, Any]:
         "ROOM": g.leaves_per_query,
         "PARTS": votes.parts,
         "BITS": highest.bit_length(),
+        **call.reach,
     }
 
 

@@ -45,6 +45,7 @@ def hsa_attention_backward(
     sinks: Tensor | None,
     *,
     scale: float,
+    sliding_window: int,
     padded: bool,
     geometry: Geometry,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor], Tensor | None]:
@@ -65,10 +66,11 @@ def hsa_attention_backward(
         lse: Log-sum-exp of the scores of each query, its head's sink included.
         sinks: Logit of each head that takes part in the softmax and has no value, or None.
         scale: Factor on the scores.
+        sliding_window: A query sees no keys this far or farther before it; 0 for no limit.
         padded: Whether ``start`` and ``length`` may say anything but that every row has all index slots.
         geometry: The sizes.
     """
-    call = Call.of(q, k, v, geometry, padded=padded)
+    call = Call.of(q, k, v, geometry, sliding_window=sliding_window, padded=padded)
     make = (
         torch.empty_like if call.starts_dense else torch.zeros_like
     )  # not all is written where not all is new
@@ -83,7 +85,8 @@ def hsa_attention_backward(
         q, k, v, out, grad, lse, start, length, *lists, grad_q, delta,
         *_strides(q, k, v, out, grad, grad_q), *call.extent, scale,
         LIST=call.list_width, GROUP=call.group, HEADS=heads,
-        KEYS=max(geometry.block, tile.keys), **call.product, **call.values, **call.shared, **call.options(tile),
+        KEYS=max(geometry.block, tile.keys), **call.product, **call.values, **call.shared, **call.reach,
+        **call.options(tile),
     )  # fmt: skip
 
     tile = call.tile(call.settings.key_gradients)
@@ -97,7 +100,7 @@ def hsa_attention_backward(
         q, k, v, grad, lse, delta, start, length, entries, ends, steps, parts, part_ends, owners, size,
         grad_k, grad_v, held, *_strides(q, k, v, grad, grad_k, grad_v), *call.extent,
         tiles, CHUNKS, steps.shape[0], owners.shape[0], scale,
-        GROUP=call.group, HEADS=heads, KEYS=keys, **call.product, **call.values, **call.shared,
+        GROUP=call.group, HEADS=heads, KEYS=keys, **call.product, **call.values, **call.shared, **call.reach,
         **call.options(tile),
     )  # fmt: skip
     gradients.join_gradients[(steps.shape[0],)](

@@ -43,6 +43,7 @@ class Call:
     layout: int
     geometry: Geometry
     total_blocks: int
+    sliding_window: int
     settings: Settings
 
     @staticmethod
@@ -52,6 +53,7 @@ class Call:
         v: Tensor,
         geometry: Geometry,
         *,
+        sliding_window: int,
         padded: bool = True,
         ending: bool = False,
         total_blocks: int | None = None,
@@ -63,6 +65,7 @@ class Call:
             k: Keys.
             v: Values.
             geometry: The sizes of the site.
+            sliding_window: A query sees no keys this far or farther before it; 0 for no limit.
             padded: As ``triton_select`` says of layouts.
             ending: As ``triton_select`` says of layouts.
             total_blocks: Query blocks that the selection has room for; None for those of the slots.
@@ -73,7 +76,7 @@ class Call:
         room = geometry.blocks(slots) if total_blocks is None else total_blocks
         return _call(
             batch, heads, k.shape[1], tokens, slots, dim, value_dim, q.element_size(), layout, geometry, room,
-            settings(q.device),
+            sliding_window, settings(q.device),
         )  # fmt: skip
 
     @cached_property
@@ -131,6 +134,11 @@ class Call:
             "DENSE_END": g.dense_end,
             "LAYOUT": self.layout,
         }
+
+    @cached_property
+    def reach(self) -> dict[str, int]:
+        """Constants of the kernels that ask what lies within a sliding window."""
+        return {"REACH": self.sliding_window}
 
     @cached_property
     def listing(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from retrofit.kernels.hsa.geometry import FADE, RISE_BITS, UNUSED
 from retrofit.kernels.hsa.triton_execute import near_edges
-from retrofit.kernels.hsa.triton_select import covered_leaves, row_range
+from retrofit.kernels.hsa.triton_select import covered_leaves, in_reach, row_range
 from retrofit.kernels.hsa.triton_vote import spans_kept
 from retrofit.kernels.launch import kernel
 
@@ -94,7 +94,7 @@ def choose_leaves(
     kept, choices, held, t0, low, high, least,
     WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr, FANOUT: tl.constexpr, BEAM: tl.constexpr,
     QUERY_BLOCK: tl.constexpr, ROOM: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr,
-    CHOICES: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr, FRESH: tl.constexpr,
+    CHOICES: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr, REACH: tl.constexpr, FRESH: tl.constexpr,
 ):  # fmt: skip
     """Each new query of the block at t0 chooses by the votes ``held``, one after another: adds to ``choices``
     [CHOICES] what it wants and nobody before it did.
@@ -109,6 +109,9 @@ def choose_leaves(
     of_edge = tl.where(
         (candidate >= CHILDREN) & (candidate < WIDTH), edge * FANOUT + candidate - CHILDREN, MOST_LEAVES
     )
+    leaf = candidate
+    if REACH:
+        leaf = chosen_leaf(kept, candidate, t0, WINDOW, SINK, BLOCK, FANOUT, BEAM)
     count, reached = read_choices(choices, candidate, low > t0, QUERY_BLOCK, WIDTH, WIDTH_PAD, CHOICES, PARTS)
     chosen_by = candidate * 0 + QUERY_BLOCK
     first, last = tl.maximum(low - t0, 0), tl.minimum(high - t0, QUERY_BLOCK) - 1
@@ -117,6 +120,8 @@ def choose_leaves(
         vote = following.to(tl.int32)  # of leaves that are not open it is whatever was in memory
         following = tl.load(held + tl.minimum(row + 1, last) * STRIDE + candidate)
         open_ = is_child | (of_edge < covered_leaves(t0 + row, WINDOW, SINK, BLOCK))
+        if REACH:
+            open_ &= in_reach(SINK + (leaf + 1) * BLOCK - 1, t0 + row, REACH)
         level = tl.where(open_, vote - least, 0)
         if tl.max(tl.where(reached < WHOLE, level, 0), 0) > 0:
             if tl.sum((level > 0).to(tl.int32), 0) > ROOM:
@@ -196,7 +201,8 @@ def settle(
     KV_HEADS: tl.constexpr, WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr,
     FANOUT: tl.constexpr, BEAM: tl.constexpr, QUERY_BLOCK: tl.constexpr, DENSE_END: tl.constexpr,
     ROOM: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, CHOICES: tl.constexpr,
-    LIST: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr, FRESH: tl.constexpr, LAYOUT: tl.constexpr,
+    LIST: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr, REACH: tl.constexpr, FRESH: tl.constexpr,
+    LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Each new query of a block chooses the leaves that weigh enough, ROOM at most; then lists what the block executes.
 
@@ -215,7 +221,8 @@ def settle(
         choose_leaves(
             kept, made, votes + tl.program_id(0).to(tl.int64) * (QUERY_BLOCK * (WIDTH_PAD + FANOUT)),
             t0, low, high, least,
-            WINDOW, SINK, BLOCK, FANOUT, BEAM, QUERY_BLOCK, ROOM, WIDTH, WIDTH_PAD, CHOICES, PARTS, BITS, FRESH,
+            WINDOW, SINK, BLOCK, FANOUT, BEAM, QUERY_BLOCK, ROOM, WIDTH, WIDTH_PAD, CHOICES, PARTS, BITS, REACH,
+            FRESH,
         )  # fmt: skip
         tl.debug_barrier()  # every thread has written its choices
         at = tile.to(tl.int64)

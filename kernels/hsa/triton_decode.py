@@ -53,6 +53,7 @@ def hsa_decode(
     *,
     scale: float,
     pooling: str,
+    sliding_window: int,
     padded: bool,
     ending: bool,
     geometry: Geometry,
@@ -63,7 +64,13 @@ def hsa_decode(
     """
     g = geometry
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    call = Call.of(q, k, v, g, padded=padded, ending=ending, total_blocks=spans.shape[2])
+    call = Call.of(
+        *(q, k, v, g),
+        sliding_window=sliding_window,
+        padded=padded,
+        ending=ending,
+        total_blocks=spans.shape[2],
+    )
     if _may_complete(call, g.node, g.sink):
         pyramid.extend_in_place(
             k, nodes, spreads, start, length,
@@ -150,6 +157,7 @@ def _attending(call: Call) -> dict[str, Any]:
         **call.product,
         **call.values,
         **call.shared,
+        **call.reach,
         **tile.options(rows),
     }
 

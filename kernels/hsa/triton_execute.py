@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from retrofit.kernels.hsa.triton_select import LOG2E, row_range
+from retrofit.kernels.hsa.triton_select import LOG2E, in_reach, row_range
 from retrofit.kernels.launch import kernel
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -130,7 +130,8 @@ def attend_listed(
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
     DIM_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, WINDOW: tl.constexpr,
     SINK: tl.constexpr, BLOCK: tl.constexpr, QUERY_BLOCK: tl.constexpr, DENSE_END: tl.constexpr,
-    LIST: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr, LAYOUT: tl.constexpr,
+    LIST: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr, REACH: tl.constexpr,
+    LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Writes ``out`` [B, Hq, T, VALUE_DIM] and ``lse`` [B, Hq, T] of sparse tiles.
 
@@ -174,6 +175,8 @@ def attend_listed(
             y = load_keys(keys, j, stride_kt, None, DIM, DIM_PAD)
             s = tl.dot(x, y, input_precision=PRECISION)
             at_top = listed_shifts(weights, u, seen, top, KEYS, BLOCK, FADES)
+            if REACH:
+                at_top = tl.where(in_reach(j[None], t[:, None], REACH), at_top, -float("inf"))
             p = tl.exp2(tl.fma(s, tl.broadcast_to(factor, s.shape), at_top))
             z = load_values(values, j, stride_vt, None, VALUE_DIM, VALUE_PAD)
             acc, total = add_shifted(acc, total, p, z, ROWS, KEYS, PRECISION)
@@ -187,6 +190,8 @@ def attend_listed(
             y = load_keys(keys, j, stride_kt, inside, DIM, DIM_PAD)
             s = tl.dot(x, y, input_precision=PRECISION)
             visible = inside[None] & (j[None] <= t[:, None]) & (j[None] >= from_[:, None])
+            if REACH:
+                visible &= in_reach(j[None], t[:, None], REACH)
             p = tl.where(visible, tl.exp2(s * factor - top[:, None]), 0.0)
             z = load_values(values, j, stride_vt, inside, VALUE_DIM, VALUE_PAD)
             acc, total = add_shifted(acc, total, p, z, ROWS, KEYS, PRECISION)
@@ -225,7 +230,8 @@ def attend_run(
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
     DIM_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, WINDOW: tl.constexpr,
     SINK: tl.constexpr, BLOCK: tl.constexpr, QUERY_BLOCK: tl.constexpr, DENSE_END: tl.constexpr,
-    LIST: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr, LAYOUT: tl.constexpr,
+    LIST: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr, REACH: tl.constexpr,
+    LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Writes ``out`` and ``lse`` of the first ``dense_blocks`` of each row, and what is listed in ``todo``."""
     ROWS: tl.constexpr = HEADS * QUERY_BLOCK
@@ -281,6 +287,8 @@ def attend_run(
                 s = tl.dot(x, y, input_precision=PRECISION) * factor
                 s += tl.log2(listed_shares(weights, u, KEYS, BLOCK))[None]
                 s = tl.where((u + key // BLOCK)[None] < seen[:, None], s, -float("inf"))
+                if REACH:
+                    s = tl.where(in_reach(j[None], t[:, None], REACH), s, -float("inf"))
                 z = load_values(values, j, stride_vt, None, VALUE_DIM, VALUE_PAD)
                 acc, total, top = add_tile(acc, total, top, s, z, PRECISION)
         else:
@@ -292,6 +300,8 @@ def attend_run(
             y = load_keys(keys, j, stride_kt, inside, DIM, DIM_PAD)
             s = tl.dot(x, y, input_precision=PRECISION) * factor
             visible = inside[None] & (j[None] <= t[:, None]) & (j[None] >= from_[:, None])
+            if REACH:
+                visible &= in_reach(j[None], t[:, None], REACH)
             z = load_values(values, j, stride_vt, inside, VALUE_DIM, VALUE_PAD)
             acc, total, top = add_tile(acc, total, top, tl.where(visible, s, -float("inf")), z, PRECISION)
 

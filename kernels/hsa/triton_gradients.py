@@ -18,7 +18,7 @@ import triton.language as tl
 from retrofit.kernels.hsa.triton_choose import WHOLE
 from retrofit.kernels.hsa.triton_execute import listed_keys, listed_shares, load_values, near_edges, settled
 from retrofit.kernels.hsa.triton_inverse import near_blocks, tile_keys, unpack_entry
-from retrofit.kernels.hsa.triton_select import LOG2E, row_range
+from retrofit.kernels.hsa.triton_select import LOG2E, in_reach, row_range
 from retrofit.kernels.launch import kernel
 
 
@@ -42,7 +42,8 @@ def query_gradients(
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
     DIM_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, WINDOW: tl.constexpr,
     SINK: tl.constexpr, BLOCK: tl.constexpr, QUERY_BLOCK: tl.constexpr, DENSE_END: tl.constexpr,
-    LIST: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr, LAYOUT: tl.constexpr,
+    LIST: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr, REACH: tl.constexpr,
+    LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Writes ``grad_q`` as q and ``delta`` [B, Hq, T] for the new queries; tiles are those of ``attend``."""
     ROWS: tl.constexpr = HEADS * QUERY_BLOCK
@@ -91,6 +92,8 @@ def query_gradients(
                 p, products = scores_and_products(x, dy, tl.trans(a), tl.trans(c), top, factor, PRECISION)
                 share = listed_shares(weights, u, KEYS, BLOCK)
                 p *= tl.where((u + key // BLOCK)[None] < seen[:, None], share[None], 0.0)
+                if REACH:
+                    p = tl.where(in_reach(j[None], t[:, None], REACH), p, 0.0)
                 ds = p * (products - mean[:, None])
                 acc = settled(tl.dot(ds.to(a.dtype), a, acc, input_precision=PRECISION))
         else:
@@ -103,6 +106,8 @@ def query_gradients(
             c = load_values(values, j, stride_vt, inside, VALUE_DIM, VALUE_PAD)
             p, products = scores_and_products(x, dy, tl.trans(a), tl.trans(c), top, factor, PRECISION)
             p = tl.where(inside[None] & (j[None] <= t[:, None]) & (j[None] >= from_[:, None]), p, 0.0)
+            if REACH:
+                p = tl.where(in_reach(j[None], t[:, None], REACH), p, 0.0)
             ds = p * (products - mean[:, None])
             acc = settled(tl.dot(ds.to(a.dtype), a, acc, input_precision=PRECISION))
 
@@ -124,7 +129,7 @@ def key_gradients(
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
     DIM_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, WINDOW: tl.constexpr,
     SINK: tl.constexpr, BLOCK: tl.constexpr, QUERY_BLOCK: tl.constexpr, DENSE_END: tl.constexpr,
-    KEYS: tl.constexpr, PRECISION: tl.constexpr, LAYOUT: tl.constexpr,
+    KEYS: tl.constexpr, PRECISION: tl.constexpr, REACH: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Writes ``grad_k`` and ``grad_v`` as k and v, or a part to ``held`` [parts, KEYS, DIM + VALUE_DIM].
 
@@ -218,6 +223,8 @@ def key_gradients(
                 top = tl.reshape(top, [ROWS, KEYS])
             p, products = scores_and_products(x, dy, a, c, top, factor, PRECISION)
             p = tl.where(key[None] <= (t0 - tile_begin + place)[:, None], p, 0.0)
+            if REACH:
+                p = tl.where(in_reach(j[None], (t0 + place)[:, None], REACH), p, 0.0)
             ds = p * (products - mean[:, None])
             acc_v = tl.dot(tl.trans(dy), p.to(dy.dtype), acc_v, input_precision=PRECISION)
             acc_k = tl.dot(tl.trans(x), ds.to(x.dtype), acc_k, input_precision=PRECISION)

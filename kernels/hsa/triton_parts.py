@@ -17,7 +17,7 @@ from retrofit.kernels.hsa.triton_execute import (
     near_edges,
     sink_of,
 )
-from retrofit.kernels.hsa.triton_select import LOG2E, row_range
+from retrofit.kernels.hsa.triton_select import LOG2E, in_reach, row_range
 from retrofit.kernels.launch import kernel
 
 
@@ -29,7 +29,8 @@ def attend_parts(
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
     DIM_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, WINDOW: tl.constexpr,
     SINK: tl.constexpr, BLOCK: tl.constexpr, QUERY_BLOCK: tl.constexpr, DENSE_END: tl.constexpr,
-    LIST: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr, LAYOUT: tl.constexpr,
+    LIST: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr, REACH: tl.constexpr,
+    LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """The sums of exponentials, and of values times these, of one part of the keys that one query sees.
 
@@ -86,6 +87,8 @@ def attend_parts(
                 j = listed_keys(listed, u, KEYS, BLOCK)
                 inside = u + key // BLOCK < seen
             visible = inside & (j >= tl.where(is_listed, 0, from_))
+            if REACH:
+                visible &= in_reach(j, t, REACH)
             y = load_keys(keys, j, stride_kt, visible, DIM, DIM_PAD)
             s = tl.dot(x, y, input_precision=PRECISION) * factor
             s = tl.where(visible[None], s + tl.log2(share)[None], -float("inf"))

@@ -36,6 +36,12 @@ def row_range(start, length, slots, tokens, b, LAYOUT: tl.constexpr):
 
 
 @triton.jit
+def in_reach(j, t, REACH: tl.constexpr):
+    """Whether keys at j lie in the sliding windows of queries at t."""
+    return j > t - REACH
+
+
+@triton.jit
 def covered_leaves(t, WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr):
     """Leaves between the sinks and the window of the query at t."""
     begin = tl.maximum(t + 1 - WINDOW, 0) // BLOCK * BLOCK
@@ -175,6 +181,7 @@ def keep(
     WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr, FANOUT: tl.constexpr,
     BEAM: tl.constexpr, QUERY_BLOCK: tl.constexpr, DENSE_END: tl.constexpr, WIDTH: tl.constexpr,
     WIDTH_PAD: tl.constexpr, BEAM_PAD: tl.constexpr, FRESH: tl.constexpr, LAYOUT: tl.constexpr,
+    REACH: tl.constexpr,
 ):  # fmt: skip
     """Writes the best BEAM spans of LEVEL, ascending, to ``spans`` [B·Hkv, total_blocks, BEAM].
 
@@ -198,6 +205,9 @@ def keep(
         edge = tl.where((edge < count) & (place < BEAM * FANOUT + FANOUT - 1), edge, -1)
         below = tl.where(is_child, child, edge.to(tl.int32))
         ids = tl.where(top == LEVEL, tl.where(place < count, place, -1), below)
+        if REACH:
+            end = SINK + (ids + 1) * BLOCK * FANOUT**LEVEL
+            ids = tl.where(in_reach(end - 1, t, REACH), ids, -1)
         votes = tl.zeros([WIDTH_PAD], tl.float32)
         base = scores + (bh * blocks + i) * GROUP * WIDTH
         for g in range(GROUP):

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from retrofit.kernels.hsa.triton_execute import load_keys, near_edges, sink_of
-from retrofit.kernels.hsa.triton_select import LOG2E, covered_leaves, row_range
+from retrofit.kernels.hsa.triton_select import LOG2E, covered_leaves, in_reach, row_range
 from retrofit.kernels.launch import kernel
 
 
@@ -58,6 +58,7 @@ def weigh_near(
     x, keys, stride_kt, t, t0, high, factor,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, ROWS: tl.constexpr, WINDOW: tl.constexpr, SINK: tl.constexpr,
     BLOCK: tl.constexpr, QUERY_BLOCK: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
+    REACH: tl.constexpr,
 ):  # fmt: skip
     """Highest score and log-sum-exp [ROWS] of the queries x [ROWS, DIM_PAD] at t for sinks and window.
 
@@ -68,7 +69,7 @@ def weigh_near(
     total = tl.zeros([ROWS], tl.float32)
     first, last, whole = near_edges(t0, WINDOW, SINK, BLOCK, QUERY_BLOCK)
     from_ = tl.maximum(t + 1 - WINDOW, 0) // BLOCK * BLOCK
-    alike = (SINK + whole - last) // KEYS * KEYS
+    alike = 0 if REACH else (SINK + whole - last) // KEYS * KEYS
     for n in range(0, alike, KEYS):
         j = n + key + tl.where(n + key < SINK, 0, last - SINK)
         y = load_keys(keys, j, stride_kt, None, DIM, DIM_PAD)
@@ -80,6 +81,8 @@ def weigh_near(
         y = load_keys(keys, j, stride_kt, inside, DIM, DIM_PAD)
         s = tl.dot(x, y, input_precision=PRECISION) * factor
         visible = (j[None] <= t[:, None]) & ((j[None] < SINK) | (j[None] >= from_[:, None]))
+        if REACH:
+            visible &= in_reach(j[None], t[:, None], REACH)
         top, total = weigh(top, total, tl.where(visible & inside[None], s, -float("inf")))
     return top, top + tl.log2(total)
 
@@ -105,7 +108,7 @@ def vote_spans(
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
     WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr, FANOUT: tl.constexpr, PER_LEAF: tl.constexpr,
     BEAM: tl.constexpr, QUERY_BLOCK: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr,
-    KEYS: tl.constexpr, PRECISION: tl.constexpr, STEPS: tl.constexpr, MOST: tl.constexpr,
+    KEYS: tl.constexpr, PRECISION: tl.constexpr, STEPS: tl.constexpr, MOST: tl.constexpr, REACH: tl.constexpr,
 ):  # fmt: skip
     """Votes of the queries of the block at t0 for the leaves of its spans, from one pair of spans to another.
 
@@ -145,7 +148,7 @@ def vote_spans(
         second = tl.sum(wide * wide, 1) * (0.5 * spread * scale)
         top, near = weigh_near(
             x, keys, stride_kt, t, t0, high, factor,
-            DIM, DIM_PAD, ROWS, WINDOW, SINK, BLOCK, QUERY_BLOCK, KEYS, PRECISION,
+            DIM, DIM_PAD, ROWS, WINDOW, SINK, BLOCK, QUERY_BLOCK, KEYS, PRECISION, REACH,
         )  # fmt: skip
         if shift is not None:
             tl.store(shift + (b * KV_HEADS * GROUP + head) * tokens + at, top, mask=new)
@@ -203,7 +206,8 @@ def vote(
     DIM_PAD: tl.constexpr, WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr,
     FANOUT: tl.constexpr, PER_LEAF: tl.constexpr, BEAM: tl.constexpr, QUERY_BLOCK: tl.constexpr,
     DENSE_END: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, KEYS: tl.constexpr,
-    PRECISION: tl.constexpr, STEPS: tl.constexpr, MOST: tl.constexpr, LAYOUT: tl.constexpr,
+    PRECISION: tl.constexpr, STEPS: tl.constexpr, MOST: tl.constexpr, REACH: tl.constexpr,
+    LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Votes of the query blocks number ``first`` … ``end`` of [B·Hkv, blocks]: ``votes``
     [end − first, QUERY_BLOCK, WIDTH_PAD + FANOUT], integers.
@@ -227,7 +231,7 @@ def vote(
                 stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_nb, stride_nh,
                 stride_sb, stride_sh, tokens, leaves, scale, spread,
                 KV_HEADS, GROUP, HEADS, DIM, DIM_PAD, WINDOW, SINK, BLOCK, FANOUT, PER_LEAF, BEAM, QUERY_BLOCK,
-                WIDTH, WIDTH_PAD, KEYS, PRECISION, STEPS, MOST,
+                WIDTH, WIDTH_PAD, KEYS, PRECISION, STEPS, MOST, REACH,
             )  # fmt: skip
 
 
@@ -241,7 +245,7 @@ def vote_parts(
     FANOUT: tl.constexpr, PER_LEAF: tl.constexpr, BEAM: tl.constexpr, QUERY_BLOCK: tl.constexpr,
     DENSE_END: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr,
     KEYS: tl.constexpr, PRECISION: tl.constexpr, STEPS: tl.constexpr, MOST: tl.constexpr,
-    LAYOUT: tl.constexpr,
+    REACH: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """As ``vote`` for all blocks; each program votes for ``pairs`` pairs of spans of one block."""
     i = tl.program_id(0)
@@ -259,5 +263,5 @@ def vote_parts(
             stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_nb, stride_nh,
             stride_sb, stride_sh, tokens, leaves, scale, spread,
             KV_HEADS, GROUP, HEADS, DIM, DIM_PAD, WINDOW, SINK, BLOCK, FANOUT, PER_LEAF, BEAM, QUERY_BLOCK,
-            WIDTH, WIDTH_PAD, KEYS, PRECISION, STEPS, MOST,
+            WIDTH, WIDTH_PAD, KEYS, PRECISION, STEPS, MOST, REACH,
         )  # fmt: skip

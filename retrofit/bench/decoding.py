@@ -71,7 +71,7 @@ def decoding(target: HSAAttention, inputs: Inputs, batch: int) -> Decoding:
     length = inputs.q.shape[2] // g.query_block * g.query_block - g.query_block
     q, k, v = (_rows(x, batch) for x in (inputs.q, inputs.k, inputs.v))
     zero = torch.zeros(batch, dtype=torch.int64, device=q.device)
-    kinds: dict[str, Any] = {"causal": True, "sliding_window": target.sliding_window, "gate": target.gate}
+    kinds: dict[str, Any] = {"causal": True, "gate": target.gate}
     if not can_decode(q[:, :, :1], v, geometry=g, **kinds) or length <= g.dense_end:
         raise BenchmarkError(
             f"decoding is timed on CUDA and behind the dense start of {g.dense_end} tokens, got {q.device.type} and "
@@ -85,7 +85,13 @@ def decoding(target: HSAAttention, inputs: Inputs, batch: int) -> Decoding:
     def step(state: HSAState, at: int) -> Callable[[], Tensor]:
         token, ends = q[:, :, at : at + 1].contiguous(), zero + at + 1
         return partial(
-            hsa_decode, token, k, v, state, start=zero, length=ends, scale=target.scale, ending=True
+            hsa_decode,
+            *(token, k, v, state),
+            start=zero,
+            length=ends,
+            scale=target.scale,
+            sliding_window=target.sliding_window,
+            ending=True,
         )
 
     error = _error(target, partial(step, layer.state.with_room(k)), (q, k, v), length)

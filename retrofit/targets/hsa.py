@@ -174,7 +174,6 @@ class HSAAttention(TargetAttention):
             q,
             v,
             causal=self.causal,
-            sliding_window=self.sliding_window,
             gate=self.gate,
             geometry=self.geometry,
         )
@@ -194,6 +193,7 @@ class HSAAttention(TargetAttention):
             sinks=self.rules(call).sinks,
             scale=self.scale,
             pooling=self.config.pooling,
+            sliding_window=self.sliding_window,
             padded=call.padded,
         )
         if self.observer is not None:

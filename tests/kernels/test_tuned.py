@@ -73,9 +73,9 @@ spreads = torch.empty(nodes[0].shape[:3], device="meta")
 spans, choices = g.selection(k, None, None)
 part, options = "hsa", {"scale": 0.1, "padded": False, "geometry": g}
 sinks = torch.zeros(8, dtype=dtype, device="meta")
-for given in (None, sinks) if dim == 64 else (None,):
+for given, options["sliding_window"] in ((None, 0), (sinks, 4096)) if dim == 64 else ((None, 0),):
     hsa.hsa_attention(
-        q, k, k, at, at, nodes, spreads, [], None, None, None, given, causal=True, sliding_window=0, **options
+        q, k, k, at, at, nodes, spreads, [], None, None, None, given, causal=True, **options
     )
 part = "hsa_backward"
 hsa.hsa_attention_backward(q, q, k, k, at, at, nodes, [], spans, choices, q, lse, sinks, **options)

@@ -50,6 +50,7 @@ def decoded(case: Any, begin: int, steps: list[int]) -> tuple[Tensor, HSAState]:
                 length=torch.minimum(case.length, end - case.start).clamp(min=0),
                 sinks=case.rules.sinks,
                 scale=case.scale,
+                sliding_window=case.sliding_window,
                 padded=case.padded,
             )
         )
@@ -88,8 +89,9 @@ def same_state(case: Any, actual: HSAState, expected: HSAState) -> None:
         {"tokens": 130, "beam": 2, "fanout": 2, "nodes_per_span": 8},
         {"tokens": 118, "batch": 3, "start": [0, 44, 9], "length": [118, 74, 101], "heads": 6, "kv_heads": 2},
         {"tokens": 111, "sinks": 0.5},
+        {"tokens": 130, "sliding_window": 85},
     ],
-    ids=["plain", "levels", "padded", "sinks"],
+    ids=["plain", "levels", "padded", "sinks", "sliding window"],
 )
 def test_interpreted_tokens_equal_the_whole(build: Callable[..., Any], inputs: dict[str, Any]) -> None:
     case = build(**{"heads": 2, "kv_heads": 1, **inputs})
@@ -140,8 +142,9 @@ def on_gpu(case: Any, dtype: torch.dtype) -> Any:
         {"tokens": 10240, "heads": 4, "kv_heads": 4, "dim": 32},
         {"tokens": 2300, "batch": 3, "start": [0, 1900, 7], "length": [2300, 400, 2290], "dim": 64},
         {"tokens": 2300, "heads": 16, "kv_heads": 2, "dim": 64, "sinks": 1.0},
+        {"tokens": 3000, "heads": 8, "kv_heads": 2, "dim": 128, "sliding_window": 1500},
     ],
-    ids=["smollm2", "llama", "wide group", "long", "padded", "sinks"],
+    ids=["smollm2", "llama", "wide group", "long", "padded", "sinks", "sliding window"],
 )
 def test_on_a_gpu_tokens_equal_the_whole(
     build: Callable[..., Any], inputs: dict[str, Any], dtype: torch.dtype

@@ -53,8 +53,13 @@ def both(case: Any) -> tuple[Any, Any]:
         {"tokens": 120, "heads": 6, "query_block": 32, "dense_until": 0},
         {"tokens": 110, "sinks": 0.5},
         {"tokens": 110, "sinks": 90.0},
+        {"tokens": 130, "sliding_window": 85},
+        {"tokens": 118, "sliding_window": 21, "batch": 2, "start": [0, 9], "length": [110, 101]},
     ],
-    ids=["plain", "padded", "levels", "wide blocks", "wide group", "sinks", "sinks beyond the range"],
+    ids=[
+        *("plain", "padded", "levels", "wide blocks", "wide group", "sinks", "sinks beyond the range"),
+        *("sliding window", "narrow sliding window"),
+    ],
 )
 def test_interpreted_kernels_equal_blocked(build: Callable[..., Any], inputs: dict[str, Any]) -> None:
     case = build(**{"heads": 2, "kv_heads": 1, **inputs})
@@ -100,7 +105,6 @@ def test_interpreted_kernels_with_the_settings_of_another_gpu(build: Callable[..
 def test_what_the_kernels_cannot_do_is_refused(build: Callable[..., Any]) -> None:
     for changes, words in (
         ({"causal": False}, "not causal"),
-        ({"sliding_window": 90}, "sliding window, got 90"),
         ({"rules": ScoreRules(2.0)}, "a softcap"),
     ):
         with pytest.raises(ConfigError, match=f"{words}.*use implementation='auto' or 'blocked'"):
@@ -125,10 +129,21 @@ def test_what_the_kernels_cannot_do_is_refused(build: Callable[..., Any]) -> Non
             "geometry": DEFAULT,
         },
         {"tokens": 2300, "heads": 16, "kv_heads": 2, "dim": 64, "sinks": 1.0, "geometry": DEFAULT},
+        {"tokens": 3000, "heads": 8, "kv_heads": 2, "dim": 128, "sliding_window": 1500, "geometry": DEFAULT},
         {"tokens": 1000},
         {"tokens": 700, "batch": 2, "start": [0, 40], "length": [690, 660], "beam": 2, "fanout": 2},
     ],
-    ids=["smollm2", "llama", "wide group", "wide heads", "padded", "sinks", "tiny", "levels"],
+    ids=[
+        "smollm2",
+        "llama",
+        "wide group",
+        "wide heads",
+        "padded",
+        "sinks",
+        "sliding window",
+        "tiny",
+        "levels",
+    ],
 )
 def test_on_a_gpu_equals_blocked(
     build: Callable[..., Any], inputs: dict[str, Any], dtype: torch.dtype

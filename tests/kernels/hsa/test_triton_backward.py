@@ -71,6 +71,8 @@ class Problem:
         dense = (block + 1)[:, None] * g.query_block <= g.dense_end
         near = dense | (j < g.sink) | (j >= g.window_start(t))
         visible = (j >= 0) & (j <= t) & (t < case.length[b])
+        if case.sliding_window:
+            visible = visible & (j > t - case.sliding_window)
         return torch.where(near, 1.0, chosen) * visible
 
     def exact(self) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
@@ -90,14 +92,22 @@ class Problem:
         selection = (self.spans, self.choices, out.to(self.grad), lse.float())
         scale, geometry = self.case.scale, self.case.geometry
         found = triton.hsa_attention_backward(
-            *given, [], [], *selection, None, scale=scale, padded=True, geometry=geometry
+            *given,
+            [],
+            [],
+            *selection,
+            None,
+            scale=scale,
+            sliding_window=self.case.sliding_window,
+            padded=True,
+            geometry=geometry,
         )
         return list(found[:3])
 
     def by_blocks(self) -> list[Tensor]:
         """The same by the blocked implementation."""
         given = (self.grad, self.queries, self.case.k, self.case.v, self.case.start, self.case.length)
-        options = {"scale": self.case.scale, "causal": True, "sliding_window": 0}
+        options = {"scale": self.case.scale, "causal": True, "sliding_window": self.case.sliding_window}
         found = blocked.hsa_attention_backward(
             *given, [], [], None, self.spans, self.choices, **options, geometry=self.case.geometry
         )
@@ -124,8 +134,10 @@ def error(actual: Tensor, expected: Tensor) -> float:
         {"tokens": 130, "beam": 2, "fanout": 2, "nodes_per_span": 8},
         {"tokens": 111, "heads": 3, "block": 16, "sink": 16, "dense_until": 0},
         {"tokens": 110, "begin": 77},
+        {"tokens": 130, "sliding_window": 85},
+        {"tokens": 118, "sliding_window": 21, "batch": 2, "start": [0, 9], "length": [110, 101]},
     ],
-    ids=["plain", "padded", "levels", "wide blocks", "chunk"],
+    ids=["plain", "padded", "levels", "wide blocks", "chunk", "sliding window", "narrow sliding window"],
 )
 def test_interpreted_gradients(build: Callable[..., Any], inputs: dict[str, Any]) -> None:
     options = {"heads": 2, "kv_heads": 1, **inputs}
@@ -206,10 +218,11 @@ def differentiate(case: Any) -> tuple[Tensor, ...]:
         {"tokens": 2049, "heads": 16, "kv_heads": 1, "dim": 80, "geometry": DEFAULT},
         {"tokens": 1800, "heads": 2, "kv_heads": 2, "dim": 256, "geometry": DEFAULT},
         {"tokens": 2300, "batch": 2, "start": [0, 333], "length": [2200, 1960], "geometry": DEFAULT},
+        {"tokens": 3000, "heads": 8, "kv_heads": 2, "dim": 128, "sliding_window": 1500, "geometry": DEFAULT},
         {"tokens": 1000},
         {"tokens": 700, "batch": 2, "start": [0, 40], "length": [690, 660], "beam": 2, "fanout": 2},
     ],
-    ids=["smollm2", "llama", "wide group", "wide heads", "padded", "tiny", "levels"],
+    ids=["smollm2", "llama", "wide group", "wide heads", "padded", "sliding window", "tiny", "levels"],
 )
 def test_gradients_on_a_gpu(build: Callable[..., Any], inputs: dict[str, Any], dtype: torch.dtype) -> None:
     inputs = dict(inputs)
