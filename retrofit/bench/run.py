@@ -118,8 +118,7 @@ def benchmark(
 ) -> BenchmarkReport:
     """Times one site of a converted model, the whole op with selection, against dense attention.
 
-    The queries, keys and values are those the site computes on ``source``. Beyond the positions the model
-    has, segments recorded one after the other are joined.
+    The queries, keys and values are those the site computes on ``source``, as ``inputs.record`` says.
 
     Args:
         model: A converted model.
