@@ -165,18 +165,20 @@ def keep_spans(
         at_nodes = (nodes[level].stride(0), nodes[level].stride(1))
         count = nodes[level].shape[2]
         per_tile = rows // group_pad
-        select.top_scores[(-(-call.blocks // per_tile), call.rows)](
-            q, nodes[level], start, length, scores, *strides(q), *at_nodes, *call.extent, count,
+        first = call.first_block(level)
+        select.top_scores[(-(-(call.blocks - first) // per_tile), call.rows)](
+            q, nodes[level], start, length, scores, *strides(q), *at_nodes, *call.extent, first, count,
             LEVEL=level, GROUP_PAD=group_pad, PER_SPAN=g.nodes_per_span, TILE=rows, **products,
         )  # fmt: skip
         if level < highest:
-            select.refine[(call.blocks, call.rows)](
+            deeper = call.first_block(level + 1)
+            select.refine[(call.blocks - deeper, call.rows)](
                 q, nodes[level], start, length, spans, scores, *strides(q), *at_nodes,
-                *call.extent, call.total_blocks, count,
+                *call.extent, deeper, call.total_blocks, count,
                 LEVEL=level, PER_SPAN=g.nodes_per_span, TILE=max(16, group_pad), **products,
             )  # fmt: skip
-        select.keep[(call.blocks, call.rows)](
-            start, length, spans, scores, *call.extent, call.total_blocks, scale,
+        select.keep[(call.blocks - first, call.rows)](
+            start, length, spans, scores, *call.extent, first, call.total_blocks, scale,
             LEVEL=level, WIDTH_PAD=power(width), BEAM_PAD=min(power(g.beam), power(width)), FRESH=fresh, **coarse,
             **call.reach, num_warps=4,
         )  # fmt: skip

@@ -95,6 +95,16 @@ class Call:
         size = self.geometry.query_block
         return (self.tokens + 2 * size - 2) // size
 
+    def first_block(self, level: int) -> int:
+        """The first of the blocks whose coarse steps may begin at ``level`` or above, as far as the host knows that;
+        the last block at most."""
+        if level == 1 or self.layout != WHOLE.value:
+            return 0
+        g = self.geometry
+        covered = (g.beam * g.fanout + 1) * g.span_size(level - 1)
+        number = (g.sink + covered + g.window - 1) // g.query_block
+        return max(0, min(number - (self.slots - self.tokens) // g.query_block, self.blocks - 1))
+
     @cached_property
     def tiles(self) -> tuple[int, int]:
         """Grid of the kernels that attend."""

@@ -5,7 +5,8 @@
     keep         scores  →  votes  →  the best ``beam`` spans
 
 Scores are products in float32 of the inputs as they are; what a query computes depends neither on its company
-nor on how many tokens a call brings. Blocks are counted from the one that the row's first new query is in.
+nor on how many tokens a call brings. Blocks are counted from the one that the row's first new query is in; programs
+begin with number ``first``.
 """
 
 from __future__ import annotations
@@ -76,11 +77,11 @@ def among_best(keys, COUNT: tl.constexpr, COUNT_PAD: tl.constexpr):
     return above | level
 
 
-@kernel(do_not_specialize=["slots", "tokens", "blocks", "node_count"])
+@kernel(do_not_specialize=["slots", "tokens", "blocks", "first", "node_count"])
 def top_scores(
     q, nodes, start, length, scores,
     stride_qb, stride_qh, stride_qt, stride_nb, stride_nh,
-    slots, tokens, blocks, node_count,
+    slots, tokens, blocks, first, node_count,
     LEVEL: tl.constexpr, LEVELS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     GROUP_PAD: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, WINDOW: tl.constexpr,
     SINK: tl.constexpr, BLOCK: tl.constexpr, FANOUT: tl.constexpr, PER_SPAN: tl.constexpr,
@@ -94,7 +95,7 @@ def top_scores(
     PER: tl.constexpr = TILE // GROUP_PAD
     row = tl.arange(0, TILE)
     group = row % GROUP_PAD
-    i = tl.program_id(0) * PER + row // GROUP_PAD
+    i = first + tl.program_id(0) * PER + row // GROUP_PAD
     t = (low // QUERY_BLOCK + i) * QUERY_BLOCK
     covered = covered_leaves(t, WINDOW, SINK, BLOCK)
     mine = (i < blocks) & (t >= low) & (t < high) & (t + QUERY_BLOCK > DENSE_END) & (group < GROUP)
@@ -124,11 +125,11 @@ def top_scores(
             tl.store(out[:, None] + s_id[None], best, mask=mine[:, None] & (s_id[None] < end))
 
 
-@kernel(do_not_specialize=["slots", "tokens", "blocks", "total_blocks", "node_count"])
+@kernel(do_not_specialize=["slots", "tokens", "blocks", "first", "total_blocks", "node_count"])
 def refine(
     q, nodes, start, length, spans, scores,
     stride_qb, stride_qh, stride_qt, stride_nb, stride_nh,
-    slots, tokens, blocks, total_blocks, node_count,
+    slots, tokens, blocks, first, total_blocks, node_count,
     LEVEL: tl.constexpr, LEVELS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, WINDOW: tl.constexpr, SINK: tl.constexpr,
     BLOCK: tl.constexpr, FANOUT: tl.constexpr, PER_SPAN: tl.constexpr, BEAM: tl.constexpr,
@@ -136,7 +137,7 @@ def refine(
     PRECISION: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Scores of the children of the spans kept at LEVEL + 1, and of the cover's own spans behind them."""
-    i = tl.program_id(0)
+    i = first + tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // KV_HEADS, bh % KV_HEADS
     low, high, offset, _ = row_range(start, length, slots, tokens, b, LAYOUT)
@@ -173,10 +174,10 @@ def refine(
                 )
 
 
-@kernel(do_not_specialize=["slots", "tokens", "blocks", "total_blocks"])
+@kernel(do_not_specialize=["slots", "tokens", "blocks", "first", "total_blocks"])
 def keep(
     start, length, spans, scores,
-    slots, tokens, blocks, total_blocks, scale,
+    slots, tokens, blocks, first, total_blocks, scale,
     LEVEL: tl.constexpr, LEVELS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr, FANOUT: tl.constexpr,
     BEAM: tl.constexpr, QUERY_BLOCK: tl.constexpr, DENSE_END: tl.constexpr, WIDTH: tl.constexpr,
@@ -187,7 +188,7 @@ def keep(
 
     If ``spans`` is FRESH, what has no spans of LEVEL gets −1.
     """
-    i = tl.program_id(0)
+    i = first + tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
     low, high, _, _ = row_range(start, length, slots, tokens, bh // KV_HEADS, LAYOUT)
     number = low // QUERY_BLOCK + i

@@ -16,6 +16,7 @@ from retrofit.kernels.hsa.geometry import FADE, Geometry
 pytest.importorskip("triton")
 
 from retrofit.kernels import tuned
+from retrofit.kernels.hsa.triton_call import Call
 
 DEFAULT = Geometry(
     window=256,
@@ -76,6 +77,18 @@ def test_interpreted_chunks_equal_the_whole(build: Callable[..., Any]) -> None:
     torch.testing.assert_close(chunks.out, whole.out, rtol=1e-6, atol=1e-6)
     assert torch.equal(chunks.spans, whole.spans)
     assert torch.equal(chunks.choices, whole.choices)
+
+
+@pytest.mark.parametrize("level", [2, 3])
+@pytest.mark.parametrize(
+    ("slots", "tokens"), [(900, 900), (70_000, 70_000), (600_000, 600_000), (300_001, 7_777)]
+)
+def test_no_block_that_begins_at_a_level_is_left_out(slots: int, tokens: int, level: int) -> None:
+    call = Call(1, 8, 2, tokens, slots, 64, 64, 2, 0, DEFAULT, DEFAULT.blocks(slots), 0, tuned.ROWS[9, 0])
+    first, before = call.first_block(level), (slots - tokens) // DEFAULT.query_block
+    assert 0 <= first < call.blocks
+    for number in range(before, before + first):
+        assert DEFAULT.top_level(DEFAULT.covered(number * DEFAULT.query_block)) < level
 
 
 def outweighed(case: Any) -> Any:
