@@ -114,8 +114,10 @@ def _fake(
     g, rules = Geometry.of_options(options), ScoreRules(softcap, sinks)
     shape = (k.shape[0], k.shape[1], g.blocks(k.shape[2]))
     name = _implementation(options["implementation"], q, v, gate, causal, g, rules)
+    batch, heads, tokens, _ = q.shape
+    by_token = q.new_empty(batch, tokens, heads, v.shape[3]).transpose(1, 2)
     return (
-        q.new_empty(q.shape[0], q.shape[1], q.shape[2], v.shape[3]),
+        by_token if name == "triton" else by_token.contiguous(),
         q.new_empty((*shape, g.beam), dtype=torch.int32),
         q.new_empty((*shape, g.choices), dtype=torch.int32),
         q.new_empty(q.shape[:3] if name == "triton" else (0,), dtype=torch.float32),

@@ -90,7 +90,8 @@ def hsa_attention(
     padded: bool,
     geometry: Geometry,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns the output [B, Hq, T, Dv], the selection (spans, choices), and the log-sum-exp of each query's scores.
+    """Returns the output [B, Hq, T, Dv], whose heads lie together token by token; the selection (spans, choices); and
+    the log-sum-exp of each query's scores.
 
     Arguments are as in ``ops``; the last output is float32 [B, Hq, T].
     """
@@ -109,7 +110,8 @@ def hsa_attention(
         out, lse = _with_sinks(*dense.attend(q, k, v, scale), sinks)
         return out, spans, choices, lse
     make = torch.zeros if padded else torch.empty
-    out = make(*q.shape[:3], call.value_dim, dtype=q.dtype, device=q.device)
+    shape = call.batch, call.tokens, call.heads, call.value_dim
+    out = make(shape, dtype=q.dtype, device=q.device).transpose(1, 2)
     lse = make(q.shape[:3], dtype=torch.float32, device=q.device)
     lists = start, start, length  # not read where nothing is sparse
     tiles = call.tiles[0] * call.tiles[1]

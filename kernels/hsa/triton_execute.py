@@ -55,6 +55,12 @@ def sink_of(sinks, head, mask):
 
 
 @triton.jit
+def at_token(b, at, head, tokens, HEADS: tl.constexpr):
+    """Row of [B, T, HEADS], as the projection behind attention reads outputs."""
+    return (b * tokens + at) * HEADS + head
+
+
+@triton.jit
 def listed_keys(listed, u, KEYS: tl.constexpr, BLOCK: tl.constexpr):
     """Positions [KEYS] of the keys in the blocks u, u + 1, … of the list."""
     key = tl.arange(0, KEYS)
@@ -133,7 +139,7 @@ def attend_listed(
     LIST: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr, REACH: tl.constexpr,
     LAYOUT: tl.constexpr,
 ):  # fmt: skip
-    """Writes ``out`` [B, Hq, T, VALUE_DIM] and ``lse`` [B, Hq, T] of sparse tiles.
+    """Writes ``out`` [B, T, Hq, VALUE_DIM] and ``lse`` [B, Hq, T] of sparse tiles.
 
     Where sums exceed ``limit``, ``lse`` is a NaN and the tile is put on the list ``todo``, whose length comes first.
     """
@@ -201,7 +207,7 @@ def attend_listed(
             sums += tl.exp2(sink_of(sinks, head, new) - top)
         fits = sums <= limit
         tl.store(
-            out + at_out[:, None] * VALUE_DIM + value_dim[None],
+            out + at_token(b, at, head, tokens, KV_HEADS * GROUP)[:, None] * VALUE_DIM + value_dim[None],
             (acc / sums[:, None]).to(out.dtype.element_ty),
             mask=new[:, None] & (value_dim[None] < VALUE_DIM),
         )
@@ -306,7 +312,7 @@ def attend_run(
             acc, total, top = add_tile(acc, total, top, tl.where(visible, s, -float("inf")), z, PRECISION)
 
         tl.store(
-            out + at_out[:, None] * VALUE_DIM + value_dim[None],
+            out + at_token(b, at, head, tokens, KV_HEADS * GROUP)[:, None] * VALUE_DIM + value_dim[None],
             (acc / total[:, None]).to(out.dtype.element_ty),
             mask=new[:, None] & (value_dim[None] < VALUE_DIM),
         )
