@@ -106,8 +106,7 @@ def hsa_decode(
     """
     if not state.has_room(k.shape[2]):
         raise ConfigError(
-            f"state must have room for the {k.shape[2]} slots of k, got {state.spans.shape[2]} query blocks of "
-            f"{state.geometry.query_block} tokens; make it with state.with_room(k)"
+            f"state must have room for the {k.shape[2]} slots of k and has less; make it with state.with_room(k)"
         )
     out: Tensor = torch.ops.retrofit.hsa_decode(
         q,

@@ -55,7 +55,7 @@ def _hsa_attention(
         "sliding_window": sliding_window,
         "geometry": geometry,
     }
-    name = _implementation(options["implementation"], q, v, gate, causal, geometry, rules)
+    name = _implementation(options["implementation"], q, v, gate, causal, geometry, softcap)
     if name == "triton":
         result: tuple[Tensor, Tensor, Tensor, Tensor] = triton_kernels().hsa_attention(
             *arguments, sinks, **given, padded=options["padded"]
@@ -72,7 +72,7 @@ def _implementation(
     gate: Tensor | None,
     causal: bool,
     geometry: Geometry,
-    rules: ScoreRules,
+    softcap: float,
 ) -> str:
     """The implementation of that name; ``auto`` is ``triton`` for what it can do on a GPU, and else ``blocked``."""
     if name in ("reference", "blocked"):
@@ -80,7 +80,7 @@ def _implementation(
     if name == "auto" and not (q.device.type == "cuda" and has_triton()):
         return "blocked"
     options = {"causal": causal, "gate": gate, "geometry": geometry}
-    missing = "a softcap" if rules.softcap else triton_kernels().unsupported(q, v, **options)
+    missing = "a softcap" if softcap else triton_kernels().unsupported(q, v, **options)
     if missing is None:
         return "triton"
     if name == "auto":
@@ -110,14 +110,16 @@ def triton_kernels() -> ModuleType:
 def _fake(
     *tensors: Any, scale: float, softcap: float, causal: bool, sliding_window: int, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    q, k, v, gate, sinks = tensors[0], tensors[1], tensors[2], tensors[8], tensors[11]
-    g, rules = Geometry.of_options(options), ScoreRules(softcap, sinks)
+    q, k, v, gate, g = *tensors[:3], tensors[8], Geometry.of_options(options)
     shape = (k.shape[0], k.shape[1], g.blocks(k.shape[2]))
-    name = _implementation(options["implementation"], q, v, gate, causal, g, rules)
+    name = _implementation(options["implementation"], q, v, gate, causal, g, softcap)
     batch, heads, tokens, _ = q.shape
-    by_token = q.new_empty(batch, tokens, heads, v.shape[3]).transpose(1, 2)
+    if name == "triton":
+        out = q.new_empty(batch, tokens, heads, v.shape[3]).transpose(1, 2)
+    else:
+        out = q.new_empty(batch, heads, tokens, v.shape[3])
     return (
-        by_token if name == "triton" else by_token.contiguous(),
+        out,
         q.new_empty((*shape, g.beam), dtype=torch.int32),
         q.new_empty((*shape, g.choices), dtype=torch.int32),
         q.new_empty(q.shape[:3] if name == "triton" else (0,), dtype=torch.float32),
@@ -260,6 +262,10 @@ def hsa_attention(
         ConfigError: If an argument does not fit the others, or the dtype or implementation is unknown.
     """
     _check(q, k, v, nodes, spreads, value_nodes, gate, past_spans, past_choices, geometry, implementation)
+    if rules.sinks is not None and rules.sinks.shape != q.shape[1:2]:
+        raise ConfigError(
+            f"sinks must have a logit for each of the {q.shape[1]} query heads, got shape {list(rules.sinks.shape)}"
+        )
     padded = padded and not (start is None and length is None)
     if start is None:
         start = torch.zeros(q.shape[0], dtype=torch.int64, device=q.device)

@@ -65,6 +65,8 @@ def unsupported(q: Tensor, v: Tensor, *, causal: bool, gate: Tensor | None, geom
             return f"{name} that is no power of two, got {size}"
     if 2 * geometry.fanout * geometry.nodes_in_span(0) < 16 or geometry.fanout * geometry.nodes_per_span < 16:
         return "fewer than 16 nodes to a product"
+    if geometry.dense_end < geometry.sink + geometry.block:
+        return f"a dense start that ends before the first leaf does, got {geometry.dense_end} tokens"
     if q.dtype == torch.float32 and q.shape[3] > 128 and (4, 256) not in settings(q.device).vote:
         return f"float32 heads of {q.shape[3]} dims on this GPU"
     return None
@@ -96,19 +98,20 @@ def hsa_attention(
     Arguments are as in ``ops``; the last output is float32 [B, Hq, T].
     """
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    sinks = None if sinks is None else sinks.contiguous()
     call = Call.of(q, k, v, geometry, sliding_window=sliding_window, padded=padded)
     fresh = past_spans is None and call.tokens == call.slots and not call.is_dense
     spans, choices = call.empty_selection(k) if fresh else geometry.selection(k, past_spans, past_choices)
     alike = min(call.slots, geometry.dense_end)
     fused = (
-        call.starts_dense
+        call.is_whole
         and dense.can_attend(q, k, v)
         and (call.is_dense or alike >= FUSED_FROM)
         and (not sliding_window or alike <= sliding_window)
     )
     if call.is_dense and fused:
         out, lse = _with_sinks(*dense.attend(q, k, v, scale), sinks)
-        return out, spans, choices, lse
+        return out.transpose(1, 2).contiguous().transpose(1, 2), spans, choices, lse
     make = torch.zeros if padded else torch.empty
     shape = call.batch, call.tokens, call.heads, call.value_dim
     out = make(shape, dtype=q.dtype, device=q.device).transpose(1, 2)

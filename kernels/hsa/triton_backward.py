@@ -71,9 +71,8 @@ def hsa_attention_backward(
         geometry: The sizes.
     """
     call = Call.of(q, k, v, geometry, sliding_window=sliding_window, padded=padded)
-    make = (
-        torch.empty_like if call.starts_dense else torch.zeros_like
-    )  # not all is written where not all is new
+    # Not all is written where not all is new.
+    make = torch.empty_like if call.is_whole else torch.zeros_like
     grads = [make(x) for x in (q, k, v)]
     grad_q, grad_k, grad_v = (_in_rows(x) for x in grads)
     q, k, v, grad = (_in_rows(x) for x in (q, k, v, grad))
@@ -114,7 +113,7 @@ def hsa_attention_backward(
     grad_nodes, grad_value_nodes = ([torch.zeros_like(x) for x in levels] for levels in (nodes, value_nodes))
     grad_sinks = None
     if sinks is not None:
-        share = (sinks.to(lse.dtype)[:, None] - lse).exp()
+        share = (sinks.to(lse.dtype)[:, None] - lse).clamp(max=0).exp()  # what is no token has no lse
         grad_sinks = -(share * delta).sum((0, 2)).to(sinks.dtype)
     return grads[0], grads[1], grads[2], grad_nodes, grad_value_nodes, grad_sinks
 

@@ -117,8 +117,8 @@ class Call:
         return Votes.of(torch.float32 if self.bytes == 4 else torch.bfloat16)
 
     @property
-    def starts_dense(self) -> bool:
-        """Whether the dense start of every row is that of the sequence, as causal attention sees it."""
+    def is_whole(self) -> bool:
+        """Whether rows have all slots, and all are new."""
         return self.layout == WHOLE.value and self.tokens == self.slots
 
     @property

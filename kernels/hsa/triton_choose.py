@@ -29,7 +29,7 @@ SOME = tl.constexpr(64)
 
 @triton.jit
 def highest_left(above, ROOM: tl.constexpr, BITS: tl.constexpr):
-    """The highest of the numbers [N], each of less than BITS bits, for which there is no room; 0 where there is room
+    """The highest of the numbers [N], each of at most BITS bits, for which there is no room; 0 where there is room
     for all above 0.
 
     Found bit by bit. Numbers that fit stand two to a register: their highest bit is free for the comparison.
@@ -104,14 +104,9 @@ def choose_leaves(
     STRIDE: tl.constexpr = WIDTH_PAD + FANOUT
     CHILDREN: tl.constexpr = BEAM * FANOUT
     candidate = tl.arange(0, WIDTH_PAD)
-    edge = covered_leaves(t0, WINDOW, SINK, BLOCK) // FANOUT
+    leaf = chosen_leaf(kept, candidate, t0, WINDOW, SINK, BLOCK, FANOUT, BEAM)
     is_child = candidate < spans_kept(kept, BEAM, WIDTH_PAD // FANOUT) * FANOUT
-    of_edge = tl.where(
-        (candidate >= CHILDREN) & (candidate < WIDTH), edge * FANOUT + candidate - CHILDREN, MOST_LEAVES
-    )
-    leaf = candidate
-    if REACH:
-        leaf = chosen_leaf(kept, candidate, t0, WINDOW, SINK, BLOCK, FANOUT, BEAM)
+    of_edge = tl.where((candidate >= CHILDREN) & (candidate < WIDTH), leaf, MOST_LEAVES)
     count, reached = read_choices(choices, candidate, low > t0, QUERY_BLOCK, WIDTH, WIDTH_PAD, CHOICES, PARTS)
     chosen_by = candidate * 0 + QUERY_BLOCK
     first, last = tl.maximum(low - t0, 0), tl.minimum(high - t0, QUERY_BLOCK) - 1
@@ -123,7 +118,7 @@ def choose_leaves(
         if REACH:
             open_ &= in_reach(SINK + (leaf + 1) * BLOCK - 1, t0 + row, REACH)
         level = tl.where(open_, vote - least, 0)
-        if tl.max(tl.where(reached < WHOLE, level, 0), 0) > 0:
+        if tl.max(tl.where(reached < WHOLE, level, 0), 0) > 0:  # else all it wants is there
             if tl.sum((level > 0).to(tl.int32), 0) > ROOM:
                 level -= highest_left(level, ROOM, BITS)
             level = tl.minimum(tl.maximum(level, 0) * PARTS, WHOLE)

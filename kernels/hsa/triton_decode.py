@@ -64,6 +64,7 @@ def hsa_decode(
     """
     g = geometry
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    sinks = None if sinks is None else sinks.contiguous()
     call = Call.of(
         *(q, k, v, g),
         sliding_window=sliding_window,

@@ -203,9 +203,10 @@ def attend_listed(
             acc, total = add_shifted(acc, total, p, z, ROWS, KEYS, PRECISION)
 
         sums = tl.sum(total, 1)
+        fits = sums <= limit
         if sinks is not None:
             sums += tl.exp2(sink_of(sinks, head, new) - top)
-        fits = sums <= limit
+            fits &= sums < float("inf")
         tl.store(
             out + at_token(b, at, head, tokens, KV_HEADS * GROUP)[:, None] * VALUE_DIM + value_dim[None],
             (acc / sums[:, None]).to(out.dtype.element_ty),

@@ -266,7 +266,7 @@ def join_gradients(
         dv = tl.zeros([KEYS, VALUE_PAD], tl.float32)
         end = tl.load(part_ends + which)
         for w in range(end - count, end):
-            at_part = held + (w * KEYS + key)[:, None] * (DIM + VALUE_DIM)
+            at_part = held + (tl.cast(w, tl.int64) * KEYS + key)[:, None] * (DIM + VALUE_DIM)
             dk += tl.load(at_part + dim[None], mask=of_key, other=0.0)
             dv += tl.load(at_part + DIM + value_dim[None], mask=of_value, other=0.0)
         to_k = grad_k + b * stride_xb + h * stride_xh + at_key * stride_xt + dim[None]

@@ -70,7 +70,8 @@ def attend_parts(
         first, last, whole = near_edges(t0, WINDOW, SINK, BLOCK, QUERY_BLOCK)
         from_ = tl.where(sparse, tl.maximum(t + 1 - WINDOW, 0) // BLOCK * BLOCK, 0)
         first, last, whole = tl.where(sparse, first, 0), tl.where(sparse, last, 0), tl.where(sparse, whole, 0)
-        right = t + 1 - whole
+        # Where query blocks are wider than the window, the last row's begins behind t.
+        last, right = tl.minimum(last, t + 1), tl.maximum(t + 1 - whole, 0)
         edges = right + last - first
         from_list = (seen + LEAVES - 1) // LEAVES
         steps = from_list + (edges + KEYS - 1) // KEYS

@@ -72,7 +72,7 @@ def record(
     Raises:
         BenchmarkError: If the text has fewer tokens than ``length``, or the site is not reached.
     """
-    ids = tokens(source, tokenizer, limit=length)[None, :length]
+    ids = tokens(source, tokenizer, limit=length).flatten()[None, :length]
     if ids.shape[1] < length:
         raise BenchmarkError(f"the text has {ids.shape[1]} tokens, {length} are needed; give a longer text")
     step = length if _angles_go_on(model.config) else min(length, positions_of(model) or length)

@@ -164,11 +164,13 @@ class HSAAttention(TargetAttention):
 
     def _decodes(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> bool:
         """Whether the state can be brought up to date in place, by the kernels for a few tokens."""
-        if self.implementation not in ("auto", "triton") or self.rules(call).softcap:
+        if self.implementation not in ("auto", "triton") or self.softcap:
             return False
         if torch.compiler.is_compiling() or self.config.pooling == "attention":
             return False
-        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *self.key_pooling)):
+        if torch.is_grad_enabled() and any(
+            x is not None and x.requires_grad for x in (q, k, v, self.rules(call).sinks, *self.key_pooling)
+        ):
             return False
         return can_decode(
             q,

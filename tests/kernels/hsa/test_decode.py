@@ -90,8 +90,9 @@ def same_state(case: Any, actual: HSAState, expected: HSAState) -> None:
         {"tokens": 118, "batch": 3, "start": [0, 44, 9], "length": [118, 74, 101], "heads": 6, "kv_heads": 2},
         {"tokens": 111, "sinks": 0.5},
         {"tokens": 130, "sliding_window": 85},
+        {"tokens": 79, "window": 8, "query_block": 16, "dense_until": 0},
     ],
-    ids=["plain", "levels", "padded", "sinks", "sliding window"],
+    ids=["plain", "levels", "padded", "sinks", "sliding window", "wide query blocks"],
 )
 def test_interpreted_tokens_equal_the_whole(build: Callable[..., Any], inputs: dict[str, Any]) -> None:
     case = build(**{"heads": 2, "kv_heads": 1, **inputs})

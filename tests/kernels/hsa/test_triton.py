@@ -115,10 +115,24 @@ def test_interpreted_kernels_with_the_settings_of_another_gpu(build: Callable[..
     assert torch.equal(actual.choices, expected.choices)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
+def test_interpreted_sinks_need_not_be_contiguous(build: Callable[..., Any]) -> None:
+    every_second = torch.tensor([0.0, 9.0, 3.0, 9.0])[::2]
+    case = replace(build(100, heads=2, kv_heads=1), rules=ScoreRules(0.0, every_second))
+    actual, expected = both(case)
+    torch.testing.assert_close(actual.out, expected.out, rtol=1e-5, atol=1e-5)
+
+
+def test_sinks_of_other_heads_are_refused(build: Callable[..., Any]) -> None:
+    with pytest.raises(ConfigError, match=r"each of the 4 query heads, got shape \[3\]"):
+        replace(build(100), rules=ScoreRules(0.0, torch.zeros(3))).run()
+
+
 def test_what_the_kernels_cannot_do_is_refused(build: Callable[..., Any]) -> None:
     for changes, words in (
         ({"causal": False}, "not causal"),
         ({"rules": ScoreRules(2.0)}, "a softcap"),
+        ({"geometry": replace(DEFAULT, window=32, budget=32, query_block=128)}, "a dense start that ends"),
     ):
         with pytest.raises(ConfigError, match=f"{words}.*use implementation='auto' or 'blocked'"):
             replace(build(100), **changes).run()

@@ -183,11 +183,15 @@ def test_interpreted_tiles_are_split_as_finely_as_there_is_room(tiles: int, long
 
 
 @interpreted
-@pytest.mark.parametrize("sinks", [None, 1.0], ids=["plain", "sinks"])
+@pytest.mark.parametrize(
+    "inputs",
+    [{}, {"sinks": 1.0}, {"sinks": 95.0, "batch": 2, "start": [0, 9], "length": [70, 71]}],
+    ids=["plain", "sinks", "high sinks, padded"],
+)
 def test_interpreted_operator_goes_back_through_the_kernels(
-    build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, sinks: float | None
+    build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, inputs: dict[str, Any]
 ) -> None:
-    case = build(80, heads=2, kv_heads=1, dense_until=0, sinks=sinks)
+    case = build(80, heads=2, kv_heads=1, dense_until=0, **inputs)
     learned = [] if case.rules.sinks is None else [case.rules.sinks]
     inputs = [x.requires_grad_() for x in (case.q, case.k, case.v, *learned)]
     expected = torch.autograd.grad(case.run().out.square().sum(), inputs)
