@@ -91,6 +91,9 @@ def test_prefill_chunks_and_decode_agree(
 ) -> None:
     start = data.draw(st.sampled_from([[0, 0], [0, 13]]))
     case = build(tokens, batch=2, start=start, **option)
+    if case.implementation == "reference":
+        # Its products have other shapes in each call: rounded in float32, a vote may come to lie in the next step.
+        case = case.to("cpu", torch.float64)
     whole = case.run()
     few = data.draw(st.sets(st.integers(1, tokens - 1), max_size=4))
     single = range(tokens - data.draw(st.integers(1, 20)), tokens)
