@@ -261,11 +261,9 @@ def hsa_attention(
     Raises:
         ConfigError: If an argument does not fit the others, or the dtype or implementation is unknown.
     """
-    _check(q, k, v, nodes, spreads, value_nodes, gate, past_spans, past_choices, geometry, implementation)
-    if rules.sinks is not None and rules.sinks.shape != q.shape[1:2]:
-        raise ConfigError(
-            f"sinks must have a logit for each of the {q.shape[1]} query heads, got shape {list(rules.sinks.shape)}"
-        )
+    _check(
+        q, k, v, nodes, spreads, value_nodes, gate, past_spans, past_choices, rules.sinks, geometry, implementation
+    )  # fmt: skip
     padded = padded and not (start is None and length is None)
     if start is None:
         start = torch.zeros(q.shape[0], dtype=torch.int64, device=q.device)
@@ -305,6 +303,7 @@ def _check(
     gate: Tensor | None,
     past_spans: Tensor | None,
     past_choices: Tensor | None,
+    sinks: Tensor | None,
     geometry: Geometry,
     implementation: str,
 ) -> None:
@@ -338,6 +337,10 @@ def _check(
         raise ConfigError(
             f"value_nodes must have {len(nodes)} levels as nodes have when there is a gate, "
             f"got {len(value_nodes)}; pass gate=None to leave summaries out"
+        )
+    if sinks is not None and sinks.shape != q.shape[1:2]:
+        raise ConfigError(
+            f"sinks must have a logit for each of the {q.shape[1]} query heads, got shape {list(sinks.shape)}"
         )
     if (past_spans is None) != (past_choices is None):
         raise ConfigError("past_spans and past_choices come from the same call: pass both or neither")

@@ -17,8 +17,6 @@ from retrofit.kernels.launch import kernel
 
 WHOLE, NONE = tl.constexpr(FADE), tl.constexpr(UNUSED)
 SHIFT, RISES = tl.constexpr(RISE_BITS), tl.constexpr(2**RISE_BITS - 1)
-MOST_LEAVES = tl.constexpr(2**30)
-"""More leaves than there are."""
 MOST_KEYS = tl.constexpr(128)
 """Keys in a step of any kernel, at most."""
 CHOICES_AT_ONCE = tl.constexpr(32)
@@ -106,7 +104,7 @@ def choose_leaves(
     candidate = tl.arange(0, WIDTH_PAD)
     leaf = chosen_leaf(kept, candidate, t0, WINDOW, SINK, BLOCK, FANOUT, BEAM)
     is_child = candidate < spans_kept(kept, BEAM, WIDTH_PAD // FANOUT) * FANOUT
-    of_edge = tl.where((candidate >= CHILDREN) & (candidate < WIDTH), leaf, MOST_LEAVES)
+    is_edge = (candidate >= CHILDREN) & (candidate < WIDTH)
     count, reached = read_choices(choices, candidate, low > t0, QUERY_BLOCK, WIDTH, WIDTH_PAD, CHOICES, PARTS)
     chosen_by = candidate * 0 + QUERY_BLOCK
     first, last = tl.maximum(low - t0, 0), tl.minimum(high - t0, QUERY_BLOCK) - 1
@@ -114,7 +112,7 @@ def choose_leaves(
     for row in range(first, last + 1):
         vote = following.to(tl.int32)  # of leaves that are not open it is whatever was in memory
         following = tl.load(held + tl.minimum(row + 1, last) * STRIDE + candidate)
-        open_ = is_child | (of_edge < covered_leaves(t0 + row, WINDOW, SINK, BLOCK))
+        open_ = is_child | (is_edge & (leaf < covered_leaves(t0 + row, WINDOW, SINK, BLOCK)))
         if REACH:
             open_ &= in_reach(SINK + (leaf + 1) * BLOCK - 1, t0 + row, REACH)
         level = tl.where(open_, vote - least, 0)

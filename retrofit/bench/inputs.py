@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from retrofit.data import Source, tokens
 from retrofit.errors import BenchmarkError
-from retrofit.evaluate.perplexity import positions_of
+from retrofit.evaluate.perplexity import positions_of, text_config
 from retrofit.progress import track
 
 
@@ -87,8 +87,8 @@ def record(
 
 def _angles_go_on(config: Any) -> bool:
     """Whether positions are rotary angles, which have no end."""
-    inner = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return any(getattr(inner, name, None) is not None for name in ("rope_parameters", "rope_theta"))
+    text = text_config(config)
+    return any(getattr(text, name, None) is not None for name in ("rope_parameters", "rope_theta"))
 
 
 class _Recorded(Exception):

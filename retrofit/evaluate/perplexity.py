@@ -280,11 +280,15 @@ def _sites(model: nn.Module | None) -> list[tuple[str, Any]]:
     return list(sites(model))
 
 
+def text_config(config: Any) -> Any:
+    """The part of a model's configuration that is about text."""
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
 def positions_of(model: object) -> int | None:
     """The most positions a Hugging Face model takes; None where it does not say."""
     config = getattr(model, "config", None)
     if config is None:
         return None
-    inner = config.get_text_config() if hasattr(config, "get_text_config") else config
-    value = getattr(inner, "max_position_embeddings", None)
+    value = getattr(text_config(config), "max_position_embeddings", None)
     return value if isinstance(value, int) and value > 0 else None
