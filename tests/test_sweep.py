@@ -16,7 +16,7 @@ LEAST_CONVERTED = {
     "causal-lm": 161,
     "encoder": 46,
     "encoder-decoder": 31,
-    "vision": 67,
+    "vision": 68,
     "audio": 34,
     "multimodal": 96,
 }

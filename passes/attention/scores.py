@@ -22,7 +22,7 @@ from retrofit.passes.attention.rule import Reject
 aten = torch.ops.aten
 HIDDEN = -1e4  # a score of at most this is hidden
 SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
-_SUMS = (aten.add.Tensor, aten.sub.Tensor)
+SUMS = (aten.add.Tensor, aten.sub.Tensor)
 _SCALING = (aten.mul.Tensor, aten.div.Tensor)
 WHERE = (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar)
 FILL = (aten.masked_fill.Scalar, aten.masked_fill.Tensor)
@@ -161,7 +161,7 @@ def _step(softmax: Node, node: Any) -> Step:
         return Step(node, first, "same")
     if (permutation(node) is not None or is_call(node, *RESHAPES)) and isinstance(first, Node):
         return Step(node, first, "layout")
-    if is_call(node, *_SUMS):
+    if is_call(node, *SUMS):
         return _sum(node)
     if is_call(node, *_SCALING):
         return _row_factor(softmax, node)
@@ -281,7 +281,7 @@ def products_before(node: Any) -> Iterator[Node]:
         seen.add(current)
         if is_call(current, *PRODUCTS):
             yield current
-        elif is_call(current, *_SUMS, *_SCALING, *WHERE):
+        elif is_call(current, *SUMS, *_SCALING, *WHERE):
             pending.extend(current.args)
         elif is_call(current, aten.cat.default):
             pending.extend(current.args[0])  # type: ignore[arg-type]

@@ -1,6 +1,7 @@
 """Names attention whose weights are sigmoids of the scores, which no target computes.
 
 sigmoid(q·kᵀ + b)·v   →   a refusal
+a = sigmoid(q·kᵀ), a + a·a + a·a·a   →   nothing: the powers of a relation have no values
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from retrofit.passes.attention.axes import RESHAPES, SAME, permutation
 from retrofit.passes.attention.operands import CASTS, constant_factor
 from retrofit.passes.attention.products import PRODUCTS, Product, read_product
 from retrofit.passes.attention.rule import Refusal, Reject, Rule, calls
-from retrofit.passes.attention.scores import FILL, WHERE, products_before
+from retrofit.passes.attention.scores import FILL, SUMS, WHERE, products_before
 
 aten = torch.ops.aten
 
@@ -27,8 +28,8 @@ class SigmoidAttention(Rule[Node]):
     name = "sigmoid"
 
     def anchors(self, graph: Graph) -> Iterable[Node]:
-        """The sigmoids between two products of tensors that the module computes."""
-        return (node for node in calls(graph, aten.sigmoid.default) if _is_between_products(node))
+        """The sigmoids of a product that are multiplied with values, all of tensors that the module computes."""
+        return (node for node in calls(graph, aten.sigmoid.default) if _weighs(node))
 
     def pattern(self, anchor: Node) -> NoReturn:
         """Refuses."""
@@ -42,18 +43,27 @@ class SigmoidAttention(Rule[Node]):
         """Nothing gets here."""
 
 
-def _is_between_products(sigmoid: Node) -> bool:
+def _weighs(sigmoid: Node) -> bool:
     before = [read_product(node) for node in products_before(sigmoid.args[0])]
-    return any(map(_is_computed, before)) and _leads_to_product(sigmoid)
+    return any(map(_is_computed, before)) and _meets_values(sigmoid)
 
 
-def _leads_to_product(node: Node) -> bool:
-    for user in node.users:
-        if is_call(user, *PRODUCTS):
-            if _is_computed(read_product(user)):
+def _meets_values(sigmoid: Node) -> bool:
+    """Whether a product multiplies what ``sigmoid`` gives with something else than itself."""
+    weights = {sigmoid}
+    for node in sigmoid.graph.nodes:
+        if weights.isdisjoint(node.all_input_nodes):
+            continue
+        if is_call(node, *PRODUCTS):
+            product = read_product(node)
+            if product is None or not _is_computed(product):
+                continue
+            if weights.issuperset(product.operands):
+                weights.add(node)
+            elif not weights.isdisjoint(product.operands):
                 return True
-        elif _passes(user) and _leads_to_product(user):
-            return True
+        elif _passes(node) or (is_call(node, *SUMS, aten.mul.Tensor) and weights.issuperset(node.args[:2])):
+            weights.add(node)
     return False
 
 

@@ -2,6 +2,9 @@
 
 exp → sum → division of the one by the other   |   log_softmax → exp   |   − logsumexp → exp   →   "softmax"
 bmm → sigmoid → bmm                                                                            →   "sigmoid"
+
+The last product has to bring values in. One of weights with themselves, as in the powers of a graph's soft adjacency,
+has none, and gives weights again.
 """
 
 from __future__ import annotations
@@ -38,6 +41,8 @@ _PASSED = {
     "shifted": _LAYOUT,
     "logarithms": _LAYOUT,
 }
+_SCORES = ("product", "sigmoid")  # a product of sigmoids has the role of a sigmoid
+_AMONG_WEIGHTS = {"bmm", "baddbmm", "add", "sub", "mul"}  # these make weights of weights
 
 
 class SoftmaxInParts:
@@ -45,11 +50,12 @@ class SoftmaxInParts:
 
     def __init__(self) -> None:
         self._roles = WeakTensorKeyDictionary()
+        self._sigmoids = WeakTensorKeyDictionary()  # which call of a sigmoid each in that role was made by
 
     def opens(self, func: Any, args: Any) -> bool:
         """Whether ``func`` makes what may become weights: exponentials, or sigmoids of a product."""
         name = _name(func)
-        return name == "exp" or (name == "sigmoid" and self._role(args[0]) == "product")
+        return name == "exp" or (name == "sigmoid" and self._role(args[0]) in _SCORES)
 
     def saw(self, func: Any, args: Any, result: Any) -> str | None:
         """Takes note of a kernel that ran; returns ``softmax`` or ``sigmoid`` if it completed such an attention.
@@ -63,12 +69,18 @@ class SoftmaxInParts:
             return None
         name = _name(func)
         roles = [self._role(value) for value in args]
-        done = self._done(name, args, roles)
-        role = None if done else _role_of(name, args, roles, result)
+        sigmoids = [self._sigmoids.get(value) for value in args if isinstance(value, Tensor)]
+        same = len(sigmoids) > 1 and None not in sigmoids and len(set(sigmoids)) == 1
+        among = same and name in _AMONG_WEIGHTS
+        done = None if among else self._done(name, args, roles)
+        role = "sigmoid" if among else None if done else _role_of(name, args, roles, result)
+        self._roles.pop(result, None)  # it may have been changed in place
+        self._sigmoids.pop(result, None)
         if role is not None:
             self._roles[result] = role
-        elif result in self._roles:
-            del self._roles[result]  # it was changed in place
+        if role == "sigmoid":
+            made_by = (sigmoid for sigmoid in sigmoids if sigmoid is not None)
+            self._sigmoids[result] = object() if name == "sigmoid" else next(made_by)
         return done
 
     def _role(self, value: Any) -> str | None:
@@ -105,7 +117,7 @@ def _role_of(name: str, args: Any, roles: list[str | None], result: Tensor) -> s
     if name == "exp":
         return "exp"
     if name == "sigmoid":
-        return "sigmoid" if first == "product" else None
+        return "sigmoid" if first in _SCORES else None
     if name == "sum":
         return "sum" if first == "exp" and result.numel() < args[0].numel() else None
     if name == "reciprocal":

@@ -124,8 +124,69 @@ def _products_of_exponentials(q, k, v):
     return q.exp() @ (k.exp().mT @ v) / k.sum((-1, -2), keepdim=True).exp()
 
 
-@pytest.mark.parametrize("module", [Gated(), Module(_products_of_exponentials)])
+def _closure(x):
+    """A soft adjacency with its powers, as a reading order has them: who is before whom, by way of others."""
+    adjacency = (x @ x.mT / 3).sigmoid() * (1 - torch.eye(x.shape[-2]))
+    adjacency = adjacency / adjacency.sum(-1, keepdim=True).clamp(min=1.0)
+    closure = power = adjacency
+    for _ in range(2):
+        power = 0.5 * (adjacency @ power)
+        closure = closure + power
+    return closure - closure.mT
+
+
+def _powers(q, k, v):
+    return _closure(q)
+
+
+def _common_neighbours(q, k, v):
+    adjacency = (q @ k.mT).sigmoid()
+    return adjacency @ adjacency.mT
+
+
+@pytest.mark.parametrize(
+    "module", [Gated(), *map(Module, (_products_of_exponentials, _powers, _common_neighbours))]
+)
 def test_what_is_no_attention_has_no_owner(module):
     tensors = torch.randn(B, H, T, D), torch.randn(B, H, N, D), torch.randn(B, H, N, DV)
     given = tensors if isinstance(module, Module) else (torch.randn(B * H, T, D),)
     assert not record(module, given, {}).owners
+
+
+def _closure_on_values(q, k, v):
+    return _closure(k) @ v
+
+
+def _closure_at_once_on_values(q, k, v):
+    adjacency = (k @ k.mT).sigmoid().flatten(0, 1)
+    return torch.baddbmm(adjacency, adjacency, adjacency) @ v.flatten(0, 1)
+
+
+def _two_hops(q, k, v):
+    adjacency = (k @ k.mT).sigmoid()
+    return adjacency @ (adjacency @ v)
+
+
+def _gated_values(q, k, v):
+    return (q @ k.mT).sigmoid() @ (v * (k @ k.mT @ v).sigmoid())
+
+
+def _of_sigmoids_alone(q, k, v):
+    x = (k @ k.mT @ v).sigmoid()
+    return (x @ x.mT - 1).sigmoid() @ x
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        _closure_on_values,
+        _closure_at_once_on_values,
+        _two_hops,
+        _gated_values,
+        _of_sigmoids_alone,
+    ],
+)
+def test_sigmoids_that_meet_values_are_attention(function):
+    tensors = torch.randn(B, H, T, D), torch.randn(B, H, N, D), torch.randn(B, H, N, DV)
+    (call,) = record(Module(function), tensors, {}).owners[""]
+    assert call.softmax == (2 if function is _two_hops else 1)

@@ -66,6 +66,12 @@ def repeat(x):
     return x[:, :, None].expand(b, h, HEADS // h, t, d).reshape(b, HEADS, t, d)
 
 
+def powers(relation):
+    """Of a relation [t, t], also what holds by way of one other, and of two."""
+    twice = relation @ relation * 0.5
+    return relation + twice + relation @ twice
+
+
 def softmax_of(scores):
     """An attention that is usual but for what happens to its scores."""
 

@@ -8,7 +8,21 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from spelled import DIM, HEADS, SCALE, WIDTH, Model, Site, causal, flat, heads, inputs, softmax_of, weights_of
+from spelled import (
+    DIM,
+    HEADS,
+    SCALE,
+    WIDTH,
+    Model,
+    Site,
+    causal,
+    flat,
+    heads,
+    inputs,
+    powers,
+    softmax_of,
+    weights_of,
+)
 from torch import nn
 
 import retrofit
@@ -337,6 +351,10 @@ NEAR_MISSES: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: Site(weights_of(lambda site, s: torch.sigmoid(s).masked_fill(~causal(s.shape[-1]), 0) / 8)),
         "the attention weights are a sigmoid of the scores, not a softmax",
     ),
+    "sigmoid attention by way of others": (
+        lambda: Site(weights_of(lambda site, s: powers(torch.sigmoid(s)))),
+        "the attention weights are a sigmoid of the scores, not a softmax",
+    ),
     "softmax over learned codes": (Codebook, "the keys are the same for every row"),
     "a mean by learned scores": (
         Pooled,
@@ -468,6 +486,11 @@ def _kernelised(site, q, k, v, positive=lambda x: F.elu(x) + 1):
     return flat(q @ (k.transpose(2, 3) @ v) / (q @ k.sum(2)[..., None]))
 
 
+def _reading_order(site, q, k, v):
+    q, k, v = heads(q, k, v)
+    return flat(v * powers(torch.sigmoid(q @ k.mT * SCALE)).mean(-1, keepdim=True))
+
+
 NO_SOFTMAX: dict[str, Callable[[], nn.Module]] = {
     "relu attention": lambda: Site(weights_of(lambda site, s: F.relu(s) / s.shape[-1])),
     "linear attention with a kernel": lambda: Site(_kernelised),
@@ -475,6 +498,7 @@ NO_SOFTMAX: dict[str, Callable[[], nn.Module]] = {
         lambda site, q, k, v: _kernelised(site, q, k, v, torch.exp)
     ),
     "a gate": lambda: InParts(torch.sigmoid, lambda gate, x: gate * x @ x.mT @ x),
+    "a relation and its powers": lambda: Site(_reading_order),
     "exponentials alone": lambda: InParts(torch.exp, lambda e, x: e @ x.mT @ x),
 }
 

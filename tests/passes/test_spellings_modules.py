@@ -23,6 +23,7 @@ from spelled import (
     check_round_trip,
     flat,
     inputs,
+    powers,
 )
 from torch import nn
 
@@ -189,6 +190,12 @@ class Gated(nn.Module):
         return self.site(x) * torch.sigmoid(self.gate(x))
 
 
+def _beside_an_order(site, q, k, v):
+    """Attention beside a relation between tokens: a sigmoid whose powers are no sigmoid attention."""
+    order = powers(torch.sigmoid(q.flatten(2) @ k.flatten(2).mT))
+    return causal_sdpa(site, q, k, v) * order.mean(-1, keepdim=True)
+
+
 class Several(nn.Module):
     """Two attentions of different spellings in one forward, and one inside a child of a child."""
 
@@ -328,6 +335,7 @@ SPELLINGS: dict[str, Callable[[], nn.Module]] = {
     "fused grouped heads, part by part": partial(FusedGroups, by_group=False),
     "fused grouped heads, group by group": partial(FusedGroups, by_group=True),
     "a gate behind it": Gated,
+    "powers of a relation beside it": lambda: Site(_beside_an_order),
     "several in one forward": Several,
     **{f"fused q, k and v by {name}": partial(Fused, split) for name, split in FUSED.items()},
 }
