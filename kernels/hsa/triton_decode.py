@@ -28,12 +28,14 @@ from retrofit.kernels.hsa.triton import (
     spread_strides,
     strides,
 )
-from retrofit.kernels.hsa.triton_call import CALLS, Call, power
+from retrofit.kernels.hsa.triton_call import CALLS, Call, padded, power
 from retrofit.kernels.hsa.triton_choose import settle
 from retrofit.kernels.hsa.triton_select import WHOLE
 from retrofit.kernels.hsa.triton_vote import vote_parts
 from retrofit.kernels.pyramid import triton as pyramid
 
+FEWEST_ROWS = 64
+"""Queries times heads in a product, at least."""
 MOST_PARTS = 16
 """Parts of what a query sees, at most."""
 
@@ -103,10 +105,12 @@ def _choose(
     pairs = -(-g.leaf_width // (2 * g.fanout))
     each = -(-pairs // _parts(call, q.device, tiles, pairs))
     votes, lists = call.empty_votes(tiles, q.device), call.empty_lists(q.device)
-    vote_parts[(call.blocks, call.rows, -(-pairs // each))](
+    constants = _scoring(call)
+    halves = g.query_block // constants["PLACES"]
+    vote_parts[(call.blocks * halves, call.rows, -(-pairs // each))](
         q, k, nodes, spreads, sinks, start, length, spans, votes, *strides(q, k), *nodes.stride()[:2],
         *spread_strides(spreads), *call.extent, call.total_blocks, nodes.shape[2] // g.nodes_in_span(0), each,
-        scale, g.spread, **scoring(call),
+        scale, g.spread, **constants,
     )  # fmt: skip
     settle[(tiles,)](
         start, length, spans, choices, votes, *lists, *call.extent, call.total_blocks, 0, g.least_vote(call.votes),
@@ -143,6 +147,15 @@ def _attend(
         ROWS=constants["ROWS"], PARTS=split, LAYOUT=call.layout, **call.values, num_warps=4,
     )  # fmt: skip
     return out
+
+
+@lru_cache(CALLS)
+def _scoring(call: Call) -> dict[str, Any]:
+    """Constants of the kernel that votes, for tiles of fewer places than a query block has."""
+    constants = dict(scoring(call))
+    places = min(call.geometry.query_block, max(8, FEWEST_ROWS // constants["HEADS"]))
+    tile = call.settings.vote[call.bytes, padded(call.dim)]
+    return {**constants, "PLACES": places, **tile.options(constants["HEADS"] * places)}
 
 
 @lru_cache(CALLS)

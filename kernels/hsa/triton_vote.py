@@ -30,12 +30,12 @@ def place_and_head(row, HEADS: tl.constexpr):
 
 
 @triton.jit
-def best_head(x, QUERY_BLOCK: tl.constexpr, HEADS: tl.constexpr, LEAVES: tl.constexpr):
-    """The highest of the heads of each query: x [ROWS, LEAVES] → [QUERY_BLOCK, LEAVES]."""
+def best_head(x, PLACES: tl.constexpr, HEADS: tl.constexpr, LEAVES: tl.constexpr):
+    """The highest of the heads of each query: x [ROWS, LEAVES] → [PLACES, LEAVES]."""
     LOW: tl.constexpr = HEADS // 2 if HEADS > 1 else 1
     HIGH: tl.constexpr = 2 if HEADS > 1 else 1
-    x = tl.max(tl.reshape(x, [QUERY_BLOCK * LOW // 8, HIGH, 8, LEAVES]), 1)
-    x = tl.max(tl.reshape(x, [QUERY_BLOCK, LOW, LEAVES]), 1)
+    x = tl.max(tl.reshape(x, [PLACES * LOW // 8, HIGH, 8, LEAVES]), 1)
+    x = tl.max(tl.reshape(x, [PLACES, LOW, LEAVES]), 1)
     return x
 
 
@@ -102,21 +102,22 @@ def node_rows(span, leaf, node, leaves, FANOUT: tl.constexpr, PER_LEAF: tl.const
 
 @triton.jit
 def vote_spans(
-    q, k, nodes, spreads, sinks, shift, kept, held, b, h, t0, low, high, offset, begin, from_pair, to_pair,
+    q, k, nodes, spreads, sinks, shift, kept, held, b, h, t0, begin_place, low, high, offset, begin, from_pair, to_pair,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_nb, stride_nh, stride_sb, stride_sh,
     tokens, leaves, scale, spread,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
     WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr, FANOUT: tl.constexpr, PER_LEAF: tl.constexpr,
-    BEAM: tl.constexpr, QUERY_BLOCK: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr,
-    KEYS: tl.constexpr, PRECISION: tl.constexpr, STEPS: tl.constexpr, MOST: tl.constexpr, REACH: tl.constexpr,
+    BEAM: tl.constexpr, QUERY_BLOCK: tl.constexpr, PLACES: tl.constexpr, WIDTH: tl.constexpr,
+    WIDTH_PAD: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr, STEPS: tl.constexpr, MOST: tl.constexpr,
+    REACH: tl.constexpr,
 ):  # fmt: skip
-    """Votes of the queries of the block at t0 for the leaves of its spans, from one pair of spans to another.
+    """Votes of PLACES queries of the block at t0 for the leaves of its spans, from one pair of spans to another.
 
     Writes them to ``held`` [QUERY_BLOCK, WIDTH_PAD + FANOUT], integers, and the highest scores among sinks and window
     to ``shift`` [B, Hq, T]. Spans are those in ``kept`` and then those of the cover's edge. HEADS of the group's
     heads meet the nodes of two spans in one product.
     """
-    ROWS: tl.constexpr = HEADS * QUERY_BLOCK
+    ROWS: tl.constexpr = HEADS * PLACES
     STRIDE: tl.constexpr = WIDTH_PAD + FANOUT
     LEAVES: tl.constexpr = 2 * FANOUT
     EDGE_SPANS: tl.constexpr = (WIDTH - BEAM * FANOUT + FANOUT - 1) // FANOUT
@@ -130,7 +131,7 @@ def vote_spans(
     column_node = column // (4 * PAIR) % (PER_LEAF // PAIR) * PAIR + column % PAIR
     leaf = tl.arange(0, LEAVES)
     node = tl.arange(0, PER_LEAF)
-    place = tl.arange(0, QUERY_BLOCK)
+    place = begin_place + tl.arange(0, PLACES)
     factor = scale * LOG2E
     base = nodes + b * stride_nb + h * stride_nh
     keys = k + b * stride_kb + h * stride_kh + begin.to(tl.int64) * stride_kt
@@ -139,7 +140,7 @@ def vote_spans(
     for h0 in range(0, GROUP, HEADS):
         row_place, row_head = place_and_head(row, HEADS)
         head = h * GROUP + h0 + row_head
-        t = t0 + row_place
+        t = t0 + begin_place + row_place
         at = (t + offset).to(tl.int64)
         new = (t >= low) & (t < high) & (head < (h + 1) * GROUP)
         at_q = b * stride_qb + head * stride_qh + at * stride_qt
@@ -179,7 +180,7 @@ def vote_spans(
                 )
             best = tl.max(tl.reshape(s, [ROWS, LEAVES // 4, PER_LEAF // PAIR, 4, PAIR]), 4)
             best = tl.reshape(tl.max(best, 2), [ROWS, LEAVES])
-            weight = best_head(best * (factor * STEPS) - near[:, None], QUERY_BLOCK, HEADS, LEAVES)
+            weight = best_head(best * (factor * STEPS) - near[:, None], PLACES, HEADS, LEAVES)
             vote = rounded(tl.minimum(tl.maximum(weight, -MOST), MOST))
             at_leaf = tl.where(j + leaf // FANOUT >= used, BEAM - used, 0) * FANOUT + j * FANOUT + leaf
             to = held + place[:, None] * STRIDE + at_leaf[None]
@@ -227,11 +228,11 @@ def vote(
             vote_spans(
                 q, k, nodes, spreads, sinks, shift, spans + (bh * total_blocks + number) * BEAM,
                 votes + (tile - first).to(tl.int64) * (QUERY_BLOCK * (WIDTH_PAD + FANOUT)),
-                b, h, t0, low, high, offset, begin, 0, WIDTH,
+                b, h, t0, 0, low, high, offset, begin, 0, WIDTH,
                 stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_nb, stride_nh,
                 stride_sb, stride_sh, tokens, leaves, scale, spread,
                 KV_HEADS, GROUP, HEADS, DIM, DIM_PAD, WINDOW, SINK, BLOCK, FANOUT, PER_LEAF, BEAM, QUERY_BLOCK,
-                WIDTH, WIDTH_PAD, KEYS, PRECISION, STEPS, MOST, REACH,
+                QUERY_BLOCK, WIDTH, WIDTH_PAD, KEYS, PRECISION, STEPS, MOST, REACH,
             )  # fmt: skip
 
 
@@ -245,23 +246,27 @@ def vote_parts(
     FANOUT: tl.constexpr, PER_LEAF: tl.constexpr, BEAM: tl.constexpr, QUERY_BLOCK: tl.constexpr,
     DENSE_END: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr,
     KEYS: tl.constexpr, PRECISION: tl.constexpr, STEPS: tl.constexpr, MOST: tl.constexpr,
-    REACH: tl.constexpr, LAYOUT: tl.constexpr,
+    REACH: tl.constexpr, LAYOUT: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
-    """As ``vote`` for all blocks; each program votes for ``pairs`` pairs of spans of one block."""
-    i = tl.program_id(0)
+    """As ``vote`` for all blocks; each program has PLACES queries of one block vote for ``pairs`` pairs of its spans,
+    if any of them is new."""
+    PARTS: tl.constexpr = QUERY_BLOCK // PLACES
+    i = tl.program_id(0) // PARTS
+    begin_place = tl.program_id(0) % PARTS * PLACES
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // KV_HEADS, bh % KV_HEADS
     low, high, offset, begin = row_range(start, length, slots, tokens, b, LAYOUT)
     number = low // QUERY_BLOCK + i
     t0 = number * QUERY_BLOCK
-    if (t0 + QUERY_BLOCK > DENSE_END) & (t0 < high):
+    here = t0 + begin_place
+    if (t0 + QUERY_BLOCK > DENSE_END) & (here < high) & (here + PLACES > low):
         from_pair = tl.program_id(2) * pairs
         vote_spans(
             q, k, nodes, spreads, sinks, None, spans + (bh * total_blocks + number) * BEAM,
             votes + (bh * blocks + i) * (QUERY_BLOCK * (WIDTH_PAD + FANOUT)),
-            b, h, t0, low, high, offset, begin, from_pair, from_pair + pairs,
+            b, h, t0, begin_place, low, high, offset, begin, from_pair, from_pair + pairs,
             stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_nb, stride_nh,
             stride_sb, stride_sh, tokens, leaves, scale, spread,
             KV_HEADS, GROUP, HEADS, DIM, DIM_PAD, WINDOW, SINK, BLOCK, FANOUT, PER_LEAF, BEAM, QUERY_BLOCK,
-            WIDTH, WIDTH_PAD, KEYS, PRECISION, STEPS, MOST, REACH,
+            PLACES, WIDTH, WIDTH_PAD, KEYS, PRECISION, STEPS, MOST, REACH,
         )  # fmt: skip
