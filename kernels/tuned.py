@@ -86,6 +86,7 @@ class Settings:
         coarse: HSA's ``top_scores`` (rows) and ``refine``.
         vote: HSA's ``vote`` and ``vote_parts``, which have to see the same numbers.
         attend: ``attend_listed`` and ``attend_run``.
+        attend_by_roles: The kernel of this name, for heads of 128 dims in half precision; None if this is not for it.
         attend_parts: Attention of decoding; the rows are its least.
         query_gradients: HSA's kernel of this name.
         key_gradients: HSA's kernel of this name; its keys are those of a tile.
@@ -100,6 +101,7 @@ class Settings:
     coarse: Tiles
     vote: Tiles
     attend: Tiles
+    attend_by_roles: Tile | None
     attend_parts: Tiles
     query_gradients: Tiles
     key_gradients: Tiles
@@ -141,6 +143,7 @@ SM_90 = Settings(
             (4, 256): Tile(64, 32, 8, 2, 128, few=(4, 2)),
         }
     ),
+    attend_by_roles=Tile(128, 64, 4, 5),
     attend_parts=tiles(
         {
             (2, 128): Tile(16, 64, 4, 3),
@@ -202,6 +205,7 @@ SM_80 = replace(
     SM_90,
     measured=None,
     coarse=tiles({(2, 256): Tile(64, 64, 4, 3), (4, 64): Tile(64, 64, 4, 3), (4, 256): Tile(16, 64, 4, 1)}),
+    attend_by_roles=None,
     vote=tiles(
         {
             (2, 128): Tile(128, 64, 8, 2, few=(4, 2)),

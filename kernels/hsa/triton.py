@@ -3,7 +3,7 @@
     top_scores, refine, keep   per level, from the top down  →  spans
     vote                       spans                         →  votes for leaves, shift
     settle                     votes                         →  choices, and the list of what each block executes
-    attend_listed, attend_run  list                          →  out, lse
+    attend_listed, attend_run  list                          →  out, lse; on Hopper attend_by_roles for the first
 
 Nothing is read back from the device, and every buffer's size follows from shapes: a call can be captured in a
 CUDA graph.
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from retrofit.kernels.dense import fused as dense
+from retrofit.kernels.hsa import hopper
 from retrofit.kernels.hsa import triton_execute as execute
 from retrofit.kernels.hsa import triton_select as select
 from retrofit.kernels.hsa.geometry import Geometry
@@ -118,17 +119,23 @@ def hsa_attention(
     lse = make(q.shape[:3], dtype=torch.float32, device=q.device)
     lists = start, start, length  # not read where nothing is sparse
     tiles = call.tiles[0] * call.tiles[1]
-    todo = (torch.zeros if call.is_dense else torch.empty)(1 + tiles, dtype=torch.int32, device=q.device)
+    room = 1 + hopper.GROUPS * tiles
+    todo = (torch.zeros if call.is_dense else torch.empty)(room, dtype=torch.int32, device=q.device)
     if not call.is_dense:
         nodes = [x.contiguous() for x in nodes]
         keep_spans(call, q, nodes, start, length, spans, scale, fresh=fresh)
         shift, lists = _choose_leaves(
             call, q, k, nodes[0], spreads, sinks, start, length, spans, choices, todo, scale, fresh=fresh
         )
-        execute.attend_listed[call.tiles](
-            q, k, v, sinks, start, length, *lists, shift, todo, out, lse, *strides(q, k, v), *call.extent,
-            scale, LARGEST_SUM[q.dtype], **_execution(call),
-        )  # fmt: skip
+        limit = LARGEST_SUM[q.dtype]
+        if hopper.can_attend(call, q, k, v):
+            ordered, _shares, counts = lists
+            hopper.attend_listed(call, q, k, v, sinks, ordered, counts, shift, todo, out, lse, scale, limit)
+        else:
+            execute.attend_listed[call.tiles](
+                q, k, v, sinks, start, length, *lists, shift, todo, out, lse, *strides(q, k, v), *call.extent,
+                scale, limit, **_execution(call),
+            )  # fmt: skip
     if fused:
         end = geometry.dense_end
         before = dense.attend(q[:, :, :end], k[:, :, :end], v[:, :, :end], scale)

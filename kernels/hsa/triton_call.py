@@ -112,6 +112,18 @@ class Call:
         return self.blocks, -(-self.group // heads) * self.rows
 
     @cached_property
+    def roles(self) -> Tile | None:
+        """The tile of ``attend_by_roles``; None if this GPU does not have it, or it cannot do calls of these sizes."""
+        tile, block = self.settings.attend_by_roles, self.geometry.block
+        if tile is None or self.layout != WHOLE.value or self.sliding_window:
+            return None
+        if (self.bytes, self.dim, self.value_dim) != (2, 128, 128) or block < 16 or tile.keys % block:
+            return None
+        if self.heads_per_tile(tile.rows) * self.geometry.query_block != tile.rows:
+            return None
+        return tile
+
+    @cached_property
     def votes(self) -> Votes:
         """How finely votes are counted."""
         return Votes.of(torch.float32 if self.bytes == 4 else torch.bfloat16)

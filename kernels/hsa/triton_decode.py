@@ -2,8 +2,8 @@
 
     k, v  →  nodes, spreads of what the tokens complete  →  spans  →  votes  →  choices, lists  →  out
 
-The work on one token is spread over many programs. Its votes are those of ``triton.hsa_attention`` to the bit: products
-have the same shape.
+The work on one token is spread over many programs. Its votes are those of ``triton.hsa_attention`` to the bit: rows of a
+product do not depend on how many there are.
 
 Nothing is read back from the device. Where tokens end is read there as well, if the call says ``ending``: it can be
 captured in a CUDA graph and replayed after new tokens have been written and ``length`` has been raised.

@@ -136,7 +136,10 @@ def case(capability: tuple[int, int], dtype: str, dim: int, *marks: pytest.MarkD
 def test_every_kernel_compiles_and_fits(capability: tuple[int, int], dtype: str, dim: int) -> None:
     launched = compiled(capability, dtype, dim)
     names = {part: {kernel for of, kernel, *_ in launched if of == part} for part in KERNELS}
-    assert names == KERNELS
+    expected = dict(KERNELS)
+    if tuned.ROWS[capability].attend_by_roles and dim == 128 and dtype != "float32":
+        expected["hsa"] = KERNELS["hsa"] - {"attend_listed"} | {"attend_by_roles"}
+    assert names == expected
     for part, kernel, shared, columns in launched:
         assert shared <= SHARED[capability] * 1024, f"{kernel} of {part}"
         assert columns <= TENSOR_COLUMNS, f"{kernel} of {part}"

@@ -16,6 +16,7 @@ from retrofit.kernels.hsa.geometry import FADE, Geometry
 pytest.importorskip("triton")
 
 from retrofit.kernels import tuned
+from retrofit.kernels.hsa import hopper
 from retrofit.kernels.hsa.triton_call import Call
 
 DEFAULT = Geometry(
@@ -92,9 +93,9 @@ def test_no_block_that_begins_at_a_level_is_left_out(slots: int, tokens: int, le
 
 
 def outweighed(case: Any) -> Any:
-    """The case with a key, behind the sinks, of more weight than a float holds beside the others."""
+    """The case with a key, four behind the sinks, of more weight than a float holds beside the others."""
     q, k = case.q.clone(), case.k.clone()
-    q[..., 0], k[:, :, 12, 0] = 10, 60
+    q[..., 0], k[:, :, case.geometry.sink + 4, 0] = 10, 60
     return replace(case, q=q, k=k)
 
 
@@ -103,7 +104,8 @@ def test_interpreted_rows_beyond_the_range_are_done_again(build: Callable[..., A
     case = outweighed(build(110, heads=2, kv_heads=1))
     actual, expected = both(case)
     torch.testing.assert_close(actual.out, expected.out, rtol=1e-5, atol=1e-5)
-    assert (actual.out[:, :, 80:] - case.v[:, :, 12:13]).abs().max() < 1e-5
+    at = case.geometry.sink + 4
+    assert (actual.out[:, :, 80:] - case.v[:, :, at : at + 1]).abs().max() < 1e-5
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
@@ -197,8 +199,45 @@ def test_on_a_gpu_equals_blocked(
 def test_on_a_gpu_rows_beyond_the_range_are_done_again(build: Callable[..., Any], dtype: torch.dtype) -> None:
     case = outweighed(replace(build(1500, dim=64), geometry=DEFAULT)).to("cuda", dtype)
     out = case.run().out[:, :, 900:]
-    value = case.v.repeat_interleave(2, 1)[:, :, 12:13]
-    assert (out - value).abs().max() < 1e-2
+    at = DEFAULT.sink + 4
+    value = case.v.repeat_interleave(2, 1)[:, :, at : at + 1]
+    torch.testing.assert_close(out, value.expand_as(out), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("inputs", "sizes"),
+    [
+        ({"heads": 8}, {}),
+        ({"heads": 3, "kv_heads": 1, "tokens": 2049, "sinks": 1.0}, {}),
+        ({"heads": 8, "kv_heads": 1, "batch": 2}, {"block": 16}),
+        ({"heads": 4}, {"query_block": 64, "block": 64, "node": 8, "sink": 64}),
+        ({"heads": 16, "tokens": 1801}, {"query_block": 16}),
+        ({"heads": 4, "kv_heads": 1}, {"window": 64, "budget": 512}),
+    ],
+    ids=["llama", "group of 3, sinks", "group of 8, small leaves", "group of 2", "small blocks", "window"],
+)
+def test_roles_on_a_gpu_change_a_rounding_at_most(
+    build: Callable[..., Any], inputs: dict[str, Any], sizes: dict[str, int], dtype: torch.dtype
+) -> None:
+    case = build(**{"tokens": 2500, "dim": 128, **inputs})
+    case = replace(case, geometry=replace(DEFAULT, **sizes), padded=False).to("cuda", dtype)
+    by_token = {name: getattr(case, name).transpose(1, 2).contiguous().transpose(1, 2) for name in "qkv"}
+    own = tuned.settings(case.q.device)
+    if not own.attend_by_roles:
+        pytest.skip("is for Hopper")
+    for varied in (case, replace(case, **by_token), outweighed(case)):
+        call = Call.of(varied.q, varied.k, varied.v, varied.geometry, sliding_window=0, padded=False)
+        assert hopper.can_attend(call, varied.q, varied.k, varied.v)
+        found = []
+        for row in (own, replace(own, attend_by_roles=None)):
+            with tuned.using(case.q.device, row):
+                cuts = [1100, 1101, case.tokens - 40]
+                found.append((varied.run().out, varied.run_in_chunks(cuts).out))
+        for actual, expected in zip(*found, strict=True):
+            torch.testing.assert_close(actual, expected, rtol=torch.finfo(dtype).eps, atol=1e-7)
+            assert (actual == expected).float().mean() > 0.99
 
 
 @pytest.mark.gpu

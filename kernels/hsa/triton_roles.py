@@ -1,0 +1,323 @@
+"""Attention of sparse tiles on Hopper, where warps have roles.
+
+    fetch     list                        →  queries of a tile; keys and values of one step after another, ahead of use
+    attend    rows of half a tile, those  →  out, lse
+
+What it computes is what ``attend_listed`` of ``triton_execute`` does, up to the last rounding. One warp fetches, and two groups of
+four warps attend, each to HALF rows of a tile: while the values of a step are added, the scores of the next one are
+computed and weighed. Programs take one tile after another.
+
+Fetched operands stand in a ring: keys of step n in slot 2n, its values in slot 2n + 1. Of each slot, ``full`` says that
+its operand is there, and ``empty`` that both groups have done with it; their last element is for the queries.
+
+This is Gluon, the language below Triton, which has no interpreter.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia import hopper
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+from retrofit.kernels.launch import Kernel
+
+LOG2E = gl.constexpr(1.4426950408889634)
+HALF = gl.constexpr(64)
+"""Rows of a group of warps."""
+SLAB = gl.constexpr(64)
+"""Dims that one copy brings: 128 bytes, within which rows are swizzled."""
+SWIZZLED = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
+
+# Triton 3.7 and later have new names.
+copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+REINTERPRETS = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
+
+
+@gluon.jit
+def tile_at(
+    w, slots, tokens, blocks,
+    KV_HEADS: gl.constexpr, GROUP: gl.constexpr, HEADS: gl.constexpr, QUERY_BLOCK: gl.constexpr,
+):  # fmt: skip
+    """(batch row, kv head, first head, position of the first row, number of the query block among all) of tile w."""
+    PARTS: gl.constexpr = (GROUP + HEADS - 1) // HEADS
+    i, part = w % blocks, w // blocks
+    bh = part // PARTS
+    h = bh % KV_HEADS
+    t0 = ((slots - tokens) // QUERY_BLOCK + i) * QUERY_BLOCK
+    return bh // KV_HEADS, h, h * GROUP + part % PARTS * HEADS, t0, bh.to(gl.int64) * blocks + i
+
+
+@gluon.jit
+def window_ends(
+    t0, WINDOW: gl.constexpr, SINK: gl.constexpr, BLOCK: gl.constexpr, QUERY_BLOCK: gl.constexpr,
+):  # fmt: skip
+    """(first block of the window's right end, blocks of it, first block of its left end, blocks of both)."""
+    first = gl.maximum(gl.maximum(t0 + 1 - WINDOW, 0) // BLOCK, SINK // BLOCK)
+    last = gl.maximum(gl.maximum(t0 + QUERY_BLOCK - WINDOW, 0) // BLOCK, SINK // BLOCK)
+    whole = gl.maximum(last, t0 // BLOCK)
+    right = (t0 + QUERY_BLOCK + BLOCK - 1) // BLOCK - whole
+    return whole, right, first, right + last - first
+
+
+@gluon.jit
+def edge_block(e, whole, right, first, edges, beyond):
+    """Number of block e of the window's ends; ``beyond`` all keys if there is none."""
+    return gl.where(e < edges, gl.where(e < right, whole + e, first + e - right), beyond)
+
+
+@gluon.jit
+def entries(listed, LEAVES: gl.constexpr):
+    """LEAVES entries of a list, as a tuple."""
+    if LEAVES == 1:
+        return (gl.load(listed),)
+    elif LEAVES == 2:
+        return gl.load(listed), gl.load(listed + 1)
+    else:
+        return gl.load(listed), gl.load(listed + 1), gl.load(listed + 2), gl.load(listed + 3)
+
+
+@gluon.jit
+def matrices(pieces, ROWS: gl.constexpr, DIM: gl.constexpr):
+    """What copies have brought as [..., ROWS, DIM]."""
+    SHAPE: gl.constexpr = [pieces.numel // (ROWS * DIM), ROWS, DIM]
+    if REINTERPRETS:
+        return pieces.reinterpret(pieces.dtype, SHAPE, SWIZZLED)
+    else:
+        return pieces._reinterpret(pieces.dtype, SHAPE, SWIZZLED)
+
+
+@gluon.jit
+def fetch(
+    desc_q, desc_k, desc_v, queries, ring, full, empty, ordered, counts, slots, tokens, blocks, tiles,
+    KV_HEADS: gl.constexpr, GROUP: gl.constexpr, HEADS: gl.constexpr, DIM: gl.constexpr, WINDOW: gl.constexpr,
+    SINK: gl.constexpr, BLOCK: gl.constexpr, QUERY_BLOCK: gl.constexpr, DENSE_END: gl.constexpr,
+    LIST: gl.constexpr, KEYS: gl.constexpr, SLOTS: gl.constexpr,
+):  # fmt: skip
+    """The role of the warp that fetches."""
+    LEAVES: gl.constexpr = KEYS // BLOCK
+    SLABS: gl.constexpr = DIM // SLAB
+    beyond = (slots + BLOCK - 1) // BLOCK
+    n, seen_tiles = 0, 0
+    for w in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        b, h, head, t0, number = tile_at(w, slots, tokens, blocks, KV_HEADS, GROUP, HEADS, QUERY_BLOCK)
+        if (t0 < slots) & (t0 + QUERY_BLOCK > DENSE_END):
+            whole, right, first, edges = window_ends(t0, WINDOW, SINK, BLOCK, QUERY_BLOCK)
+            listed = ordered + number * LIST
+            following = entries(listed, LEAVES)
+            most = gl.load(counts + number * QUERY_BLOCK + QUERY_BLOCK - 1)
+            from_list = (most + LEAVES - 1) // LEAVES
+            mbarrier.wait(empty.index(SLOTS), seen_tiles & 1 ^ 1)
+            mbarrier.expect(full.index(SLOTS), HEADS * QUERY_BLOCK * DIM * 2)
+            for d in gl.static_range(SLABS):
+                copy(desc_q, [b, head, t0 - (slots - tokens), d * SLAB], full.index(SLOTS), queries.index(d))
+            seen_tiles += 1
+            for step in range(0, from_list + (edges + LEAVES - 1) // LEAVES):
+                own = following
+                following = entries(
+                    listed + gl.minimum(step + 1, gl.maximum(from_list - 1, 0)) * LEAVES, LEAVES
+                )
+                for which in gl.static_range(2):
+                    slot = n % SLOTS
+                    mbarrier.wait(empty.index(slot), n // SLOTS & 1 ^ 1)
+                    mbarrier.expect(full.index(slot), KEYS * DIM * 2)
+                    for u in gl.static_range(LEAVES):
+                        edge = edge_block((step - from_list) * LEAVES + u, whole, right, first, edges, beyond)
+                        at = gl.where(step < from_list, own[u], edge) * BLOCK
+                        for d in gl.static_range(SLABS):
+                            copy(
+                                desc_v if which else desc_k, [b, h, at, d * SLAB],
+                                full.index(slot), ring.index((slot * SLABS + d) * LEAVES + u),
+                            )  # fmt: skip
+                    n += 1
+
+
+@gluon.jit
+def attend(
+    SHARE: gl.constexpr, sinks, counts, shift, todo, out, lse, queries, ring, full, empty,
+    slots, tokens, blocks, tiles, scale, limit,
+    KV_HEADS: gl.constexpr, GROUP: gl.constexpr, HEADS: gl.constexpr, DIM: gl.constexpr, WINDOW: gl.constexpr,
+    SINK: gl.constexpr, BLOCK: gl.constexpr, QUERY_BLOCK: gl.constexpr, DENSE_END: gl.constexpr,
+    KEYS: gl.constexpr, SLOTS: gl.constexpr,
+):  # fmt: skip
+    """The role of a group of warps that attends, to the SHARE-th HALF of a tile's rows."""
+    LEAVES: gl.constexpr = KEYS // BLOCK
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
+    ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
+    dtype: gl.constexpr = out.dtype.element_ty
+    row = SHARE * HALF + gl.arange(0, HALF, ROWS)
+    place = row % QUERY_BLOCK
+    column = gl.arange(0, KEYS, gl.SliceLayout(0, SCORES))
+    dim = gl.arange(0, DIM, gl.SliceLayout(0, SUMS))
+    low = slots - tokens
+    beyond = (slots + BLOCK - 1) // BLOCK
+    factor = scale * LOG2E
+    n, seen_tiles = 0, 0
+    for w in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        b, h, head0, t0, number = tile_at(w, slots, tokens, blocks, KV_HEADS, GROUP, HEADS, QUERY_BLOCK)
+        if (t0 < slots) & (t0 + QUERY_BLOCK > DENSE_END):
+            whole, right, first, edges = window_ends(t0, WINDOW, SINK, BLOCK, QUERY_BLOCK)
+            head, t = head0 + row // QUERY_BLOCK, t0 + place
+            new = (t >= low) & (t < slots) & (head < (h + 1) * GROUP)
+            at = (b.to(gl.int64) * KV_HEADS * GROUP + head) * tokens + t - low
+            top = gl.load(shift + at, mask=new, other=0.0)
+            seen = gl.load(counts + number * QUERY_BLOCK + place)
+            most = gl.load(counts + number * QUERY_BLOCK + QUERY_BLOCK - 1)
+            from_list = (most + LEAVES - 1) // LEAVES
+            from_ = gl.maximum(t + 1 - WINDOW, 0) // BLOCK * BLOCK
+            mbarrier.wait(full.index(SLOTS), seen_tiles & 1)
+            x = matrices(queries, HEADS * QUERY_BLOCK, DIM).index(0).slice(SHARE * HALF, HALF)
+            x = x.load(gl.DotOperandLayout(0, SCORES, 2))
+            mbarrier.arrive(empty.index(SLOTS))
+            seen_tiles += 1
+
+            # The first step has no values to add meanwhile.
+            s = begin_scores(x, gl.zeros([HALF, KEYS], gl.float32, SCORES), ring, full, n, DIM, KEYS, SLOTS)
+            s = hopper.warpgroup_mma_wait(0, deps=[s])
+            mbarrier.arrive(empty.index(n % SLOTS))
+            if from_list > 0:
+                p = weigh_listed(s, 0, seen, top, factor, column, BLOCK, KEYS)
+            else:
+                p = weigh_edge(s, 0, t, from_, top, factor, column, whole, right, first, edges, beyond, BLOCK)
+            total = partial_sums(p)
+            p = gl.convert_layout(p.to(dtype), WEIGHTS)
+            acc = gl.zeros([HALF, DIM], gl.float32, SUMS)
+            for step in range(1, from_list):
+                n += 2
+                s, acc = products(x, p, s, acc, ring, full, empty, n, DIM, KEYS, SLOTS)
+                y = weigh_listed(s, step * LEAVES, seen, top, factor, column, BLOCK, KEYS)
+                total += partial_sums(y)
+                acc, p = finish(acc, p, gl.convert_layout(y.to(dtype), WEIGHTS), empty, n, SLOTS)
+            for step in range(gl.maximum(from_list, 1), from_list + (edges + LEAVES - 1) // LEAVES):
+                n += 2
+                s, acc = products(x, p, s, acc, ring, full, empty, n, DIM, KEYS, SLOTS)
+                e = (step - from_list) * LEAVES
+                y = weigh_edge(s, e, t, from_, top, factor, column, whole, right, first, edges, beyond, BLOCK)
+                total += partial_sums(y)
+                acc, p = finish(acc, p, gl.convert_layout(y.to(dtype), WEIGHTS), empty, n, SLOTS)
+            n += 2
+            acc = begin_values(p, acc, ring, full, n - 1, DIM, KEYS, SLOTS)
+            acc, p = finish(acc, p, p, empty, n, SLOTS)
+
+            sums = gl.convert_layout(gl.sum(total, 1), ROWS)
+            fits = sums <= limit
+            if sinks is not None:
+                sink = gl.load(sinks + head, mask=new, other=0.0).to(gl.float32) * LOG2E
+                sums += gl.exp2(sink - top)
+                fits &= sums < float("inf")
+            gl.store(lse + at, gl.where(fits, (top + gl.log2(sums)) / LOG2E, float("nan")), mask=new)
+            at = ((b.to(gl.int64) * tokens + t - low) * (KV_HEADS * GROUP) + head) * DIM
+            at = gl.convert_layout(gl.where(new, at, -1), gl.SliceLayout(1, SUMS))
+            share = gl.convert_layout(1.0 / sums, gl.SliceLayout(1, SUMS))
+            gl.store(out + at[:, None] + dim[None], (acc * share[:, None]).to(dtype), mask=(at >= 0)[:, None])
+            if gl.max((new & (fits == 0)).to(gl.int32), 0) > 0:
+                gl.store(todo + 1 + gl.atomic_add(todo, 1), w)
+
+
+@gluon.jit
+def weigh_listed(s, u, seen, top, factor, column, BLOCK: gl.constexpr, KEYS: gl.constexpr):
+    """Weights of scores s [HALF, KEYS] for the blocks u, u + 1, … of the list, of which rows see ``seen``."""
+    added = gl.where(u < seen, -top, -float("inf"))[:, None]
+    for v in gl.static_range(1, KEYS // BLOCK):
+        own = gl.where(u + v < seen, -top, -float("inf"))
+        added = gl.where((column // BLOCK == v)[None], own[:, None], added)
+    return gl.exp2(s * factor + added)
+
+
+@gluon.jit
+def weigh_edge(s, e, t, from_, top, factor, column, whole, right, first, edges, beyond, BLOCK: gl.constexpr):
+    """Weights of scores s [HALF, KEYS] for the blocks e, e + 1, … of the window's ends; rows at t see keys from
+    ``from_`` on."""
+    j = edge_block(e + column // BLOCK, whole, right, first, edges, beyond) * BLOCK + column % BLOCK
+    visible = (j[None] <= t[:, None]) & (j[None] >= from_[:, None])
+    return gl.where(visible, gl.exp2(s * factor - top[:, None]), 0.0)
+
+
+@gluon.jit
+def partial_sums(p):
+    """Sums of rows in 8 columns, which need not be joined in every step."""
+    return gl.sum(gl.reshape(p, [p.shape[0], p.shape[1] // 8, 8]), 1)
+
+
+@gluon.jit
+def begin_scores(x, s, ring, full, n, DIM: gl.constexpr, KEYS: gl.constexpr, SLOTS: gl.constexpr):
+    """Begins the product of queries with the keys in place n of the ring; takes the registers of s."""
+    mbarrier.wait(full.index(n % SLOTS), n // SLOTS & 1)
+    keys = matrices(ring, KEYS, DIM).index(n % SLOTS).permute((1, 0))
+    return hopper.warpgroup_mma(x, keys, s, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def begin_values(p, acc, ring, full, n, DIM: gl.constexpr, KEYS: gl.constexpr, SLOTS: gl.constexpr):
+    """Begins to add the product of weights with the values in place n of the ring."""
+    mbarrier.wait(full.index(n % SLOTS), n // SLOTS & 1)
+    return hopper.warpgroup_mma(p, matrices(ring, KEYS, DIM).index(n % SLOTS), acc, is_async=True)
+
+
+@gluon.jit
+def products(x, p, s, acc, ring, full, empty, n, DIM: gl.constexpr, KEYS: gl.constexpr, SLOTS: gl.constexpr):
+    """Begins the scores of the keys in place n and to add the values before them; waits for the scores."""
+    s = begin_scores(x, s, ring, full, n, DIM, KEYS, SLOTS)
+    acc = begin_values(p, acc, ring, full, n - 1, DIM, KEYS, SLOTS)
+    s = hopper.warpgroup_mma_wait(1, deps=[s])
+    mbarrier.arrive(empty.index(n % SLOTS))
+    return s, acc
+
+
+@gluon.jit
+def finish(acc, p, following, empty, n, SLOTS: gl.constexpr):
+    """Waits until the values before place n are added with weights p; returns the sum, and the weights that follow."""
+    acc, _p, following = hopper.warpgroup_mma_wait(0, deps=[acc, p, following])
+    mbarrier.arrive(empty.index((n - 1) % SLOTS))
+    return acc, following
+
+
+@Kernel
+@gluon.jit(do_not_specialize=["slots", "tokens", "blocks", "tiles"])
+def attend_by_roles(
+    desc_q, desc_k, desc_v, sinks, ordered, counts, shift, todo, out, lse,
+    slots, tokens, blocks, tiles, scale, limit,
+    KV_HEADS: gl.constexpr, GROUP: gl.constexpr, HEADS: gl.constexpr, DIM: gl.constexpr, WINDOW: gl.constexpr,
+    SINK: gl.constexpr, BLOCK: gl.constexpr, QUERY_BLOCK: gl.constexpr, DENSE_END: gl.constexpr,
+    LIST: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Writes ``out`` [B, T, Hq, DIM] and ``lse`` [B, Hq, T] of sparse tiles, as ``attend_listed`` does.
+
+    Rows have all slots, and the queries are the last tokens. The descriptors' blocks are [1, HEADS, QUERY_BLOCK, SLAB] of
+    q and [1, 1, BLOCK, SLAB] of k and v. A tile that has to be done again may stand on the list ``todo`` twice, once for
+    each half.
+    """
+    SLABS: gl.constexpr = DIM // SLAB
+    SLOTS: gl.constexpr = 2 * STAGES
+    dtype: gl.constexpr = out.dtype.element_ty
+    queries = gl.allocate_shared_memory(dtype, [SLABS, 1, HEADS, QUERY_BLOCK, SLAB], desc_q.layout)
+    ring = gl.allocate_shared_memory(
+        dtype, [SLOTS * SLABS * (KEYS // BLOCK), 1, 1, BLOCK, SLAB], desc_k.layout
+    )
+    full = gl.allocate_shared_memory(gl.int64, [SLOTS + 1, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [SLOTS + 1, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(SLOTS + 1):
+        mbarrier.init(full.index(slot), count=1)
+        mbarrier.init(empty.index(slot), count=2)
+    gl.warp_specialize(
+        [
+            (attend, (
+                gl.constexpr(0), sinks, counts, shift, todo, out, lse, queries, ring, full, empty,
+                slots, tokens, blocks, tiles, scale, limit,
+                KV_HEADS, GROUP, HEADS, DIM, WINDOW, SINK, BLOCK, QUERY_BLOCK, DENSE_END, KEYS, SLOTS,
+            )),
+            (attend, (
+                gl.constexpr(1), sinks, counts, shift, todo, out, lse, queries, ring, full, empty,
+                slots, tokens, blocks, tiles, scale, limit,
+                KV_HEADS, GROUP, HEADS, DIM, WINDOW, SINK, BLOCK, QUERY_BLOCK, DENSE_END, KEYS, SLOTS,
+            )),
+            (fetch, (
+                desc_q, desc_k, desc_v, queries, ring, full, empty, ordered, counts, slots, tokens, blocks, tiles,
+                KV_HEADS, GROUP, HEADS, DIM, WINDOW, SINK, BLOCK, QUERY_BLOCK, DENSE_END, LIST, KEYS, SLOTS,
+            )),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
