@@ -18,7 +18,7 @@ from torch import Tensor
 
 from retrofit.kernels.hsa import triton_gradients as gradients
 from retrofit.kernels.hsa import triton_inverse as inverse
-from retrofit.kernels.hsa.geometry import Geometry
+from retrofit.kernels.hsa.geometry import FADE, Geometry
 from retrofit.kernels.hsa.triton_call import Call
 
 SHORTEST_PART = 64
@@ -89,9 +89,11 @@ def hsa_attention_backward(
     )  # fmt: skip
 
     tile = call.tile(call.settings.key_gradients)
-    keys = max(geometry.block, min(tile.keys, 4 * geometry.block, geometry.fanout * geometry.block))
+    leaves = min(4 if geometry.query_block <= 128 else 2, geometry.fanout)
+    keys = max(geometry.block, min(tile.keys, leaves * geometry.block))
+    whole = call.votes.parts == FADE
     tiles = -(-geometry.sink // keys) + -(-max(0, call.slots - geometry.sink) // keys)
-    entries, ends, steps = _entries(call, keys, tiles, start, length, spans, choices)
+    entries, ends, steps = _entries(call, keys, tiles, start, length, spans, choices, whole=whole)
     parts, part_ends, owners, size = _parts(steps, 4 * call.blocks)
     held = torch.empty(owners.shape[0], keys, call.dim + call.value_dim, dtype=torch.float32, device=q.device)
     heads = call.heads_per_tile(tile.rows)
@@ -99,7 +101,7 @@ def hsa_attention_backward(
         q, k, v, grad, lse, delta, start, length, entries, ends, steps, parts, part_ends, owners, size,
         grad_k, grad_v, held, *_strides(q, k, v, grad, grad_k, grad_v), *call.extent,
         tiles, CHUNKS, steps.shape[0], owners.shape[0], scale,
-        GROUP=call.group, HEADS=heads, KEYS=keys, **call.product, **call.values, **call.shared, **call.reach,
+        GROUP=call.group, HEADS=heads, KEYS=keys, WHOLE_LEAVES=whole, **call.product, **call.values, **call.shared, **call.reach,
         **call.options(tile),
     )  # fmt: skip
     gradients.join_gradients[(steps.shape[0],)](
@@ -119,23 +121,33 @@ def hsa_attention_backward(
 
 
 def _entries(
-    call: Call, keys: int, tiles: int, start: Tensor, length: Tensor, spans: Tensor, choices: Tensor
+    call: Call,
+    keys: int,
+    tiles: int,
+    start: Tensor,
+    length: Tensor,
+    spans: Tensor,
+    choices: Tensor,
+    *,
+    whole: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Entries, their running sum by (tile, chunk), and the steps of each tile; see ``triton_inverse``."""
     g, device = call.geometry, choices.device
     leaves = keys // g.block
     per_chunk = -(-call.blocks // CHUNKS)
-    constants = {**call.shared, **call.leaves, "LEAVES": leaves}
+    constants = {**call.shared, **call.leaves, "LEAVES": leaves, "WHOLE_LEAVES": whole}
     extent = (*call.extent, call.total_blocks, tiles, CHUNKS, per_chunk)
     counts = torch.zeros(call.rows, tiles, CHUNKS, dtype=torch.int32, device=device)
+    room = (call.rows, call.blocks, constants["WIDTH_PAD"]) if whole else (0,)
+    choosers = torch.empty(room, dtype=torch.int16, device=device)
     inverse.count_entries[(call.blocks, call.rows)](
-        start, length, spans, choices, counts, *extent, **constants, num_warps=1
+        start, length, spans, choices, choosers, counts, *extent, **constants, num_warps=1
     )
     ends = counts.flatten().cumsum(0)
     places = ends - counts.flatten()
     entries = torch.empty(call.rows * call.blocks * g.choices, dtype=torch.int64, device=device)
     inverse.write_entries[(CHUNKS, call.rows)](
-        start, length, spans, choices, places, entries, *extent, **constants, num_warps=1
+        start, length, spans, choices, choosers, places, entries, *extent, **constants, num_warps=1
     )
     steps = torch.empty(call.rows * tiles, dtype=torch.int32, device=device)
     inverse.count_steps[(-(-tiles // 128), call.rows)](

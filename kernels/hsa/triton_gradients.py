@@ -129,7 +129,8 @@ def key_gradients(
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
     DIM_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, WINDOW: tl.constexpr,
     SINK: tl.constexpr, BLOCK: tl.constexpr, QUERY_BLOCK: tl.constexpr, DENSE_END: tl.constexpr,
-    KEYS: tl.constexpr, PRECISION: tl.constexpr, REACH: tl.constexpr, LAYOUT: tl.constexpr,
+    KEYS: tl.constexpr, WHOLE_LEAVES: tl.constexpr, PRECISION: tl.constexpr, REACH: tl.constexpr,
+    LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Writes ``grad_k`` and ``grad_v`` as k and v, or a part to ``held`` [parts, KEYS, DIM + VALUE_DIM].
 
@@ -195,8 +196,7 @@ def key_gradients(
             t0 = number * QUERY_BLOCK
             # The places of the block that see a leaf: from the one that chose it, or while it is in their
             # window; then those that see any.
-            when, chosen, rise = unpack_entry(entry)
-            when = tl.where(leaf == chosen, when, QUERY_BLOCK)
+            when, rise = unpack_entry(entry, QUERY_BLOCK, LEAVES, WHOLE_LEAVES)
             whole = sinks | (number < DENSE_END // QUERY_BLOCK) | (is_near == 0)
             from_ = tl.where(is_near, tile_begin - t0, when)
             to = tl.where(whole, QUERY_BLOCK, leaf_end + WINDOW - 1 - t0)
@@ -215,7 +215,8 @@ def key_gradients(
             )  # fmt: skip
             slot = (b * KV_HEADS * GROUP + head) * tokens + at
             top = tl.load(lse + slot + row_lse, mask=new, other=float("inf"))[:, None] * LOG2E
-            top -= tl.where(is_near, 0.0, tl.log2(rise.to(tl.float32) / WHOLE))
+            if WHOLE_LEAVES == 0:
+                top -= tl.where(is_near, 0.0, tl.log2(rise.to(tl.float32) / WHOLE))
             mean = tl.load(delta + slot + row_lse, mask=new, other=0.0)
             if LEAVES > 1:
                 seen = (place[:, None] >= from_[None]) & (place[:, None] < to[None])

@@ -7,13 +7,17 @@ Tiles of KEYS keys cover the sinks first and then the leaves, LEAVES to a tile:
 The blocks that see a tile as sinks, in their window, or because they are dense are one range, its *near*
 blocks; their choices of leaves in it are its entries, in ascending order:
 
-    count_entries   choices                     →  entries of each tile from each chunk of blocks
+    count_entries   choices                     →  entries of each tile from each chunk of blocks; choosers
     write_entries   choices, their running sum  →  entries
     count_steps     near blocks and entries     →  steps of each tile
     split_tiles     steps                       →  parts of each tile, of so many steps
 
-An entry is block · 2³² + leaf of the tile · 2²⁴ + rise · 2⁸ + row. One program writes a chunk, block after block,
-and counts which of a tile's entries comes first, so the order never depends on timing.
+Where leaves are chosen whole, a block has one entry in a tile: block · 2³² + the rows that chose its leaves, one after
+another in 32 / LEAVES bits each, all of which are ones for a leaf that none has chosen. ``choosers`` has these rows by
+candidate. Where leaves fade in, each choice is an entry, block · 2³² + leaf of the tile · 2²⁴ + rise · 2⁸ + row.
+
+One program writes a chunk, block after block, and counts which of a tile's entries comes first, so the order never
+depends on timing.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from retrofit.kernels.hsa.triton_choose import NONE, SOME, chosen_leaf, unpack
+from retrofit.kernels.hsa.triton_choose import NONE, SOME, WHOLE, chosen_leaf, unpack
 from retrofit.kernels.hsa.triton_select import row_range
 from retrofit.kernels.launch import kernel
 
@@ -48,10 +52,49 @@ def near_blocks(
 
 
 @triton.jit
-def unpack_entry(entry):
-    """(row, leaf of the tile, rise)."""
+def unpack_entry(entry, QUERY_BLOCK: tl.constexpr, LEAVES: tl.constexpr, WHOLE_LEAVES: tl.constexpr):
+    """(row from which on each of the tile's leaves [LEAVES] is seen, QUERY_BLOCK or more for never; rise)."""
+    leaf = tl.arange(0, LEAVES)
     low = entry.to(tl.int32)
-    return low & 255, low >> 24, (low >> 8) & 0xFFFF
+    if WHOLE_LEAVES:
+        BITS: tl.constexpr = 32 // LEAVES
+        row = (low >> BITS * leaf) & ((1 << BITS) - 1) if LEAVES > 1 else low + leaf
+        return row, tl.full([], WHOLE, tl.int32)
+    else:
+        return tl.where(leaf == low >> 24, low & 255, QUERY_BLOCK), (low >> 8) & 0xFFFF
+
+
+@triton.jit
+def write_choosers(
+    choosers, choices,
+    QUERY_BLOCK: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, CHOICES: tl.constexpr,
+):  # fmt: skip
+    """Writes ``choosers`` [WIDTH_PAD] of a block: the row that chose each candidate, −1 where none did."""
+    tl.store(choosers + tl.arange(0, WIDTH_PAD), tl.full([WIDTH_PAD], -1, tl.int16))
+    tl.debug_barrier()
+    for n in range(0, CHOICES, SOME):
+        at = n + tl.arange(0, SOME)
+        choice = tl.load(choices + at, mask=at < CHOICES, other=NONE)
+        row, candidate, _rise = unpack(choice, QUERY_BLOCK, WIDTH)
+        tl.store(choosers + candidate, row.to(tl.int16), mask=choice < NONE)
+    tl.debug_barrier()  # every thread has written what others read
+
+
+@triton.jit
+def whole_entries(
+    kept, choosers, number,
+    WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr, FANOUT: tl.constexpr, BEAM: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr, WIDTH_PAD: tl.constexpr, LEAVES: tl.constexpr,
+):  # fmt: skip
+    """(whether it is one, tile, entry) for LEAVES candidates at a time of a block; no two are of one tile."""
+    SINKS: tl.constexpr = (SINK + LEAVES * BLOCK - 1) // (LEAVES * BLOCK)
+    BITS: tl.constexpr = 32 // LEAVES
+    candidate = tl.arange(0, WIDTH_PAD // LEAVES) * LEAVES
+    leaf = tl.arange(0, LEAVES)
+    row = tl.load(choosers + candidate[:, None] + leaf[None]).to(tl.int64)
+    rows = tl.sum((row & ((1 << BITS) - 1)) << BITS * leaf[None], 1)
+    first = chosen_leaf(kept, candidate, number * QUERY_BLOCK, WINDOW, SINK, BLOCK, FANOUT, BEAM)
+    return tl.max(row, 1) >= 0, SINKS + first // LEAVES, (number.to(tl.int64) << 32) + rows
 
 
 @triton.jit
@@ -60,7 +103,7 @@ def block_entries(
     WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr, FANOUT: tl.constexpr, BEAM: tl.constexpr,
     QUERY_BLOCK: tl.constexpr, WIDTH: tl.constexpr, CHOICES: tl.constexpr, LEAVES: tl.constexpr,
 ):  # fmt: skip
-    """(whether it is one, tile, entry) for the choices n … n + SOME of a block."""
+    """(whether it is one, tile, entry) for the choices n … n + SOME of a block, of leaves that fade in."""
     SINKS: tl.constexpr = (SINK + LEAVES * BLOCK - 1) // (LEAVES * BLOCK)
     at = n + tl.arange(0, SOME)
     choice = tl.load(choices + at, mask=at < CHOICES, other=NONE)
@@ -72,14 +115,14 @@ def block_entries(
 
 @kernel()
 def count_entries(
-    start, length, spans, choices, counts,
+    start, length, spans, choices, choosers, counts,
     slots, tokens, blocks, total_blocks, tiles, chunks, per_chunk,
     KV_HEADS: tl.constexpr, WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr,
     FANOUT: tl.constexpr, BEAM: tl.constexpr, QUERY_BLOCK: tl.constexpr, DENSE_END: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, CHOICES: tl.constexpr, LEAVES: tl.constexpr,
-    LAYOUT: tl.constexpr,
+    WHOLE_LEAVES: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
-    """Adds to ``counts`` [B·Hkv, tiles, chunks]."""
+    """Adds to ``counts`` [B·Hkv, tiles, chunks], and writes ``choosers`` [B·Hkv, blocks, WIDTH_PAD] if leaves are whole."""
     i = tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
     low, high, _, _ = row_range(start, length, slots, tokens, bh // KV_HEADS, LAYOUT)
@@ -87,27 +130,35 @@ def count_entries(
     t0 = number * QUERY_BLOCK
     if (t0 + QUERY_BLOCK > DENSE_END) & (t0 < high):
         at = bh * total_blocks + number
-        n, more = i * 0, i * 0 + 1
-        while more > 0:
-            known, tile, _entry = block_entries(
-                spans + at * BEAM, choices + at * CHOICES, number, n,
-                WINDOW, SINK, BLOCK, FANOUT, BEAM, QUERY_BLOCK, WIDTH, CHOICES, LEAVES,
+        to = counts + bh * tiles * chunks + i // per_chunk
+        if WHOLE_LEAVES:
+            own = choosers + (bh * blocks + i) * WIDTH_PAD
+            write_choosers(own, choices + at * CHOICES, QUERY_BLOCK, WIDTH, WIDTH_PAD, CHOICES)
+            known, tile, _entry = whole_entries(
+                spans + at * BEAM, own, number,
+                WINDOW, SINK, BLOCK, FANOUT, BEAM, QUERY_BLOCK, WIDTH_PAD, LEAVES,
             )  # fmt: skip
-            tl.atomic_add(
-                counts + (bh * tiles + tile) * chunks + i // per_chunk, 1, mask=known, sem="relaxed"
-            )
-            n += SOME
-            more = tl.min(known.to(tl.int32), 0)
+            tl.atomic_add(to + tile.to(tl.int64) * chunks, 1, mask=known, sem="relaxed")
+        else:
+            n, more = i * 0, i * 0 + 1
+            while more > 0:
+                known, tile, _entry = block_entries(
+                    spans + at * BEAM, choices + at * CHOICES, number, n,
+                    WINDOW, SINK, BLOCK, FANOUT, BEAM, QUERY_BLOCK, WIDTH, CHOICES, LEAVES,
+                )  # fmt: skip
+                tl.atomic_add(to + tile.to(tl.int64) * chunks, 1, mask=known, sem="relaxed")
+                n += SOME
+                more = tl.min(known.to(tl.int32), 0)
 
 
 @kernel()
 def write_entries(
-    start, length, spans, choices, places, entries,
+    start, length, spans, choices, choosers, places, entries,
     slots, tokens, blocks, total_blocks, tiles, chunks, per_chunk,
     KV_HEADS: tl.constexpr, WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr,
     FANOUT: tl.constexpr, BEAM: tl.constexpr, QUERY_BLOCK: tl.constexpr, DENSE_END: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, CHOICES: tl.constexpr, LEAVES: tl.constexpr,
-    LAYOUT: tl.constexpr,
+    WHOLE_LEAVES: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Writes ``entries`` from ``places`` [B·Hkv, tiles, chunks] on, which moves on with them."""
     chunk = tl.program_id(0)
@@ -118,24 +169,35 @@ def write_entries(
         t0 = number * QUERY_BLOCK
         if (t0 + QUERY_BLOCK > DENSE_END) & (t0 < high):
             at = bh * total_blocks + number
-            n, more = i * 0, i * 0 + 1
-            while more > 0:
-                known, tile, entry = block_entries(
-                    spans + at * BEAM, choices + at * CHOICES, number, n,
-                    WINDOW, SINK, BLOCK, FANOUT, BEAM, QUERY_BLOCK, WIDTH, CHOICES, LEAVES,
+            if WHOLE_LEAVES:
+                known, tile, entry = whole_entries(
+                    spans + at * BEAM, choosers + (bh * blocks + i) * WIDTH_PAD, number,
+                    WINDOW, SINK, BLOCK, FANOUT, BEAM, QUERY_BLOCK, WIDTH_PAD, LEAVES,
                 )  # fmt: skip
-                # A leaf that rises twice, or another one of the tile, comes behind the earlier choice.
-                which = tl.arange(0, SOME)
-                same = (tile[:, None] == tl.reshape(tile, [1, SOME])) & tl.reshape(known, [1, SOME])
-                earlier = tl.sum((same & (which[None] < which[:, None])).to(tl.int32), 1)
                 place = places + (bh * tiles + tile) * chunks + chunk
-                to = tl.load(place, mask=known, other=0) + earlier
+                to = tl.load(place, mask=known, other=0)
                 tl.store(entries + to, entry, mask=known)
-                tl.debug_barrier()  # every thread has read where its entries go
-                tl.atomic_max(place, to + 1, mask=known, sem="relaxed")
-                tl.debug_barrier()
-                n += SOME
-                more = tl.min(known.to(tl.int32), 0)
+                tl.store(place, to + 1, mask=known)
+                tl.debug_barrier()  # the next block goes on from there
+            else:
+                n, more = i * 0, i * 0 + 1
+                while more > 0:
+                    known, tile, entry = block_entries(
+                        spans + at * BEAM, choices + at * CHOICES, number, n,
+                        WINDOW, SINK, BLOCK, FANOUT, BEAM, QUERY_BLOCK, WIDTH, CHOICES, LEAVES,
+                    )  # fmt: skip
+                    # A leaf that rises twice, or another one of the tile, comes behind the earlier choice.
+                    which = tl.arange(0, SOME)
+                    same = (tile[:, None] == tl.reshape(tile, [1, SOME])) & tl.reshape(known, [1, SOME])
+                    earlier = tl.sum((same & (which[None] < which[:, None])).to(tl.int32), 1)
+                    place = places + (bh * tiles + tile) * chunks + chunk
+                    to = tl.load(place, mask=known, other=0) + earlier
+                    tl.store(entries + to, entry, mask=known)
+                    tl.debug_barrier()  # every thread has read where its entries go
+                    tl.atomic_max(place, to + 1, mask=known, sem="relaxed")
+                    tl.debug_barrier()
+                    n += SOME
+                    more = tl.min(known.to(tl.int32), 0)
 
 
 @kernel()

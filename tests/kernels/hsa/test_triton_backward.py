@@ -139,15 +139,20 @@ def error(actual: Tensor, expected: Tensor) -> float:
     ],
     ids=["plain", "padded", "levels", "wide blocks", "chunk", "sliding window", "narrow sliding window"],
 )
-def test_interpreted_gradients(build: Callable[..., Any], inputs: dict[str, Any]) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_interpreted_gradients(build: Callable[..., Any], inputs: dict[str, Any], dtype: torch.dtype) -> None:
     options = {"heads": 2, "kv_heads": 1, **inputs}
     begin = options.pop("begin", 0)
-    given = problem(build(options.pop("tokens"), **options), begin)
+    case = build(options.pop("tokens"), **options).to("cpu", dtype)
+    given = problem(case, begin)
     out, lse, expected = given.exact()
     found = given.by_triton(out, lse)
     for x, y, z in zip(found, expected, given.by_blocks(), strict=True):
-        assert error(x, y) < 2e-6
-        torch.testing.assert_close(x, z, rtol=1e-5, atol=1e-5)
+        if dtype == torch.float32:
+            assert error(x, y) < 2e-6
+            torch.testing.assert_close(x, z, rtol=1e-5, atol=1e-5)
+        else:  # leaves are whole, and several of a tile are one entry
+            assert error(x, y) < 2.5 * error(z, y)
 
 
 @interpreted
