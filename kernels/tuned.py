@@ -87,6 +87,7 @@ class Settings:
         vote: HSA's ``vote`` and ``vote_parts``, which have to see the same numbers.
         attend: ``attend_listed`` and ``attend_run``.
         attend_by_roles: The kernel of this name, for heads of 128 dims in half precision; None if this is not for it.
+        query_gradients_by_roles: As attend_by_roles, with tiles of as many rows.
         attend_parts: Attention of decoding; the rows are its least.
         query_gradients: HSA's kernel of this name.
         key_gradients: HSA's kernel of this name; its keys are those of a tile.
@@ -102,6 +103,7 @@ class Settings:
     vote: Tiles
     attend: Tiles
     attend_by_roles: Tile | None
+    query_gradients_by_roles: Tile | None
     attend_parts: Tiles
     query_gradients: Tiles
     key_gradients: Tiles
@@ -144,6 +146,7 @@ SM_90 = Settings(
         }
     ),
     attend_by_roles=Tile(128, 64, 4, 5),
+    query_gradients_by_roles=Tile(128, 64, 4, 4),
     attend_parts=tiles(
         {
             (2, 128): Tile(16, 64, 4, 3),
@@ -206,6 +209,7 @@ SM_80 = replace(
     measured=None,
     coarse=tiles({(2, 256): Tile(64, 64, 4, 3), (4, 64): Tile(64, 64, 4, 3), (4, 256): Tile(16, 64, 4, 1)}),
     attend_by_roles=None,
+    query_gradients_by_roles=None,
     vote=tiles(
         {
             (2, 128): Tile(128, 64, 8, 2, few=(4, 2)),

@@ -6,7 +6,7 @@
 From the settings that hold now, one number of a tile is changed at a time, and what is faster by more than 1% is kept,
 until nothing is. A kernel's time is that of the GPU alone, by the profiler, within the whole operation. A candidate that
 does not fit is passed over; one whose results differ from those of the present settings ends the script with 1. Warps and
-stages of tiles with few rows (``few``), ``attend_by_roles``, and heads that were not measured, stay as they are.
+stages of tiles with few rows (``few``), what has roles, and heads that were not measured, stay as they are.
 
 What HSA costs depends on the data: random queries ask for far more than those of a model. Prints the row as Python, to be
 pasted and formatted (``make format``), and writes benchmarks/results/tuned-CAPABILITY.json with every time.
@@ -46,6 +46,7 @@ GAIN = 0.99
 """A candidate counts as faster from this share of the time on."""
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 """Largest difference of results that counts as rounding, relative to their norm."""
+ROLES = ("attend_by_roles", "query_gradients_by_roles")
 UNFIT = (OutOfResources, PTXASError, CompilationError)
 
 Operation = Callable[[], Sequence[Tensor]]
@@ -81,10 +82,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in options.kernels:
             operation, kernels = TIMED[name]
             kind = q.element_size(), min(dim for dim in tuned.DIMS if dim >= q.shape[3])
-            # Where warps have roles, ``attend_listed`` does not run.
-            without = replace(row, attend_by_roles=None)
+            # Where warps have roles, other kernels do not run.
+            roles = {field: getattr(row, field) for field in ROLES}
+            without = replace(row, **dict.fromkeys(ROLES))
             found, tried = search(without, name, kind, work[operation], kernels, TOLERANCE[q.dtype], device)
-            row = replace(found, attend_by_roles=row.attend_by_roles)
+            row = replace(found, **roles)
             best = min(tried, key=tried.__getitem__)
             print(f"{name}, {shapes[-1]}: {best}, {tried[best]:.4f} ms, of {len(tried)}", file=sys.stderr)
             times = [{"settings": str(value), "ms": ms if ms < inf else None} for value, ms in tried.items()]

@@ -1,6 +1,6 @@
 """The backward pass of hierarchical sparse attention by Triton kernels.
 
-    list_blocks, query_gradients                 →  grad_q
+    list_blocks, query_gradients                 →  grad_q; on Hopper query_gradients_by_roles where it is sparse
     count_entries, write_entries, count_steps    →  which query blocks see each tile of keys
     key_gradients, join_gradients                →  grad_k, grad_v
 
@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from retrofit.kernels.hsa import hopper
 from retrofit.kernels.hsa import triton_gradients as gradients
 from retrofit.kernels.hsa import triton_inverse as inverse
 from retrofit.kernels.hsa.geometry import FADE, Geometry
@@ -77,16 +78,22 @@ def hsa_attention_backward(
     grad_q, grad_k, grad_v = (_in_rows(x) for x in grads)
     q, k, v, grad = (_in_rows(x) for x in (q, k, v, grad))
     delta = make(lse)
-    tile = call.tile(call.settings.query_gradients)
-    heads = call.heads_per_tile(tile.rows)
     lists = call.list_blocks(start, length, spans, choices)
-    gradients.query_gradients[(call.blocks, -(-call.group // heads) * call.rows)](
-        q, k, v, out, grad, lse, start, length, *lists, grad_q, delta,
-        *_strides(q, k, v, out, grad, grad_q), *call.extent, scale,
-        LIST=call.list_width, GROUP=call.group, HEADS=heads,
-        KEYS=max(geometry.block, tile.keys), **call.product, **call.values, **call.shared, **call.reach,
-        **call.options(tile),
-    )  # fmt: skip
+    blocks = call.blocks
+    if hopper.can_attend(call, q, k, v, grad):
+        ordered, _shares, counts = lists
+        hopper.query_gradients(call, q, k, v, out, grad, lse, ordered, counts, grad_q, delta, scale)
+        blocks = call.dense_blocks
+    if blocks:
+        tile = call.tile(call.settings.query_gradients)
+        heads = call.heads_per_tile(tile.rows)
+        gradients.query_gradients[(blocks, -(-call.group // heads) * call.rows)](
+            q, k, v, out, grad, lse, start, length, *lists, grad_q, delta,
+            *_strides(q, k, v, out, grad, grad_q), *call.extent, scale,
+            LIST=call.list_width, GROUP=call.group, HEADS=heads,
+            KEYS=max(geometry.block, tile.keys), **call.product, **call.values, **call.shared, **call.reach,
+            **call.options(tile),
+        )  # fmt: skip
 
     tile = call.tile(call.settings.key_gradients)
     leaves = min(4 if geometry.query_block <= 128 else 2, geometry.fanout)

@@ -113,7 +113,7 @@ class Call:
 
     @cached_property
     def roles(self) -> Tile | None:
-        """The tile of ``attend_by_roles``; None if this GPU does not have it, or it cannot do calls of these sizes."""
+        """The tile of kernels whose warps have roles; None if this GPU has none, or they cannot do calls of these sizes."""
         tile, block = self.settings.attend_by_roles, self.geometry.block
         if tile is None or self.layout != WHOLE.value or self.sliding_window:
             return None
@@ -137,6 +137,13 @@ class Call:
     def is_dense(self) -> bool:
         """Whether no row can have a query behind the dense start."""
         return self.slots <= self.geometry.dense_end
+
+    @cached_property
+    def dense_blocks(self) -> int:
+        """Query blocks that end by the dense start, of rows that have all slots."""
+        size = self.geometry.query_block
+        count = self.geometry.dense_end // size - (self.slots - self.tokens) // size
+        return max(0, min(self.blocks, count))
 
     @property
     def extent(self) -> tuple[int, int, int]:

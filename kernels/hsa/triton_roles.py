@@ -88,13 +88,19 @@ def matrices(pieces, ROWS: gl.constexpr, DIM: gl.constexpr):
 
 
 @gluon.jit
+def half_tile(rows, SHARE: gl.constexpr, ROWS: gl.constexpr, DIM: gl.constexpr, LAYOUT: gl.constexpr):
+    """The SHARE-th HALF of the ROWS of a tile."""
+    return matrices(rows, ROWS, DIM).index(0).slice(SHARE * HALF, HALF).load(LAYOUT)
+
+
+@gluon.jit
 def fetch(
-    desc_q, desc_k, desc_v, queries, ring, full, empty, ordered, counts, slots, tokens, blocks, tiles,
+    desc_q, desc_g, desc_k, desc_v, queries, grads, ring, full, empty, ordered, counts, slots, tokens, blocks, tiles,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, HEADS: gl.constexpr, DIM: gl.constexpr, WINDOW: gl.constexpr,
     SINK: gl.constexpr, BLOCK: gl.constexpr, QUERY_BLOCK: gl.constexpr, DENSE_END: gl.constexpr,
     LIST: gl.constexpr, KEYS: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
-    """The role of the warp that fetches."""
+    """The role of the warp that fetches; with queries come the gradients of their outputs, if there are any."""
     LEAVES: gl.constexpr = KEYS // BLOCK
     SLABS: gl.constexpr = DIM // SLAB
     beyond = (slots + BLOCK - 1) // BLOCK
@@ -108,9 +114,14 @@ def fetch(
             most = gl.load(counts + number * QUERY_BLOCK + QUERY_BLOCK - 1)
             from_list = (most + LEAVES - 1) // LEAVES
             mbarrier.wait(empty.index(SLOTS), seen_tiles & 1 ^ 1)
-            mbarrier.expect(full.index(SLOTS), HEADS * QUERY_BLOCK * DIM * 2)
+            mbarrier.expect(
+                full.index(SLOTS), HEADS * QUERY_BLOCK * DIM * 2 * (2 if grads is not None else 1)
+            )
             for d in gl.static_range(SLABS):
-                copy(desc_q, [b, head, t0 - (slots - tokens), d * SLAB], full.index(SLOTS), queries.index(d))
+                place = [b, head, t0 - (slots - tokens), d * SLAB]
+                copy(desc_q, place, full.index(SLOTS), queries.index(d))
+                if grads is not None:
+                    copy(desc_g, place, full.index(SLOTS), grads.index(d))
             seen_tiles += 1
             for step in range(0, from_list + (edges + LEAVES - 1) // LEAVES):
                 own = following
@@ -168,8 +179,7 @@ def attend(
             from_list = (most + LEAVES - 1) // LEAVES
             from_ = gl.maximum(t + 1 - WINDOW, 0) // BLOCK * BLOCK
             mbarrier.wait(full.index(SLOTS), seen_tiles & 1)
-            x = matrices(queries, HEADS * QUERY_BLOCK, DIM).index(0).slice(SHARE * HALF, HALF)
-            x = x.load(gl.DotOperandLayout(0, SCORES, 2))
+            x = half_tile(queries, SHARE, HEADS * QUERY_BLOCK, DIM, gl.DotOperandLayout(0, SCORES, 2))
             mbarrier.arrive(empty.index(SLOTS))
             seen_tiles += 1
 
@@ -314,7 +324,8 @@ def attend_by_roles(
                 KV_HEADS, GROUP, HEADS, DIM, WINDOW, SINK, BLOCK, QUERY_BLOCK, DENSE_END, KEYS, SLOTS,
             )),
             (fetch, (
-                desc_q, desc_k, desc_v, queries, ring, full, empty, ordered, counts, slots, tokens, blocks, tiles,
+                desc_q, None, desc_k, desc_v, queries, None, ring, full, empty, ordered, counts,
+                slots, tokens, blocks, tiles,
                 KV_HEADS, GROUP, HEADS, DIM, WINDOW, SINK, BLOCK, QUERY_BLOCK, DENSE_END, LIST, KEYS, SLOTS,
             )),
         ],

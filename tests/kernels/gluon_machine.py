@@ -13,6 +13,7 @@ import builtins
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
@@ -143,7 +144,7 @@ class Machine:
         self.programs = self.program = self.added = 0
         self.running: list[Product] = []
         scope: dict[str, Any] = {}
-        for name, value in vars(module).items():
+        for name, value in everything(module):
             if isinstance(value, GluonJITFunction):
                 scope[name] = FunctionType(value.fn.__code__, scope, name, value.fn.__defaults__)
             else:
@@ -166,7 +167,8 @@ class Machine:
         def launch(*arguments: Any, **constants: Any) -> None:
             constants = {name: value for name, value in constants.items() if name.isupper()}
             taken = [
-                Pointer(x.as_strided((x.numel(),), (1,))) if isinstance(x, Tensor) else x for x in arguments
+                Pointer(x.detach().as_strided((x.numel(),), (1,))) if isinstance(x, Tensor) else x
+                for x in arguments
             ]
             self.programs = grid[0]
             for self.program in range(grid[0]):
@@ -199,7 +201,8 @@ class Machine:
         def play(function: Callable[..., None], arguments: Sequence[Any]) -> None:
             self.of_thread.begun = []
             try:
-                function(*arguments)
+                with torch.no_grad():
+                    function(*arguments)
                 assert not self.of_thread.begun, "products that nothing waits for"
             except BaseException as failure:
                 failures.append(failure)
@@ -233,7 +236,7 @@ class Machine:
 
 def copy(described: Any, at: Sequence[Any], barrier: Barrier, to: Shared) -> None:
     """A block of a described tensor to shared memory, zero beyond the tensor."""
-    x, box = described.base, described.block_shape
+    x, box = described.base.detach(), described.block_shape
     begin = [int(n) for n in at]
     block = torch.zeros(box, dtype=x.dtype)
     inside = [
@@ -247,6 +250,13 @@ def copy(described: Any, at: Sequence[Any], barrier: Barrier, to: Shared) -> Non
     assert not any(to.meets(operand) for operand in reading), "memory is written that a product reads"
     to.memory[to.at] = block
     barrier.arrive(0, come=block.numel() * block.element_size())
+
+
+def everything(module: ModuleType) -> Iterator[tuple[str, Any]]:
+    """All names of a module, and of those that its Gluon functions are from."""
+    functions = [value.fn for value in vars(module).values() if isinstance(value, GluonJITFunction)]
+    scopes = {function.__module__: function.__globals__ for function in functions}
+    yield from chain.from_iterable(scope.items() for scope in (*scopes.values(), vars(module)))
 
 
 def counted(*bounds: Any) -> Iterator[Tensor]:
@@ -276,7 +286,10 @@ def _layout(*parameters: Any) -> SimpleNamespace:
 LANGUAGE = ("program_id", "num_programs", "allocate_shared_memory", "atomic_add", "warp_specialize")
 SIMPLE: dict[str, Any] = {
     **{name: getattr(torch, name) for name in ("float32", "int32", "int64", "exp2", "log2", "reshape")},
-    **{name: _layout for name in ("NVMMADistributedLayout", "DotOperandLayout", "SliceLayout")},
+    **{
+        name: _layout
+        for name in ("NVMMADistributedLayout", "DotOperandLayout", "SliceLayout", "BlockedLayout")
+    },
     "constexpr": lambda x: x,
     "static_range": range,
     "arange": lambda begin, end, layout=None: torch.arange(begin, end),

@@ -139,6 +139,7 @@ def test_every_kernel_compiles_and_fits(capability: tuple[int, int], dtype: str,
     expected = dict(KERNELS)
     if tuned.ROWS[capability].attend_by_roles and dim == 128 and dtype != "float32":
         expected["hsa"] = KERNELS["hsa"] - {"attend_listed"} | {"attend_by_roles"}
+        expected["hsa_backward"] = KERNELS["hsa_backward"] | {"query_gradients_by_roles"}
     assert names == expected
     for part, kernel, shared, columns in launched:
         assert shared <= SHARED[capability] * 1024, f"{kernel} of {part}"

@@ -1,4 +1,4 @@
-"""The kernel whose warps have roles, without a GPU: on a machine that plays the roles."""
+"""The kernels whose warps have roles, without a GPU: on a machine that plays the roles."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 pytest.importorskip("triton")
 
 from gluon_machine import Machine
 
 from retrofit.kernels import tuned
-from retrofit.kernels.hsa import hopper, triton_roles
+from retrofit.kernels.hsa import hopper, triton_roles, triton_roles_gradients
 from retrofit.kernels.hsa.geometry import Geometry
 
 SMALL = Geometry(
@@ -43,13 +44,24 @@ def implementation() -> str:
 
 
 @pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
-    """Takes the place of the kernel, on a GPU of two multiprocessors."""
-    machine = Machine(triton_roles, "attend_by_roles")
-    monkeypatch.setattr(hopper, "attend_by_roles", machine)
+def machines(monkeypatch: pytest.MonkeyPatch) -> dict[str, Machine]:
+    """Take the place of the kernels, on a GPU of two multiprocessors."""
+    kernels = {"attend_by_roles": triton_roles, "query_gradients_by_roles": triton_roles_gradients}
+    machines = {name: Machine(module, name) for name, module in kernels.items()}
+    for name, machine in machines.items():
+        monkeypatch.setattr(hopper, name, machine)
     monkeypatch.setattr(hopper, "INTERPRETED", triton_roles.gl.constexpr(False))
     monkeypatch.setattr(hopper, "_processors", lambda device: 2)
-    return machine
+    return machines
+
+
+def run(case: Any) -> tuple[Any, tuple[Tensor, ...]]:
+    """The results, and the gradients of q, k and v."""
+    inputs = [x.detach().requires_grad_() for x in (case.q, case.k, case.v)]
+    result = replace(case, q=inputs[0], k=inputs[1], v=inputs[2]).run()
+    weights = torch.linspace(-1, 1, result.out.numel()).view_as(result.out)
+    grads = torch.autograd.grad(result.out, inputs, weights.to(result.out))
+    return replace(result, out=result.out.detach()), grads
 
 
 @pytest.mark.parametrize(
@@ -64,15 +76,20 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     ids=["groups of 4", "group of 3, sinks", "batch, leaves of 32", "blocks of 64", "sharp"],
 )
 def test_roles_change_nothing(
-    machine: Machine, build: Callable[..., Any], inputs: dict[str, Any], sizes: dict[str, int]
+    machines: dict[str, Machine],
+    build: Callable[..., Any],
+    inputs: dict[str, Any],
+    sizes: dict[str, int],
 ) -> None:
     case = build(**{"dim": 128, **inputs})
     case = replace(case, geometry=replace(SMALL, **sizes), padded=False).to("cpu", torch.float16)
-    actual = case.run()
+    actual, grads = run(case)
     chunks = case.run(case.tokens - 70, case.tokens, case.run(0, case.tokens - 70)).out
-    assert machine.programs == 2
-    assert bool(machine.added) == ("sharpness" in inputs)  # rows beyond the range
+    assert [machine.programs for machine in machines.values()] == [2, 2]
+    assert bool(machines["attend_by_roles"].added) == ("sharpness" in inputs)  # rows beyond the range
     with tuned.using(case.q.device, replace(tuned.SM_90, attend_by_roles=None)):
-        expected = case.run().out
-    torch.testing.assert_close(actual.out, expected, rtol=2e-3, atol=1e-4)
+        expected, expected_grads = run(case)
+    torch.testing.assert_close(actual.out, expected.out, rtol=2e-3, atol=1e-4)
+    for found, other in zip(grads, expected_grads, strict=True):
+        assert (found.float() - other.float()).norm() < 1e-3 * other.float().norm()
     assert torch.equal(chunks, actual.out[:, :, -70:])

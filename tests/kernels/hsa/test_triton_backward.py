@@ -214,7 +214,8 @@ def on_gpu(case: Any, dtype: torch.dtype) -> Any:
 
 def differentiate(case: Any) -> tuple[Tensor, ...]:
     out = case.run().out
-    return torch.autograd.grad(out, (case.q, case.k, case.v), torch.ones_like(out))
+    weights = torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out)
+    return torch.autograd.grad(out, (case.q, case.k, case.v), weights.to(out))
 
 
 @pytest.mark.gpu
@@ -247,6 +248,33 @@ def test_gradients_on_a_gpu(build: Callable[..., Any], inputs: dict[str, Any], d
         # The kernels round weights, slopes and the output besides the gradients; in emulation up to 1.9 times. In
         # float32 the GPU's exp2 and log2, good to two units in the last place, add up over the heads of a group.
         assert error(x, y) <= 2.5 * error(z, y) + 5e-6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("inputs", "sizes"),
+    [
+        ({"heads": 8}, {}),
+        ({"heads": 3, "kv_heads": 1, "tokens": 2049}, {}),
+        ({"heads": 8, "kv_heads": 1, "batch": 2}, {"block": 16}),
+        ({"heads": 4}, {"query_block": 64, "block": 64, "node": 8, "sink": 64}),
+    ],
+    ids=["llama", "group of 3", "small leaves", "group of 2"],
+)
+def test_roles_on_a_gpu_change_roundings_of_gradients(
+    build: Callable[..., Any], inputs: dict[str, Any], sizes: dict[str, int], dtype: torch.dtype
+) -> None:
+    case = build(**{"tokens": 2500, "dim": 128, **inputs})
+    case = on_gpu(replace(case, geometry=replace(DEFAULT, threshold=0.002, **sizes), padded=False), dtype)
+    own = tuned.settings(case.q.device)
+    if own.query_gradients_by_roles is None:
+        pytest.skip("is for Hopper")
+    actual = differentiate(case)
+    with tuned.using(case.q.device, replace(own, attend_by_roles=None)):
+        expected = differentiate(case)
+    for x, y in zip(actual, expected, strict=True):
+        assert error(x, y) < 2 * torch.finfo(dtype).eps
 
 
 @pytest.mark.gpu
