@@ -88,6 +88,7 @@ class Settings:
         attend: ``attend_listed`` and ``attend_run``.
         attend_by_roles: The kernel of this name, for heads of 128 dims in half precision; None if this is not for it.
         query_gradients_by_roles: As attend_by_roles, with tiles of as many rows.
+        vote_by_roles: As attend_by_roles, for heads of 64 or 128 dims; its stages are slots of a ring.
         attend_parts: Attention of decoding; the rows are its least.
         query_gradients: HSA's kernel of this name.
         key_gradients: HSA's kernel of this name; its keys are those of a tile.
@@ -104,6 +105,7 @@ class Settings:
     attend: Tiles
     attend_by_roles: Tile | None
     query_gradients_by_roles: Tile | None
+    vote_by_roles: Tile | None
     attend_parts: Tiles
     query_gradients: Tiles
     key_gradients: Tiles
@@ -147,6 +149,7 @@ SM_90 = Settings(
     ),
     attend_by_roles=Tile(128, 64, 4, 5),
     query_gradients_by_roles=Tile(128, 64, 4, 4),
+    vote_by_roles=Tile(128, 64, 4, 8),
     attend_parts=tiles(
         {
             (2, 128): Tile(16, 64, 4, 3),
@@ -210,6 +213,7 @@ SM_80 = replace(
     coarse=tiles({(2, 256): Tile(64, 64, 4, 3), (4, 64): Tile(64, 64, 4, 3), (4, 256): Tile(16, 64, 4, 1)}),
     attend_by_roles=None,
     query_gradients_by_roles=None,
+    vote_by_roles=None,
     vote=tiles(
         {
             (2, 128): Tile(128, 64, 8, 2, few=(4, 2)),

@@ -14,6 +14,7 @@ from retrofit.kernels.hsa.triton_call import CALLS, Call
 from retrofit.kernels.hsa.triton_execute import INTERPRETED
 from retrofit.kernels.hsa.triton_roles import SLAB, attend_by_roles
 from retrofit.kernels.hsa.triton_roles_gradients import query_gradients_by_roles
+from retrofit.kernels.hsa.triton_roles_vote import vote_by_roles
 from retrofit.kernels.tuned import Tile
 
 ALIGNED = 16
@@ -23,9 +24,19 @@ GROUPS = 2
 
 
 def can_attend(call: Call, *inputs: Tensor) -> bool:
-    """Whether these kernels can do this call, for these queries, keys and values, and the gradients of outputs."""
-    if call.roles is None or INTERPRETED.value:
+    """Whether the kernels that attend can do this call, for queries, keys and values, and gradients of outputs."""
+    return call.roles is not None and not INTERPRETED.value and _can_copy(call, *inputs)
+
+
+def can_vote(call: Call, spreads: Tensor | None, *inputs: Tensor) -> bool:
+    """Whether ``vote_by_roles`` can do this call, for these keys and nodes."""
+    if call.voting_roles is None or spreads is None or INTERPRETED.value:
         return False
+    return _can_copy(call, *inputs)
+
+
+def _can_copy(call: Call, *inputs: Tensor) -> bool:
+    """Whether blocks of the inputs can be copied."""
     steps = [step * call.bytes for x in inputs for step in x.stride()[:3]]
     return min(steps) > 0 and not any(n % ALIGNED for n in (*steps, *(x.data_ptr() for x in inputs)))
 
@@ -73,6 +84,60 @@ def query_gradients(
         *_of_queries(call, q, grad), *_of_keys(call, k, v), ordered, counts, lse, out, delta, grad_q,
         *out.stride()[:3], *grad_q.stride()[:3], *call.extent, tiles, scale, **constants,
     )  # fmt: skip
+
+
+def by_columns(call: Call, spreads: Tensor) -> Tensor:
+    """Spreads [B, Hkv, nodes] → [B·Hkv, nodes of a leaf, leaves]."""
+    size = call.geometry.nodes_in_span(0)
+    leaves = spreads.shape[2] // size
+    return spreads[:, :, : leaves * size].reshape(call.rows, leaves, size).transpose(1, 2).contiguous()
+
+
+def vote(
+    call: Call,
+    q: Tensor,
+    k: Tensor,
+    nodes: Tensor,
+    spreads: Tensor,
+    sinks: Tensor | None,
+    spans: Tensor,
+    votes: Tensor,
+    shift: Tensor,
+    todo: Tensor,
+    first: int,
+    end: int,
+    scale: float,
+) -> None:
+    """Writes the votes of the query blocks ``first`` … ``end``; arguments are those of ``vote_by_roles``."""
+    g, leaves = call.geometry, spreads.shape[2]
+    size = g.nodes_in_span(0)
+    by_leaf = nodes[:, :, : leaves * size].view(call.rows, leaves, size, call.dim).transpose(1, 2)
+    block = [1, size, g.fanout, SLAB.value]
+    vote_by_roles[(min(end - first, _processors(q.device)),)](
+        *_of_keys(call, k),
+        TensorDescriptor(by_leaf, list(by_leaf.shape), list(by_leaf.stride()), block, _swizzled()),
+        q, spreads, sinks, spans, votes, shift, todo, *q.stride()[:3], *call.extent, call.total_blocks, leaves,
+        first, end, scale, g.spread, **_voting(call),
+    )  # fmt: skip
+
+
+@lru_cache(CALLS)
+def _voting(call: Call) -> dict[str, Any]:
+    g, tile = call.geometry, _tile(call.voting_roles)
+    shared = {name: value for name, value in call.shared.items() if name != "LAYOUT"}
+    return {
+        **shared,
+        **call.candidates,
+        "GROUP": call.group,
+        "HEADS": call.heads_per_tile(tile.rows),
+        "DIM": call.dim,
+        "PER_LEAF": g.nodes_in_span(0),
+        "KEYS": tile.keys,
+        "STEPS": call.votes.steps,
+        "MOST": call.votes.most,
+        "STAGES": tile.stages,
+        "num_warps": tile.warps,
+    }
 
 
 def _tiles(call: Call) -> int:

@@ -3,8 +3,9 @@
     top_scores, refine, keep   per level, from the top down  →  spans
     vote                       spans                         →  votes for leaves, shift
     settle                     votes                         →  choices, and the list of what each block executes
-    attend_listed, attend_run  list                          →  out, lse; on Hopper attend_by_roles for the first
+    attend_listed, attend_run  list                          →  out, lse
 
+On Hopper vote_by_roles and attend_by_roles take the places of vote and attend_listed where they can.
 Nothing is read back from the device, and every buffer's size follows from shapes: a call can be captured in a
 CUDA graph.
 """
@@ -222,13 +223,19 @@ def _choose_leaves(
     votes = call.empty_votes(min(tiles, BLOCKS_AT_ONCE), q.device)
     shift = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     lists = call.empty_lists(q.device)
+    by_columns = None
+    if spreads is not None and hopper.can_vote(call, spreads, q, k, nodes):
+        by_columns = hopper.by_columns(call, spreads)
     for first in range(0, tiles, BLOCKS_AT_ONCE):
         end = min(first + BLOCKS_AT_ONCE, tiles)
-        vote[(min(end - first, call.settings.programs * processors(q.device)),)](
-            q, k, nodes, spreads, sinks, start, length, spans, votes, shift, todo, *strides(q, k), *nodes.stride()[:2],
-            *spread_strides(spreads), *call.extent, call.total_blocks, leaves, first, end, scale, g.spread,
-            **scoring(call),
-        )  # fmt: skip
+        if by_columns is not None:
+            hopper.vote(call, q, k, nodes, by_columns, sinks, spans, votes, shift, todo, first, end, scale)
+        else:
+            vote[(min(end - first, call.settings.programs * processors(q.device)),)](
+                q, k, nodes, spreads, sinks, start, length, spans, votes, shift, todo, *strides(q, k), *nodes.stride()[:2],
+                *spread_strides(spreads), *call.extent, call.total_blocks, leaves, first, end, scale, g.spread,
+                **scoring(call),
+            )  # fmt: skip
         settle[(end - first,)](
             start, length, spans, choices, votes, *lists, *call.extent, call.total_blocks, first,
             g.least_vote(call.votes), FRESH=fresh, **choosing(call), **call.listing, num_warps=SETTLING_WARPS,

@@ -124,6 +124,23 @@ class Call:
         return tile
 
     @cached_property
+    def voting_roles(self) -> Tile | None:
+        """The tile of ``vote_by_roles``; None if this GPU does not have it, or it cannot do calls of these sizes."""
+        tile, g = self.settings.vote_by_roles, self.geometry
+        if tile is None or self.layout != WHOLE.value or self.sliding_window:
+            return None
+        if self.bytes != 2 or self.dim not in (64, 128) or self.group > self.heads_per_tile(tile.rows):
+            return None
+        if g.block < 16 or tile.keys % g.block or g.query_block % g.block:
+            return None
+        if (
+            tile.keys not in (g.fanout * g.nodes_in_span(0), 2 * g.fanout * g.nodes_in_span(0))
+            or g.fanout % 8
+        ):
+            return None
+        return tile if self.heads_per_tile(tile.rows) * g.query_block == tile.rows else None
+
+    @cached_property
     def votes(self) -> Votes:
         """How finely votes are counted."""
         return Votes.of(torch.float32 if self.bytes == 4 else torch.bfloat16)

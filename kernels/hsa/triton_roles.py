@@ -78,13 +78,18 @@ def entries(listed, LEAVES: gl.constexpr):
 
 
 @gluon.jit
+def reinterpreted(pieces, SHAPE: gl.constexpr, LAYOUT: gl.constexpr):
+    """The same shared memory in another shape."""
+    if REINTERPRETS:
+        return pieces.reinterpret(pieces.dtype, SHAPE, LAYOUT)
+    else:
+        return pieces._reinterpret(pieces.dtype, SHAPE, LAYOUT)
+
+
+@gluon.jit
 def matrices(pieces, ROWS: gl.constexpr, DIM: gl.constexpr):
     """What copies have brought as [..., ROWS, DIM]."""
-    SHAPE: gl.constexpr = [pieces.numel // (ROWS * DIM), ROWS, DIM]
-    if REINTERPRETS:
-        return pieces.reinterpret(pieces.dtype, SHAPE, SWIZZLED)
-    else:
-        return pieces._reinterpret(pieces.dtype, SHAPE, SWIZZLED)
+    return reinterpreted(pieces, [pieces.numel // (ROWS * DIM), ROWS, DIM], SWIZZLED)
 
 
 @gluon.jit

@@ -94,9 +94,9 @@ class Shared:
 
     def reinterpret(self, dtype: torch.dtype, shape: Sequence[int], layout: Any) -> Shared:
         assert dtype == self.dtype
-        count, rows, columns = shape
-        slabs = torch.arange(self.numel).view(count, columns // SLAB, rows, SLAB)
-        return Shared(self.memory, int(self.at.min()) + slabs.transpose(1, 2).reshape(count, rows, columns))
+        rows, columns = shape[-2:]
+        slabs = torch.arange(self.numel).view(-1, columns // SLAB, rows, SLAB)
+        return Shared(self.memory, int(self.at.min()) + slabs.transpose(1, 2).reshape(*shape))
 
     _reinterpret = reinterpret
 
@@ -134,12 +134,14 @@ def finished(x: Tensor | Product) -> Tensor:
 class Machine:
     """Runs the kernel of a module, whose functions then see this machine in place of Gluon.
 
+    Functions of the module that PyTorch has other words for are given by name.
+
     Attributes:
         programs: How many the last grid had.
         added: What atomic additions have added so far.
     """
 
-    def __init__(self, module: ModuleType, kernel: str) -> None:
+    def __init__(self, module: ModuleType, kernel: str, **functions: Callable[..., Any]) -> None:
         self.changed, self.of_thread = threading.Condition(), threading.local()
         self.programs = self.program = self.added = 0
         self.running: list[Product] = []
@@ -159,17 +161,14 @@ class Machine:
         language = {name: getattr(self, f"_{name}") for name in LANGUAGE} | SIMPLE
         products = {name: getattr(self, f"_{name}") for name in ("warpgroup_mma", "warpgroup_mma_wait")}
         scope.update(gl=SimpleNamespace(**language), hopper=SimpleNamespace(**products), mbarrier=barriers)
-        scope.update(copy=copy, range=counted)
+        scope.update(copy=copy, range=counted, **functions)
         function = getattr(module, kernel).function.fn
         self.kernel = FunctionType(function.__code__, scope, kernel)
 
     def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
         def launch(*arguments: Any, **constants: Any) -> None:
             constants = {name: value for name, value in constants.items() if name.isupper()}
-            taken = [
-                Pointer(x.detach().as_strided((x.numel(),), (1,))) if isinstance(x, Tensor) else x
-                for x in arguments
-            ]
+            taken = [Pointer(memory_of(x)) if isinstance(x, Tensor) else x for x in arguments]
             self.programs = grid[0]
             for self.program in range(grid[0]):
                 self.kernel(*taken, **constants)
@@ -234,6 +233,12 @@ class Machine:
         return values[0] if len(values) == 1 else tuple(values)
 
 
+def memory_of(x: Tensor) -> Tensor:
+    """The memory that a tensor reaches over."""
+    end = 1 + sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True))
+    return x.detach().as_strided((end,), (1,))
+
+
 def copy(described: Any, at: Sequence[Any], barrier: Barrier, to: Shared) -> None:
     """A block of a described tensor to shared memory, zero beyond the tensor."""
     x, box = described.base.detach(), described.block_shape
@@ -293,6 +298,7 @@ SIMPLE: dict[str, Any] = {
     "constexpr": lambda x: x,
     "static_range": range,
     "arange": lambda begin, end, layout=None: torch.arange(begin, end),
+    "full": lambda shape, value, dtype, layout=None: torch.full(shape, value, dtype=dtype),
     "zeros": lambda shape, dtype, layout=None: torch.zeros(shape, dtype=dtype),
     "convert_layout": lambda x, layout: x,
     "maximum": lambda a, b: torch.maximum(torch.as_tensor(a), torch.as_tensor(b)),

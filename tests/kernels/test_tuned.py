@@ -137,8 +137,10 @@ def test_every_kernel_compiles_and_fits(capability: tuple[int, int], dtype: str,
     launched = compiled(capability, dtype, dim)
     names = {part: {kernel for of, kernel, *_ in launched if of == part} for part in KERNELS}
     expected = dict(KERNELS)
-    if tuned.ROWS[capability].attend_by_roles and dim == 128 and dtype != "float32":
-        expected["hsa"] = KERNELS["hsa"] - {"attend_listed"} | {"attend_by_roles"}
+    if tuned.ROWS[capability].vote_by_roles and dim == 64:
+        expected["hsa"] = KERNELS["hsa"] | {"vote_by_roles"}  # sliding windows have ``vote``
+    if tuned.ROWS[capability].attend_by_roles and dim == 128:
+        expected["hsa"] = KERNELS["hsa"] - {"vote", "attend_listed"} | {"vote_by_roles", "attend_by_roles"}
         expected["hsa_backward"] = KERNELS["hsa_backward"] | {"query_gradients_by_roles"}
     assert names == expected
     for part, kernel, shared, columns in launched:

@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 from gluon_machine import Machine
 
 from retrofit.kernels import tuned
-from retrofit.kernels.hsa import hopper, triton_roles, triton_roles_gradients
+from retrofit.kernels.hsa import hopper, triton_roles, triton_roles_gradients, triton_roles_vote
 from retrofit.kernels.hsa.geometry import Geometry
 
 SMALL = Geometry(
@@ -24,7 +24,7 @@ SMALL = Geometry(
     budget=64,
     block=16,
     node=4,
-    fanout=4,
+    fanout=8,
     nodes_per_span=8,
     beam=4,
     query_block=32,
@@ -46,8 +46,13 @@ def implementation() -> str:
 @pytest.fixture
 def machines(monkeypatch: pytest.MonkeyPatch) -> dict[str, Machine]:
     """Take the place of the kernels, on a GPU of two multiprocessors."""
-    kernels = {"attend_by_roles": triton_roles, "query_gradients_by_roles": triton_roles_gradients}
-    machines = {name: Machine(module, name) for name, module in kernels.items()}
+    machines = {
+        "vote_by_roles": Machine(
+            triton_roles_vote, "vote_by_roles", rounded=lambda x: x.round().int(), layout_of=lambda x: None
+        ),
+        "attend_by_roles": Machine(triton_roles, "attend_by_roles"),
+        "query_gradients_by_roles": Machine(triton_roles_gradients, "query_gradients_by_roles"),
+    }
     for name, machine in machines.items():
         monkeypatch.setattr(hopper, name, machine)
     monkeypatch.setattr(hopper, "INTERPRETED", triton_roles.gl.constexpr(False))
@@ -69,9 +74,9 @@ def run(case: Any) -> tuple[Any, tuple[Tensor, ...]]:
     [
         ({"tokens": 189, "heads": 8}, {}),
         ({"tokens": 210, "heads": 3, "kv_heads": 1, "sinks": 0.5}, {}),
-        ({"tokens": 180, "kv_heads": 1, "batch": 2}, {"block": 32, "sink": 32}),
+        ({"tokens": 180, "kv_heads": 1, "batch": 2}, {"block": 32, "node": 8, "sink": 32}),
         ({"tokens": 250, "heads": 2, "kv_heads": 1}, {"query_block": 64, "window": 128}),
-        ({"tokens": 180, "kv_heads": 1, "sharpness": 9.0}, {"budget": 16}),
+        ({"tokens": 180, "kv_heads": 1, "sharpness": 9.0}, {"budget": 16, "node": 2}),
     ],
     ids=["groups of 4", "group of 3, sinks", "batch, leaves of 32", "blocks of 64", "sharp"],
 )
@@ -85,10 +90,12 @@ def test_roles_change_nothing(
     case = replace(case, geometry=replace(SMALL, **sizes), padded=False).to("cpu", torch.float16)
     actual, grads = run(case)
     chunks = case.run(case.tokens - 70, case.tokens, case.run(0, case.tokens - 70)).out
-    assert [machine.programs for machine in machines.values()] == [2, 2]
+    assert [machine.programs for machine in machines.values()] == [2, 2, 2]
     assert bool(machines["attend_by_roles"].added) == ("sharpness" in inputs)  # rows beyond the range
-    with tuned.using(case.q.device, replace(tuned.SM_90, attend_by_roles=None)):
+    with tuned.using(case.q.device, replace(tuned.SM_90, attend_by_roles=None, vote_by_roles=None)):
         expected, expected_grads = run(case)
+    assert torch.equal(actual.spans, expected.spans)
+    assert torch.equal(actual.choices, expected.choices)
     torch.testing.assert_close(actual.out, expected.out, rtol=2e-3, atol=1e-4)
     for found, other in zip(grads, expected_grads, strict=True):
         assert (found.float() - other.float()).norm() < 1e-3 * other.float().norm()

@@ -241,6 +241,35 @@ def test_roles_on_a_gpu_change_a_rounding_at_most(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        {"heads": 8, "dim": 128},
+        {"heads": 9, "kv_heads": 3, "dim": 64, "tokens": 2049, "sinks": 1.0},
+        {"heads": 4, "dim": 64, "batch": 2, "sharpness": 8.0},
+    ],
+    ids=["llama", "smollm2, sinks", "batch"],
+)
+def test_votes_by_roles_on_a_gpu_are_the_same_bits(
+    build: Callable[..., Any], inputs: dict[str, Any], dtype: torch.dtype
+) -> None:
+    case = build(**{"tokens": 3000, **inputs})
+    case = replace(case, geometry=DEFAULT, padded=False).to("cuda", dtype)
+    own = tuned.settings(case.q.device)
+    if own.vote_by_roles is None:
+        pytest.skip("is for Hopper")
+    call = Call.of(case.q, case.k, case.v, case.geometry, sliding_window=0, padded=False)
+    assert call.voting_roles is not None
+    actual, chunks = case.run(), case.run_in_chunks([1100, 1101, case.tokens - 40])
+    with tuned.using(case.q.device, replace(own, vote_by_roles=None)):
+        expected = case.run()
+    for found in (actual, chunks):
+        assert torch.equal(found.spans, expected.spans)
+        assert torch.equal(found.choices, expected.choices)
+
+
+@pytest.mark.gpu
 def test_on_a_gpu_no_bit_depends_on_later_tokens(build: Callable[..., Any]) -> None:
     case = replace(build(3000, dim=64), geometry=DEFAULT).to("cuda", torch.bfloat16)
     before = case.run().out
