@@ -232,7 +232,7 @@ def ballot(
         bh, number = tile // blocks, (slots - tokens) // QUERY_BLOCK + tile % blocks
         t0 = number * QUERY_BLOCK
         if (t0 < slots) & (t0 + QUERY_BLOCK > DENSE_END):
-            b, h = (bh // KV_HEADS).to(gl.int64), bh % KV_HEADS
+            b, h = (bh // KV_HEADS).to(gl.int64), (bh % KV_HEADS).to(gl.int64)
             begin = t0 + SHARE * PLACES
             t, above, new = query_at(row, begin, low, slots, GROUP, LOW, HIGH)
             head = h * GROUP + above
