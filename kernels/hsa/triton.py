@@ -36,8 +36,9 @@ FUSED_FROM = 2048
 """Tokens of the dense start from which PyTorch's kernel is worth its launch and two copies."""
 BLOCKS_AT_ONCE = 8192
 """Query blocks whose votes wait in memory."""
-SETTLING_WARPS = 1
-"""Warps by which the queries of a block choose."""
+SETTLING = {"num_warps": 1, "maxnreg": 64}
+"""How the kernel by which the queries of a block choose is compiled: as many programs to a multiprocessor as there may
+be, for each waits for itself."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_SUM = {torch.float32: 2.0**100, torch.bfloat16: 2.0**100, torch.float16: 2.0**15}
 """Sum of a query's weights, shifted by the highest score among sinks and window, from which a row is done again."""
@@ -238,7 +239,7 @@ def _choose_leaves(
             )  # fmt: skip
         settle[(end - first,)](
             start, length, spans, choices, votes, *lists, *call.extent, call.total_blocks, first,
-            g.least_vote(call.votes), FRESH=fresh, **choosing(call), **call.listing, num_warps=SETTLING_WARPS,
+            g.least_vote(call.votes), FRESH=fresh, **choosing(call), **call.listing, **SETTLING,
         )  # fmt: skip
     return shift, lists
 
