@@ -5,12 +5,11 @@ from __future__ import annotations
 from functools import cache, lru_cache
 from typing import Any
 
-import torch
 from torch import Tensor
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from retrofit.kernels.hsa.triton_call import CALLS, Call
+from retrofit.kernels.hsa.triton_call import CALLS, Call, processors
 from retrofit.kernels.hsa.triton_execute import INTERPRETED
 from retrofit.kernels.hsa.triton_roles import SLAB, attend_by_roles
 from retrofit.kernels.hsa.triton_roles_gradients import query_gradients_by_roles
@@ -18,27 +17,20 @@ from retrofit.kernels.hsa.triton_roles_vote import vote_by_roles
 from retrofit.kernels.tuned import Tile
 
 ALIGNED = 16
-"""Bytes that copies of blocks need strides and addresses to be multiples of."""
+"""Bytes that addresses are multiples of where blocks can be copied."""
+STEP = 32
+"""Bytes that strides are multiples of: 16 for copies, and 16 elements for Triton to read them as Gluon is told to."""
 GROUPS = 2
 """Groups of warps that attend, each to its rows of a tile."""
 
 
-def can_attend(call: Call, *inputs: Tensor) -> bool:
-    """Whether the kernels that attend can do this call, for queries, keys and values, and gradients of outputs."""
-    return call.roles is not None and not INTERPRETED.value and _can_copy(call, *inputs)
-
-
-def can_vote(call: Call, spreads: Tensor | None, *inputs: Tensor) -> bool:
-    """Whether ``vote_by_roles`` can do this call, for these keys and nodes."""
-    if call.voting_roles is None or spreads is None or INTERPRETED.value:
+def can_run(call: Call, tile: Tile | None, *inputs: Tensor) -> bool:
+    """Whether a kernel whose warps have roles can do this call on these inputs, if that is its tile."""
+    if tile is None or INTERPRETED.value:
         return False
-    return _can_copy(call, *inputs)
-
-
-def _can_copy(call: Call, *inputs: Tensor) -> bool:
-    """Whether blocks of the inputs can be copied."""
     steps = [step * call.bytes for x in inputs for step in x.stride()[:3]]
-    return min(steps) > 0 and not any(n % ALIGNED for n in (*steps, *(x.data_ptr() for x in inputs)))
+    aligned = not any(x.data_ptr() % ALIGNED for x in inputs)
+    return aligned and min(steps) > 0 and not any(step % STEP for step in steps)
 
 
 def attend_listed(
@@ -57,9 +49,10 @@ def attend_listed(
     limit: float,
 ) -> None:
     """Writes ``out`` and ``lse`` of all sparse tiles; arguments are those of ``attend_by_roles``."""
-    tiles, constants = _tiles(call), _constants(call, _tile(call.settings.attend_by_roles))
-    attend_by_roles[(min(tiles, _processors(q.device)),)](
-        *_of_queries(call, q), *_of_keys(call, k, v),
+    tile = found(call.attend_by_roles)
+    tiles, constants = _tiles(call, tile), _constants(call, tile)
+    attend_by_roles[(min(tiles, processors(q.device)),)](
+        *_of_queries(call, tile, q), *_of_keys(call, k, v),
         sinks, ordered, counts, shift, todo, out, lse, *call.extent, tiles, scale, limit, **constants,
     )  # fmt: skip
 
@@ -79,9 +72,10 @@ def query_gradients(
     scale: float,
 ) -> None:
     """Writes ``grad_q`` and ``delta`` of all sparse tiles; arguments are those of ``query_gradients_by_roles``."""
-    tiles, constants = _tiles(call), _constants(call, _tile(call.settings.query_gradients_by_roles))
-    query_gradients_by_roles[(min(tiles, _processors(q.device)),)](
-        *_of_queries(call, q, grad), *_of_keys(call, k, v), ordered, counts, lse, out, delta, grad_q,
+    tile = found(call.query_gradients_by_roles)
+    tiles, constants = _tiles(call, tile), _constants(call, tile)
+    query_gradients_by_roles[(min(tiles, processors(q.device)),)](
+        *_of_queries(call, tile, q, grad), *_of_keys(call, k, v), ordered, counts, lse, out, delta, grad_q,
         *out.stride()[:3], *grad_q.stride()[:3], *call.extent, tiles, scale, **constants,
     )  # fmt: skip
 
@@ -113,7 +107,7 @@ def vote(
     size = g.nodes_in_span(0)
     by_leaf = nodes[:, :, : leaves * size].view(call.rows, leaves, size, call.dim).transpose(1, 2)
     block = [1, size, g.fanout, SLAB.value]
-    vote_by_roles[(min(end - first, _processors(q.device)),)](
+    vote_by_roles[(min(end - first, processors(q.device)),)](
         *_of_keys(call, k),
         TensorDescriptor(by_leaf, list(by_leaf.shape), list(by_leaf.stride()), block, _swizzled()),
         q, spreads, sinks, spans, votes, shift, todo, *q.stride()[:3], *call.extent, call.total_blocks, leaves,
@@ -123,7 +117,7 @@ def vote(
 
 @lru_cache(CALLS)
 def _voting(call: Call) -> dict[str, Any]:
-    g, tile = call.geometry, _tile(call.voting_roles)
+    g, tile = call.geometry, found(call.vote_by_roles)
     shared = {name: value for name, value in call.shared.items() if name != "LAYOUT"}
     return {
         **shared,
@@ -140,20 +134,19 @@ def _voting(call: Call) -> dict[str, Any]:
     }
 
 
-def _tiles(call: Call) -> int:
-    assert call.roles is not None
-    return call.blocks * call.rows * -(-call.group // call.heads_per_tile(call.roles.rows))
+def _tiles(call: Call, tile: Tile) -> int:
+    return call.blocks * call.rows * -(-call.group // call.heads_per_tile(tile.rows))
 
 
-def _tile(tile: Tile | None) -> Tile:
+def found(tile: Tile | None) -> Tile:
+    """The tile, which ``can_run`` has seen."""
     assert tile is not None
     return tile
 
 
-def _of_queries(call: Call, *inputs: Tensor) -> list[TensorDescriptor]:
+def _of_queries(call: Call, tile: Tile, *inputs: Tensor) -> list[TensorDescriptor]:
     """Describes [B, Hq, T, D] by tiles."""
-    assert call.roles is not None
-    return [_blocks_of(x, call.heads_per_tile(call.roles.rows), call.geometry.query_block) for x in inputs]
+    return [_blocks_of(x, call.heads_per_tile(tile.rows), call.geometry.query_block) for x in inputs]
 
 
 def _of_keys(call: Call, *inputs: Tensor) -> list[TensorDescriptor]:
@@ -185,9 +178,3 @@ def _constants(call: Call, tile: Tile) -> dict[str, Any]:
         "STAGES": tile.stages,
         "num_warps": tile.warps,
     }
-
-
-@cache
-def _processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU, each of which has one program; 1 where there is none."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -13,7 +13,7 @@ CUDA graph.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from retrofit.kernels.hsa import triton_execute as execute
 from retrofit.kernels.hsa import triton_select as select
 from retrofit.kernels.hsa.geometry import Geometry
 from retrofit.kernels.hsa.triton_backward import hsa_attention_backward
-from retrofit.kernels.hsa.triton_call import CALLS, Call, padded, power
+from retrofit.kernels.hsa.triton_call import CALLS, Call, padded, power, processors
 from retrofit.kernels.hsa.triton_choose import settle
 from retrofit.kernels.hsa.triton_vote import vote
 from retrofit.kernels.tuned import settings
@@ -130,7 +130,7 @@ def hsa_attention(
             call, q, k, nodes[0], spreads, sinks, start, length, spans, choices, todo, scale, fresh=fresh
         )
         limit = LARGEST_SUM[q.dtype]
-        if hopper.can_attend(call, q, k, v):
+        if hopper.can_run(call, call.attend_by_roles, q, k, v):
             ordered, _shares, counts = lists
             hopper.attend_listed(call, q, k, v, sinks, ordered, counts, shift, todo, out, lse, scale, limit)
         else:
@@ -225,7 +225,7 @@ def _choose_leaves(
     shift = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     lists = call.empty_lists(q.device)
     by_columns = None
-    if spreads is not None and hopper.can_vote(call, spreads, q, k, nodes):
+    if spreads is not None and hopper.can_run(call, call.vote_by_roles, q, k, nodes):
         by_columns = hopper.by_columns(call, spreads)
     for first in range(0, tiles, BLOCKS_AT_ONCE):
         end = min(first + BLOCKS_AT_ONCE, tiles)
@@ -326,11 +326,3 @@ def strides(*tensors: Tensor) -> tuple[int, ...]:
 def spread_strides(spreads: Tensor | None) -> tuple[int, int]:
     """Strides of batch and heads."""
     return (0, 0) if spreads is None else (spreads.stride(0), spreads.stride(1))
-
-
-@cache
-def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; a few for the interpreter."""
-    if device.type != "cuda":
-        return 2
-    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -80,7 +80,7 @@ def hsa_attention_backward(
     delta = make(lse)
     lists = call.list_blocks(start, length, spans, choices)
     blocks = call.blocks
-    if hopper.can_attend(call, q, k, v, grad):
+    if not call.is_dense and hopper.can_run(call, call.query_gradients_by_roles, q, k, v, grad):
         ordered, _shares, counts = lists
         hopper.query_gradients(call, q, k, v, out, grad, lse, ordered, counts, grad_q, delta, scale)
         blocks = call.dense_blocks
@@ -96,7 +96,7 @@ def hsa_attention_backward(
         )  # fmt: skip
 
     tile = call.tile(call.settings.key_gradients)
-    leaves = min(4 if geometry.query_block <= 128 else 2, geometry.fanout)
+    leaves = min(4 if geometry.query_block <= 128 else 2, geometry.fanout)  # what an entry has bits for
     keys = max(geometry.block, min(tile.keys, leaves * geometry.block))
     whole = call.votes.parts == FADE
     tiles = -(-geometry.sink // keys) + -(-max(0, call.slots - geometry.sink) // keys)
@@ -152,7 +152,8 @@ def _entries(
     )
     ends = counts.flatten().cumsum(0)
     places = ends - counts.flatten()
-    entries = torch.empty(call.rows * call.blocks * g.choices, dtype=torch.int64, device=device)
+    most = min(g.choices, constants["WIDTH_PAD"] // leaves) if whole else g.choices
+    entries = torch.empty(call.rows * call.blocks * most, dtype=torch.int64, device=device)
     inverse.write_entries[(CHUNKS, call.rows)](
         start, length, spans, choices, choosers, places, entries, *extent, **constants, num_warps=1
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -21,6 +21,14 @@ CALLS = 256
 def power(n: int) -> int:
     """The smallest power of two that is at least n."""
     return 1 << (n - 1).bit_length()
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; a few for the interpreter."""
+    if device.type != "cuda":
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def padded(dim: int) -> int:
@@ -112,33 +120,42 @@ class Call:
         return self.blocks, -(-self.group // heads) * self.rows
 
     @cached_property
-    def roles(self) -> Tile | None:
-        """The tile of kernels whose warps have roles; None if this GPU has none, or they cannot do calls of these sizes."""
-        tile, block = self.settings.attend_by_roles, self.geometry.block
-        if tile is None or self.layout != WHOLE.value or self.sliding_window:
-            return None
-        if (self.bytes, self.dim, self.value_dim) != (2, 128, 128) or block < 16 or tile.keys % block:
-            return None
-        if self.heads_per_tile(tile.rows) * self.geometry.query_block != tile.rows:
-            return None
-        return tile
+    def attend_by_roles(self) -> Tile | None:
+        """The tile of the kernel of this name; None if this GPU does not have it, or it cannot do these sizes."""
+        return self._attending_by_roles(self.settings.attend_by_roles)
 
     @cached_property
-    def voting_roles(self) -> Tile | None:
-        """The tile of ``vote_by_roles``; None if this GPU does not have it, or it cannot do calls of these sizes."""
-        tile, g = self.settings.vote_by_roles, self.geometry
-        if tile is None or self.layout != WHOLE.value or self.sliding_window:
+    def query_gradients_by_roles(self) -> Tile | None:
+        """As ``attend_by_roles``."""
+        return self._attending_by_roles(self.settings.query_gradients_by_roles)
+
+    @cached_property
+    def vote_by_roles(self) -> Tile | None:
+        """As ``attend_by_roles``."""
+        tile, g = self._by_roles(self.settings.vote_by_roles), self.geometry
+        if tile is None or self.dim not in (64, 128) or self.group > self.heads_per_tile(tile.rows):
             return None
-        if self.bytes != 2 or self.dim not in (64, 128) or self.group > self.heads_per_tile(tile.rows):
+        columns = g.fanout * g.nodes_in_span(0)
+        if tile.keys not in (columns, 2 * columns) or g.fanout % 8 or g.query_block % g.block:
             return None
-        if g.block < 16 or tile.keys % g.block or g.query_block % g.block:
+        # Those that decode add up in steps of so many keys.
+        return tile if tile.keys == self.settings.vote[self.bytes, padded(self.dim)].keys else None
+
+    def _attending_by_roles(self, tile: Tile | None) -> Tile | None:
+        tile = self._by_roles(tile)
+        if tile is None or (self.dim, self.value_dim) != (128, 128):
             return None
-        if (
-            tile.keys not in (g.fanout * g.nodes_in_span(0), 2 * g.fanout * g.nodes_in_span(0))
-            or g.fanout % 8
-        ):
+        # Tiles that are done again by ``attend_run`` are its own.
+        alike = self.heads_per_tile(tile.rows) == self.heads_per_tile(self.tile(self.settings.attend).rows)
+        return tile if alike else None
+
+    def _by_roles(self, tile: Tile | None) -> Tile | None:
+        """``tile`` if it fits."""
+        if tile is None or self.bytes != 2 or self.layout != WHOLE.value or self.sliding_window:
             return None
-        return tile if self.heads_per_tile(tile.rows) * g.query_block == tile.rows else None
+        if (tile.rows, tile.warps) != (128, 4) or tile.keys % self.geometry.block or self.geometry.block < 16:
+            return None
+        return tile if self.heads_per_tile(tile.rows) * self.geometry.query_block == tile.rows else None
 
     @cached_property
     def votes(self) -> Votes:

@@ -23,12 +23,11 @@ from retrofit.kernels.hsa.geometry import Geometry
 from retrofit.kernels.hsa.triton import (
     choosing,
     keep_spans,
-    processors,
     scoring,
     spread_strides,
     strides,
 )
-from retrofit.kernels.hsa.triton_call import CALLS, Call, padded, power
+from retrofit.kernels.hsa.triton_call import CALLS, Call, padded, power, processors
 from retrofit.kernels.hsa.triton_choose import settle
 from retrofit.kernels.hsa.triton_select import WHOLE
 from retrofit.kernels.hsa.triton_vote import vote_parts

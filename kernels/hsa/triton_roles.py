@@ -178,7 +178,7 @@ def attend(
             head, t = head0 + row // QUERY_BLOCK, t0 + place
             new = (t >= low) & (t < slots) & (head < (h + 1) * GROUP)
             at = (b.to(gl.int64) * KV_HEADS * GROUP + head) * tokens + t - low
-            # Not loaded a tile ahead: Triton 3.6 takes a scalar that a loop loads for its next turn for invariant.
+            # Not loaded a tile ahead: Triton 3.6 took ``most``, loaded so in this role, for the same in all tiles.
             top = gl.load(shift + at, mask=new, other=0.0)
             seen = gl.load(counts + number * QUERY_BLOCK + place)
             most = gl.load(counts + number * QUERY_BLOCK + QUERY_BLOCK - 1)

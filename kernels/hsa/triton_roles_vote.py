@@ -35,7 +35,7 @@ def rounded(x):
 
 
 @gluon.jit
-def near_blocks(t0, WINDOW: gl.constexpr, SINK: gl.constexpr, BLOCK: gl.constexpr, QUERY_BLOCK: gl.constexpr):
+def near_keys(t0, WINDOW: gl.constexpr, SINK: gl.constexpr, BLOCK: gl.constexpr, QUERY_BLOCK: gl.constexpr):
     """(first block of the last row's window, blocks from there on, first block of the first row's, blocks of all with
     the sinks')."""
     first = gl.maximum(gl.maximum(t0 + 1 - WINDOW, 0) // BLOCK, SINK // BLOCK)
@@ -92,7 +92,7 @@ def bring(
         bh, number = tile // blocks, (slots - tokens) // QUERY_BLOCK + tile % blocks
         t0 = number * QUERY_BLOCK
         if (t0 < slots) & (t0 + QUERY_BLOCK > DENSE_END):
-            last, right, first, many = near_blocks(t0, WINDOW, SINK, BLOCK, QUERY_BLOCK)
+            last, right, first, many = near_keys(t0, WINDOW, SINK, BLOCK, QUERY_BLOCK)
             for step in range(0, (many + BLOCKS - 1) // BLOCKS):
                 slot = n % SLOTS
                 mbarrier.wait(empty.index(slot), n // SLOTS & 1 ^ 1)
@@ -143,11 +143,11 @@ def load_queries(
 
 
 @gluon.jit
-def weigh(top, total, s):
-    """One step of a log-sum-exp: scores s [M, N]."""
-    new_top = gl.maximum(top, gl.max(s, 1))
+def weigh(top, total, s, factor):
+    """As ``weigh`` of ``triton_vote``."""
+    new_top = gl.maximum(top, gl.max(s, 1) * factor)
     safe = gl.where(new_top == -float("inf"), 0.0, new_top)
-    return new_top, total * gl.exp2(top - safe) + gl.sum(gl.exp2(s - safe[:, None]), 1)
+    return new_top, total * gl.exp2(top - safe) + gl.sum(gl.exp2(s * factor - safe[:, None]), 1)
 
 
 @gluon.jit
@@ -251,13 +251,13 @@ def ballot(
             top = gl.full([HALF], -float("inf"), gl.float32, ROWS)
             total = gl.zeros([HALF], gl.float32, ROWS)
             even = gl.zeros([HALF, KEYS], gl.float32, SCORES)
-            last, right, first, many = near_blocks(t0, WINDOW, SINK, BLOCK, QUERY_BLOCK)
+            last, right, first, many = near_keys(t0, WINDOW, SINK, BLOCK, QUERY_BLOCK)
             for step in range(0, (many + BLOCKS - 1) // BLOCKS):
                 even = take(begin_scores(x, even, ring, full, n, DIM, KEYS, SLOTS), empty, n, SLOTS)
                 e = step * BLOCKS + column // BLOCK
                 j = near_block(e, last, right, first, many, beyond, SINK, BLOCK) * BLOCK + column % BLOCK
                 visible = (j[None] <= t[:, None]) & ((j < SINK)[None] | (j[None] >= from_[:, None]))
-                top, total = weigh(top, total, gl.where(visible, even * factor, -float("inf")))
+                top, total = weigh(top, total, gl.where(visible, even, -float("inf")), factor)
                 n += 1
             near = top + gl.log2(total)
             gl.store(shift + (b * KV_HEADS * GROUP + head) * tokens + t - low, top, mask=new)

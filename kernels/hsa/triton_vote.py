@@ -46,11 +46,15 @@ def rounded(x):
 
 
 @triton.jit
-def weigh(top, total, s):
-    """One step of a log-sum-exp: scores s [M, N]."""
-    new_top = tl.maximum(top, tl.max(s, 1))
+def weigh(top, total, s, factor):
+    """One step of a log-sum-exp of the scores s [M, N] times ``factor``, which is positive.
+
+    The product with it is never rounded by itself, so that steps with and without a mask give the same bits.
+    """
+    new_top = tl.maximum(top, tl.max(s, 1) * factor)
     safe = tl.where(new_top == -float("inf"), 0.0, new_top)
-    return new_top, total * tl.exp2(top - safe) + tl.sum(tl.exp2(s - safe[:, None]), 1)
+    weights = tl.exp2(tl.fma(s, tl.broadcast_to(factor, s.shape), tl.broadcast_to(-safe[:, None], s.shape)))
+    return new_top, total * tl.exp2(top - safe) + tl.sum(weights, 1)
 
 
 @triton.jit
@@ -73,17 +77,17 @@ def weigh_near(
     for n in range(0, alike, KEYS):
         j = n + key + tl.where(n + key < SINK, 0, last - SINK)
         y = load_keys(keys, j, stride_kt, None, DIM, DIM_PAD)
-        top, total = weigh(top, total, tl.dot(x, y, input_precision=PRECISION) * factor)
+        top, total = weigh(top, total, tl.dot(x, y, input_precision=PRECISION), factor)
     end = SINK + t0 + QUERY_BLOCK - last
     for n in range(alike, end + last - first, KEYS):
         j = n + key + tl.where(n + key < SINK, 0, tl.where(n + key < end, last - SINK, first - end))
         inside = (n + key < end + last - first) & (j < high)
         y = load_keys(keys, j, stride_kt, inside, DIM, DIM_PAD)
-        s = tl.dot(x, y, input_precision=PRECISION) * factor
+        s = tl.dot(x, y, input_precision=PRECISION)
         visible = (j[None] <= t[:, None]) & ((j[None] < SINK) | (j[None] >= from_[:, None]))
         if REACH:
             visible &= in_reach(j[None], t[:, None], REACH)
-        top, total = weigh(top, total, tl.where(visible & inside[None], s, -float("inf")))
+        top, total = weigh(top, total, tl.where(visible & inside[None], s, -float("inf")), factor)
     return top, top + tl.log2(total)
 
 

@@ -229,7 +229,7 @@ def test_roles_on_a_gpu_change_a_rounding_at_most(
         pytest.skip("is for Hopper")
     for varied in (case, replace(case, **by_token), outweighed(case)):
         call = Call.of(varied.q, varied.k, varied.v, varied.geometry, sliding_window=0, padded=False)
-        assert hopper.can_attend(call, varied.q, varied.k, varied.v)
+        assert hopper.can_run(call, call.attend_by_roles, varied.q, varied.k, varied.v)
         found = []
         for row in (own, replace(own, attend_by_roles=None)):
             with tuned.using(case.q.device, row):
@@ -260,7 +260,7 @@ def test_votes_by_roles_on_a_gpu_are_the_same_bits(
     if own.vote_by_roles is None:
         pytest.skip("is for Hopper")
     call = Call.of(case.q, case.k, case.v, case.geometry, sliding_window=0, padded=False)
-    assert call.voting_roles is not None
+    assert call.vote_by_roles is not None
     actual, chunks = case.run(), case.run_in_chunks([1100, 1101, case.tokens - 40])
     with tuned.using(case.q.device, replace(own, vote_by_roles=None)):
         expected = case.run()
