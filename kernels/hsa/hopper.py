@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache, lru_cache
+from math import prod
 from typing import Any
 
 from torch import Tensor
@@ -49,11 +50,12 @@ def attend_listed(
     limit: float,
 ) -> None:
     """Writes ``out`` and ``lse`` of all sparse tiles; arguments are those of ``attend_by_roles``."""
-    tile = found(call.attend_by_roles)
-    tiles, constants = _tiles(call, tile), _constants(call, tile)
+    tile = _known(call.attend_by_roles)
+    tiles = prod(call.tiles)
     attend_by_roles[(min(tiles, processors(q.device)),)](
         *_of_queries(call, tile, q), *_of_keys(call, k, v),
-        sinks, ordered, counts, shift, todo, out, lse, *call.extent, tiles, scale, limit, **constants,
+        sinks, ordered, counts, shift, todo, out, lse, *call.extent, tiles, scale, limit,
+        LIST=call.list_width, **_constants(call, tile),
     )  # fmt: skip
 
 
@@ -72,11 +74,12 @@ def query_gradients(
     scale: float,
 ) -> None:
     """Writes ``grad_q`` and ``delta`` of all sparse tiles; arguments are those of ``query_gradients_by_roles``."""
-    tile = found(call.query_gradients_by_roles)
-    tiles, constants = _tiles(call, tile), _constants(call, tile)
+    tile = _known(call.query_gradients_by_roles)
+    tiles = prod(call.tiles)
     query_gradients_by_roles[(min(tiles, processors(q.device)),)](
         *_of_queries(call, tile, q, grad), *_of_keys(call, k, v), ordered, counts, lse, out, delta, grad_q,
-        *out.stride()[:3], *grad_q.stride()[:3], *call.extent, tiles, scale, **constants,
+        *out.stride()[:3], *grad_q.stride()[:3], *call.extent, tiles, scale,
+        LIST=call.list_width, **_constants(call, tile),
     )  # fmt: skip
 
 
@@ -111,34 +114,18 @@ def vote(
         *_of_keys(call, k),
         TensorDescriptor(by_leaf, list(by_leaf.shape), list(by_leaf.stride()), block, _swizzled()),
         q, spreads, sinks, spans, votes, shift, todo, *q.stride()[:3], *call.extent, call.total_blocks, leaves,
-        first, end, scale, g.spread, **_voting(call),
+        first, end, scale, g.spread, **_constants(call, _known(call.vote_by_roles)), **_voting(call),
     )  # fmt: skip
 
 
 @lru_cache(CALLS)
 def _voting(call: Call) -> dict[str, Any]:
-    g, tile = call.geometry, found(call.vote_by_roles)
-    shared = {name: value for name, value in call.shared.items() if name != "LAYOUT"}
-    return {
-        **shared,
-        **call.candidates,
-        "GROUP": call.group,
-        "HEADS": call.heads_per_tile(tile.rows),
-        "DIM": call.dim,
-        "PER_LEAF": g.nodes_in_span(0),
-        "KEYS": tile.keys,
-        "STEPS": call.votes.steps,
-        "MOST": call.votes.most,
-        "STAGES": tile.stages,
-        "num_warps": tile.warps,
-    }
+    """Constants of ``vote_by_roles`` alone."""
+    per_leaf = call.geometry.nodes_in_span(0)
+    return {**call.candidates, "PER_LEAF": per_leaf, "STEPS": call.votes.steps, "MOST": call.votes.most}
 
 
-def _tiles(call: Call, tile: Tile) -> int:
-    return call.blocks * call.rows * -(-call.group // call.heads_per_tile(tile.rows))
-
-
-def found(tile: Tile | None) -> Tile:
+def _known(tile: Tile | None) -> Tile:
     """The tile, which ``can_run`` has seen."""
     assert tile is not None
     return tile
@@ -167,13 +154,13 @@ def _swizzled() -> NVMMASharedLayout:
 
 @lru_cache(CALLS)
 def _constants(call: Call, tile: Tile) -> dict[str, Any]:
+    """Constants of all these kernels."""
     shared = {name: value for name, value in call.shared.items() if name != "LAYOUT"}
     return {
         **shared,
         "GROUP": call.group,
         "HEADS": call.heads_per_tile(tile.rows),
         "DIM": call.dim,
-        "LIST": call.list_width,
         "KEYS": tile.keys,
         "STAGES": tile.stages,
         "num_warps": tile.warps,

@@ -49,12 +49,32 @@ def tile_at(
 
 
 @gluon.jit
+def barriers(SLOTS: gl.constexpr):
+    """``full`` and ``empty``, for one warp that fetches and two groups that are to be done."""
+    full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(SLOTS):
+        mbarrier.init(full.index(slot), count=1)
+        mbarrier.init(empty.index(slot), count=2)
+    return full, empty
+
+
+@gluon.jit
+def window_begins(
+    t0, WINDOW: gl.constexpr, SINK: gl.constexpr, BLOCK: gl.constexpr, QUERY_BLOCK: gl.constexpr
+):
+    """First blocks of the windows of the first and of the last row, behind the sinks."""
+    first = gl.maximum(gl.maximum(t0 + 1 - WINDOW, 0) // BLOCK, SINK // BLOCK)
+    last = gl.maximum(gl.maximum(t0 + QUERY_BLOCK - WINDOW, 0) // BLOCK, SINK // BLOCK)
+    return first, last
+
+
+@gluon.jit
 def window_ends(
     t0, WINDOW: gl.constexpr, SINK: gl.constexpr, BLOCK: gl.constexpr, QUERY_BLOCK: gl.constexpr,
 ):  # fmt: skip
     """(first block of the window's right end, blocks of it, first block of its left end, blocks of both)."""
-    first = gl.maximum(gl.maximum(t0 + 1 - WINDOW, 0) // BLOCK, SINK // BLOCK)
-    last = gl.maximum(gl.maximum(t0 + QUERY_BLOCK - WINDOW, 0) // BLOCK, SINK // BLOCK)
+    first, last = window_begins(t0, WINDOW, SINK, BLOCK, QUERY_BLOCK)
     whole = gl.maximum(last, t0 // BLOCK)
     right = (t0 + QUERY_BLOCK + BLOCK - 1) // BLOCK - whole
     return whole, right, first, right + last - first
@@ -312,11 +332,7 @@ def attend_by_roles(
     ring = gl.allocate_shared_memory(
         dtype, [SLOTS * SLABS * (KEYS // BLOCK), 1, 1, BLOCK, SLAB], desc_k.layout
     )
-    full = gl.allocate_shared_memory(gl.int64, [SLOTS + 1, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [SLOTS + 1, 1], mbarrier.MBarrierLayout())
-    for slot in gl.static_range(SLOTS + 1):
-        mbarrier.init(full.index(slot), count=1)
-        mbarrier.init(empty.index(slot), count=2)
+    full, empty = barriers(SLOTS + 1)
     gl.warp_specialize(
         [
             (attend, (

@@ -18,6 +18,7 @@ from retrofit.kernels.hsa.triton_roles import (
     HALF,
     LOG2E,
     SLAB,
+    barriers,
     begin_scores,
     begin_values,
     fetch,
@@ -166,11 +167,7 @@ def query_gradients_by_roles(
     ring = gl.allocate_shared_memory(
         dtype, [SLOTS * SLABS * (KEYS // BLOCK), 1, 1, BLOCK, SLAB], desc_k.layout
     )
-    full = gl.allocate_shared_memory(gl.int64, [SLOTS + 1, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [SLOTS + 1, 1], mbarrier.MBarrierLayout())
-    for slot in gl.static_range(SLOTS + 1):
-        mbarrier.init(full.index(slot), count=1)
-        mbarrier.init(empty.index(slot), count=2)
+    full, empty = barriers(SLOTS + 1)
     gl.warp_specialize(
         [
             (descend, (

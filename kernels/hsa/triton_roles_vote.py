@@ -18,7 +18,16 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from retrofit.kernels.hsa.triton_roles import HALF, LOG2E, SLAB, begin_scores, copy, reinterpreted
+from retrofit.kernels.hsa.triton_roles import (
+    HALF,
+    LOG2E,
+    SLAB,
+    barriers,
+    begin_scores,
+    copy,
+    reinterpreted,
+    window_begins,
+)
 from retrofit.kernels.launch import Kernel
 
 
@@ -38,8 +47,7 @@ def rounded(x):
 def near_keys(t0, WINDOW: gl.constexpr, SINK: gl.constexpr, BLOCK: gl.constexpr, QUERY_BLOCK: gl.constexpr):
     """(first block of the last row's window, blocks from there on, first block of the first row's, blocks of all with
     the sinks')."""
-    first = gl.maximum(gl.maximum(t0 + 1 - WINDOW, 0) // BLOCK, SINK // BLOCK)
-    last = gl.maximum(gl.maximum(t0 + QUERY_BLOCK - WINDOW, 0) // BLOCK, SINK // BLOCK)
+    first, last = window_begins(t0, WINDOW, SINK, BLOCK, QUERY_BLOCK)
     right = (t0 + QUERY_BLOCK) // BLOCK - last
     return last, right, first, SINK // BLOCK + right + last - first
 
@@ -175,7 +183,7 @@ def spreads_of(
 def cast(
     s, apart, second, near, held, index, used, factor,
     FANOUT: gl.constexpr, PER_LEAF: gl.constexpr, BEAM: gl.constexpr, PLACES: gl.constexpr, LOW: gl.constexpr,
-    HIGH: gl.constexpr, STRIDE: gl.constexpr, WIDTH_PAD: gl.constexpr, STEPS: gl.constexpr, MOST: gl.constexpr,
+    HIGH: gl.constexpr, WIDTH_PAD: gl.constexpr, STEPS: gl.constexpr, MOST: gl.constexpr,
 ):  # fmt: skip
     """Writes the votes for the leaves of the spans from ``index`` on, by scores s [HALF, …]."""
     SPANS: gl.constexpr = s.shape[1] // (FANOUT * PER_LEAF)
@@ -193,8 +201,29 @@ def cast(
     leaf = gl.arange(0, LEAVES, gl.SliceLayout(0, layout_of(vote)))
     at = gl.where(index + leaf // FANOUT >= used, BEAM - used, 0) * FANOUT + index * FANOUT + leaf
     gl.store(
-        held + place[:, None] * STRIDE + at[None], vote.to(held.dtype.element_ty), mask=(at < WIDTH_PAD)[None]
+        held + place[:, None] * (WIDTH_PAD + FANOUT) + at[None],
+        vote.to(held.dtype.element_ty),
+        mask=(at < WIDTH_PAD)[None],
     )
+
+
+@gluon.jit
+def turn(
+    x, own, free, apart, second, near, held, spreads, kept, index, used, edge, column, leaves, factor, ring, full, empty, n,
+    DIM: gl.constexpr, FANOUT: gl.constexpr, PER_LEAF: gl.constexpr, BEAM: gl.constexpr, PLACES: gl.constexpr,
+    LOW: gl.constexpr, HIGH: gl.constexpr, WIDTH_PAD: gl.constexpr, KEYS: gl.constexpr, STEPS: gl.constexpr,
+    MOST: gl.constexpr, SLOTS: gl.constexpr,
+):  # fmt: skip
+    """Makes the scores ``own`` of the step in place n into votes, while those of the next one are computed into the
+    registers ``free``; returns these and the spreads that belong to them."""
+    SPANS: gl.constexpr = KEYS // (FANOUT * PER_LEAF)
+    ahead = begin_scores(x, free, ring, full, n + 1, DIM, KEYS, SLOTS)
+    following = spreads_of(spreads, kept, index + SPANS, used, edge, column, leaves, FANOUT, PER_LEAF)
+    cast(
+        own, apart, second, near, held, index, used, factor,
+        FANOUT, PER_LEAF, BEAM, PLACES, LOW, HIGH, WIDTH_PAD, STEPS, MOST,
+    )  # fmt: skip
+    return take(ahead, empty, n + 1, SLOTS), following
 
 
 @gluon.jit
@@ -212,7 +241,6 @@ def ballot(
     PLACES: gl.constexpr = QUERY_BLOCK // 2
     LOW: gl.constexpr = HEADS // 2 if HEADS > 1 else 1
     HIGH: gl.constexpr = 2 if HEADS > 1 else 1
-    STRIDE: gl.constexpr = WIDTH_PAD + FANOUT
     EDGE_SPANS: gl.constexpr = (WIDTH - BEAM * FANOUT + FANOUT - 1) // FANOUT
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, SCORES, 2)
@@ -267,48 +295,40 @@ def ballot(
                 near = more + gl.log2(gl.exp2(near - more) + gl.exp2(sink - more))
             near = gl.where(new, near * STEPS, float("inf"))
 
-            held = votes + ((tile - first_tile).to(gl.int64) * QUERY_BLOCK + SHARE * PLACES) * STRIDE
-            own = spreads + bh.to(gl.int64) * PER_LEAF * leaves
-            # While the scores of one step are made into votes, those of the next are computed.
+            held = votes + ((tile - first_tile).to(gl.int64) * QUERY_BLOCK + SHARE * PLACES) * (
+                WIDTH_PAD + FANOUT
+            )
+            spread_rows = spreads + bh.to(gl.int64) * PER_LEAF * leaves
             even = begin_scores(x, even, ring, full, n, DIM, KEYS, SLOTS)
-            apart = spreads_of(own, kept, 0, used, edge, column, leaves, FANOUT, PER_LEAF)
+            apart = spreads_of(spread_rows, kept, 0, used, edge, column, leaves, FANOUT, PER_LEAF)
             even = take(even, empty, n, SLOTS)
-            odd = even
-            following = apart
+            odd, following = even, apart
             index = 0
             others = (used + EDGE_SPANS + SPANS - 1) // SPANS - 1
             for _ in range(0, others // 2):
-                odd = begin_scores(x, odd, ring, full, n + 1, DIM, KEYS, SLOTS)
-                following = spreads_of(own, kept, index + SPANS, used, edge, column, leaves, FANOUT, PER_LEAF)
-                cast(
-                    even, apart, second, near, held, index, used, factor,
-                    FANOUT, PER_LEAF, BEAM, PLACES, LOW, HIGH, STRIDE, WIDTH_PAD, STEPS, MOST,
+                odd, following = turn(
+                    x, even, odd, apart, second, near, held, spread_rows, kept, index, used, edge,
+                    column, leaves, factor, ring, full, empty, n,
+                    DIM, FANOUT, PER_LEAF, BEAM, PLACES, LOW, HIGH, WIDTH_PAD, KEYS, STEPS, MOST, SLOTS,
                 )  # fmt: skip
-                odd = take(odd, empty, n + 1, SLOTS)
-                even = begin_scores(x, even, ring, full, n + 2, DIM, KEYS, SLOTS)
-                apart = spreads_of(own, kept, index + 2 * SPANS, used, edge, column, leaves, FANOUT, PER_LEAF)
-                cast(
-                    odd, following, second, near, held, index + SPANS, used, factor,
-                    FANOUT, PER_LEAF, BEAM, PLACES, LOW, HIGH, STRIDE, WIDTH_PAD, STEPS, MOST,
+                even, apart = turn(
+                    x, odd, even, following, second, near, held, spread_rows, kept, index + SPANS, used, edge,
+                    column, leaves, factor, ring, full, empty, n + 1,
+                    DIM, FANOUT, PER_LEAF, BEAM, PLACES, LOW, HIGH, WIDTH_PAD, KEYS, STEPS, MOST, SLOTS,
                 )  # fmt: skip
-                even = take(even, empty, n + 2, SLOTS)
                 n += 2
                 index += 2 * SPANS
             if others % 2 > 0:
-                odd = begin_scores(x, odd, ring, full, n + 1, DIM, KEYS, SLOTS)
-                following = spreads_of(own, kept, index + SPANS, used, edge, column, leaves, FANOUT, PER_LEAF)
-                cast(
-                    even, apart, second, near, held, index, used, factor,
-                    FANOUT, PER_LEAF, BEAM, PLACES, LOW, HIGH, STRIDE, WIDTH_PAD, STEPS, MOST,
+                even, apart = turn(
+                    x, even, odd, apart, second, near, held, spread_rows, kept, index, used, edge,
+                    column, leaves, factor, ring, full, empty, n,
+                    DIM, FANOUT, PER_LEAF, BEAM, PLACES, LOW, HIGH, WIDTH_PAD, KEYS, STEPS, MOST, SLOTS,
                 )  # fmt: skip
-                even = take(odd, empty, n + 1, SLOTS)
-                odd = even
-                apart = following
                 n += 1
                 index += SPANS
             cast(
                 even, apart, second, near, held, index, used, factor,
-                FANOUT, PER_LEAF, BEAM, PLACES, LOW, HIGH, STRIDE, WIDTH_PAD, STEPS, MOST,
+                FANOUT, PER_LEAF, BEAM, PLACES, LOW, HIGH, WIDTH_PAD, STEPS, MOST,
             )  # fmt: skip
             n += 1
 
@@ -333,11 +353,7 @@ def vote_by_roles(
     ring = gl.allocate_shared_memory(
         q.dtype.element_ty, [SLOTS * SLABS * (KEYS // BLOCK), 1, 1, BLOCK, SLAB], desc_k.layout
     )
-    full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-    for slot in gl.static_range(SLOTS):
-        mbarrier.init(full.index(slot), count=1)
-        mbarrier.init(empty.index(slot), count=2)
+    full, empty = barriers(SLOTS)
     if gl.program_id(0) == 0:
         gl.store(todo, 0)
     gl.warp_specialize(
