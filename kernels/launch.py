@@ -1,7 +1,8 @@
 """Launches of Triton kernels that cost the host little.
 
 At every launch Triton derives anew what to compile for: from each argument, each constant and its own settings. That
-takes several times as long as the launch itself. A ``Kernel`` remembers what was compiled for arguments like these.
+takes several times as long as the launch itself. A ``Kernel`` remembers what was compiled for arguments like these, and
+hands over addresses, about which the driver has no questions.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton import knobs
+from triton.runtime import driver
 
 INT32 = 2**31
 """Integers from here on are 64 bits wide."""
@@ -35,11 +38,19 @@ class Kernel:
 
     def _launch(self, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
         device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
-        key = device, tuple(constants.values()), _kinds(arguments)
+        kinds, values = _described(arguments)
+        key = device, tuple(constants.values()), kinds
         found = self._compiled.get(key)
         if found is not None:
             compiled, others = found
-            compiled[(*grid, 1, 1)[:3]](*arguments, *others)
+            grid = (*grid, 1, 1)[:3]
+            if _has_hooks():
+                compiled[grid](*arguments, *others)
+                return
+            stream = driver.active.get_current_stream(device)
+            compiled.run(
+                *grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *values, *others
+            )
             return
         compiled = self.function[grid](*arguments, **constants)
         if compiled is not None:  # the interpreter compiles nothing
@@ -56,20 +67,27 @@ def kernel(**options: Any) -> Callable[[Any], Kernel]:
     return decorate
 
 
-def _kinds(arguments: tuple[Any, ...]) -> Hashable:
-    """What a kernel is compiled for: of a tensor its dtype and whether it is aligned, of an integer whether it is 1,
-    a multiple of 16, and of how many bits."""
-    return tuple(
-        [
-            (1 if x == 1 else 2 + (x & 15 == 0) + 2 * (not -INT32 <= x < INT32))
-            if type(x) is int
-            else _kind(x)
-            for x in arguments
-        ]
-    )
+def _has_hooks() -> bool:
+    """Whether a profiler wants to know of launches."""
+    runtime = knobs.runtime
+    return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
 
 
-def _kind(x: Any) -> Any:
-    if isinstance(x, Tensor):
-        return x.dtype if x.data_ptr() & 15 == 0 else (x.dtype,)
-    return _kinds(x) if type(x) is tuple else type(x)
+def _described(arguments: tuple[Any, ...]) -> tuple[Hashable, list[Any]]:
+    """What a kernel is compiled for, and the arguments with addresses in place of tensors.
+
+    It is compiled for a tensor's dtype and whether it is aligned, whether an integer is 1, a multiple of 16, and of how
+    many bits. Where a tensor is counts too, so that Triton itself refuses those of another device.
+    """
+    kinds: list[Hashable] = []
+    values = list(arguments)
+    for place, x in enumerate(arguments):
+        if type(x) is int:
+            kinds.append(1 if x == 1 else 2 + (x & 15 == 0) + 2 * (not -INT32 <= x < INT32))
+        elif isinstance(x, Tensor):
+            values[place] = address = x.data_ptr()
+            kinds.append((x.dtype, x.get_device(), address & 15 == 0))
+        else:
+            own: Any = _described(x)[0] if type(x) is tuple else type(x)
+            kinds.append(own)
+    return tuple(kinds), values

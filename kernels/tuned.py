@@ -88,6 +88,7 @@ class Settings:
         attend: ``attend_listed`` and ``attend_run``.
         attend_by_roles: The kernel of this name, for heads of 128 dims in half precision; None if this is not for it.
         query_gradients_by_roles: As attend_by_roles, with tiles of as many rows.
+        key_gradients_by_roles: As attend_by_roles, for heads of 64 or 128 dims, with tiles of 64 rows and 64 keys.
         vote_by_roles: As attend_by_roles, for heads of 64 or 128 dims; its stages are slots of a ring.
         attend_parts: Attention of decoding; the rows are its least.
         query_gradients: HSA's kernel of this name.
@@ -105,6 +106,7 @@ class Settings:
     attend: Tiles
     attend_by_roles: Tile | None
     query_gradients_by_roles: Tile | None
+    key_gradients_by_roles: Tile | None
     vote_by_roles: Tile | None
     attend_parts: Tiles
     query_gradients: Tiles
@@ -149,7 +151,8 @@ SM_90 = Settings(
     ),
     attend_by_roles=Tile(128, 64, 4, 5),
     query_gradients_by_roles=Tile(128, 64, 4, 4),
-    vote_by_roles=Tile(128, 64, 4, 8),
+    key_gradients_by_roles=Tile(64, 64, 4, 4),
+    vote_by_roles=Tile(128, 64, 4, 4),
     attend_parts=tiles(
         {
             (2, 128): Tile(16, 64, 4, 3),
@@ -168,7 +171,7 @@ SM_90 = Settings(
     ),
     key_gradients=tiles(
         {
-            (2, 128): Tile(128, 64, 8, 2),
+            (2, 128): Tile(64, 32, 4, 2),
             (2, 256): Tile(64, 32, 8, 1),
             (4, 64): Tile(32, 32, 4, 2),
             (4, 256): Tile(32, 32, 8, 1),
@@ -213,6 +216,7 @@ SM_80 = replace(
     coarse=tiles({(2, 256): Tile(64, 64, 4, 3), (4, 64): Tile(64, 64, 4, 3), (4, 256): Tile(16, 64, 4, 1)}),
     attend_by_roles=None,
     query_gradients_by_roles=None,
+    key_gradients_by_roles=None,
     vote_by_roles=None,
     vote=tiles(
         {
@@ -237,14 +241,6 @@ SM_80 = replace(
             (2, 128): Tile(128, 32, 8, 2, few=(4, 1)),
             (2, 256): Tile(64, 32, 8, 1),
             (4, 64): Tile(64, 32, 8, 1),
-            (4, 256): Tile(32, 32, 8, 1),
-        }
-    ),
-    key_gradients=tiles(
-        {
-            (2, 128): Tile(64, 32, 4, 2),
-            (2, 256): Tile(64, 32, 8, 1),
-            (4, 64): Tile(32, 32, 4, 2),
             (4, 256): Tile(32, 32, 8, 1),
         }
     ),

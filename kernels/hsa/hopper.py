@@ -14,6 +14,7 @@ from retrofit.kernels.hsa.triton_call import CALLS, Call, processors
 from retrofit.kernels.hsa.triton_execute import INTERPRETED
 from retrofit.kernels.hsa.triton_roles import SLAB, attend_by_roles
 from retrofit.kernels.hsa.triton_roles_gradients import query_gradients_by_roles
+from retrofit.kernels.hsa.triton_roles_keys import key_gradients_by_roles
 from retrofit.kernels.hsa.triton_roles_vote import vote_by_roles
 from retrofit.kernels.tuned import Tile
 
@@ -83,11 +84,32 @@ def query_gradients(
     )  # fmt: skip
 
 
-def by_columns(call: Call, spreads: Tensor) -> Tensor:
-    """Spreads [B, Hkv, nodes] → [B·Hkv, nodes of a leaf, leaves]."""
-    size = call.geometry.nodes_in_span(0)
-    leaves = spreads.shape[2] // size
-    return spreads[:, :, : leaves * size].reshape(call.rows, leaves, size).transpose(1, 2).contiguous()
+def key_gradients(
+    call: Call,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grad: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    lists: tuple[Tensor, ...],
+    grad_k: Tensor,
+    grad_v: Tensor,
+    held: Tensor,
+    tiles: int,
+    chunks: int,
+    scale: float,
+) -> None:
+    """Writes ``grad_k`` and ``grad_v``, or parts of them; arguments are those of ``key_gradients_by_roles``, ``lists`` its
+    entries and all about them."""
+    tile = _known(call.key_gradients_by_roles)
+    all_tiles, all_parts = call.rows * tiles, held.shape[0]
+    constants = {name: value for name, value in _constants(call, tile).items() if name != "KEYS"}
+    key_gradients_by_roles[(all_parts + all_tiles,)](
+        *_of_queries(call, tile, q, grad), *_of_keys(call, k, v), lse, delta, *lists, grad_k, grad_v, held,
+        *grad_k.stride()[:3], *grad_v.stride()[:3], call.slots, call.tokens, tiles, chunks, all_tiles, all_parts, scale,
+        **constants,
+    )  # fmt: skip
 
 
 def vote(
@@ -106,15 +128,17 @@ def vote(
     scale: float,
 ) -> None:
     """Writes the votes of the query blocks ``first`` … ``end``; arguments are those of ``vote_by_roles``."""
-    g, leaves = call.geometry, spreads.shape[2]
+    g = call.geometry
     size = g.nodes_in_span(0)
+    leaves = nodes.shape[2] // size
     by_leaf = nodes[:, :, : leaves * size].view(call.rows, leaves, size, call.dim).transpose(1, 2)
     block = [1, size, g.fanout, SLAB.value]
     vote_by_roles[(min(end - first, processors(q.device)),)](
         *_of_keys(call, k),
         TensorDescriptor(by_leaf, list(by_leaf.shape), list(by_leaf.stride()), block, _swizzled()),
-        q, spreads, sinks, spans, votes, shift, todo, *q.stride()[:3], *call.extent, call.total_blocks, leaves,
-        first, end, scale, g.spread, **_constants(call, _known(call.vote_by_roles)), **_voting(call),
+        q, spreads, sinks, spans, votes, shift, todo, *q.stride()[:3], *spreads.stride()[:2],
+        *call.extent, call.total_blocks, leaves, first, end, scale, g.spread,
+        **_constants(call, _known(call.vote_by_roles)), **_voting(call),
     )  # fmt: skip
 
 

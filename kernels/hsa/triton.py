@@ -224,13 +224,11 @@ def _choose_leaves(
     votes = call.empty_votes(min(tiles, BLOCKS_AT_ONCE), q.device)
     shift = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     lists = call.empty_lists(q.device)
-    by_columns = None
-    if spreads is not None and hopper.can_run(call, call.vote_by_roles, q, k, nodes):
-        by_columns = hopper.by_columns(call, spreads)
+    by_roles = hopper.can_run(call, call.vote_by_roles, q, k, nodes)
     for first in range(0, tiles, BLOCKS_AT_ONCE):
         end = min(first + BLOCKS_AT_ONCE, tiles)
-        if by_columns is not None:
-            hopper.vote(call, q, k, nodes, by_columns, sinks, spans, votes, shift, todo, first, end, scale)
+        if by_roles and spreads is not None:
+            hopper.vote(call, q, k, nodes, spreads, sinks, spans, votes, shift, todo, first, end, scale)
         else:
             vote[(min(end - first, call.settings.programs * processors(q.device)),)](
                 q, k, nodes, spreads, sinks, start, length, spans, votes, shift, todo, *strides(q, k), *nodes.stride()[:2],

@@ -2,7 +2,7 @@
 
     list_blocks, query_gradients                 →  grad_q; on Hopper query_gradients_by_roles where it is sparse
     count_entries, write_entries, count_steps    →  which query blocks see each tile of keys
-    key_gradients, join_gradients                →  grad_k, grad_v
+    key_gradients, join_gradients                →  grad_k, grad_v; on Hopper key_gradients_by_roles where it can
 
 As in the forward pass nothing is read back from the device and every buffer's size follows from shapes. A tile
 that many blocks see is split into parts; the parts are as long as it takes for their sums to fit into a buffer
@@ -95,22 +95,29 @@ def hsa_attention_backward(
             **call.options(tile),
         )  # fmt: skip
 
+    by_roles = hopper.can_run(call, call.key_gradients_by_roles, q, k, v, grad)
     tile = call.tile(call.settings.key_gradients)
+    if by_roles and call.key_gradients_by_roles is not None:
+        tile = call.key_gradients_by_roles
     leaves = min(4 if geometry.query_block <= 128 else 2, geometry.fanout)  # what an entry has bits for
     keys = max(geometry.block, min(tile.keys, leaves * geometry.block))
     whole = call.votes.parts == FADE
     tiles = -(-geometry.sink // keys) + -(-max(0, call.slots - geometry.sink) // keys)
     entries, ends, steps = _entries(call, keys, tiles, start, length, spans, choices, whole=whole)
     parts, part_ends, owners, size = _parts(steps, 4 * call.blocks)
+    inverted = (entries, ends, steps, parts, part_ends, owners, size)
     held = torch.empty(owners.shape[0], keys, call.dim + call.value_dim, dtype=torch.float32, device=q.device)
-    heads = call.heads_per_tile(tile.rows)
-    gradients.key_gradients[(owners.shape[0] + steps.shape[0],)](
-        q, k, v, grad, lse, delta, start, length, entries, ends, steps, parts, part_ends, owners, size,
-        grad_k, grad_v, held, *_strides(q, k, v, grad, grad_k, grad_v), *call.extent,
-        tiles, CHUNKS, steps.shape[0], owners.shape[0], scale,
-        GROUP=call.group, HEADS=heads, KEYS=keys, WHOLE_LEAVES=whole, **call.product, **call.values, **call.shared, **call.reach,
-        **call.options(tile),
-    )  # fmt: skip
+    if by_roles:
+        hopper.key_gradients(
+            call, q, k, v, grad, lse, delta, inverted, grad_k, grad_v, held, tiles, CHUNKS, scale
+        )  # fmt: skip
+    else:
+        gradients.key_gradients[(owners.shape[0] + steps.shape[0],)](
+            q, k, v, grad, lse, delta, start, length, *inverted, grad_k, grad_v, held,
+            *_strides(q, k, v, grad, grad_k, grad_v), *call.extent, tiles, CHUNKS, steps.shape[0], owners.shape[0], scale,
+            GROUP=call.group, HEADS=call.heads_per_tile(tile.rows), KEYS=keys, WHOLE_LEAVES=whole,
+            **call.product, **call.values, **call.shared, **call.reach, **call.options(tile),
+        )  # fmt: skip
     gradients.join_gradients[(steps.shape[0],)](
         held, start, length, parts, part_ends, grad_k, grad_v, *_strides(grad_k, grad_v), tiles,
         KV_HEADS=call.kv_heads, SINK=geometry.sink, KEYS=keys, DIM=call.dim, DIM_PAD=call.product["DIM_PAD"],

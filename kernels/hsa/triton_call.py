@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retrofit.kernels.hsa.geometry import Geometry, Votes
+from retrofit.kernels.hsa.geometry import FADE, Geometry, Votes
 from retrofit.kernels.hsa.triton_choose import MOST_KEYS, list_blocks
 from retrofit.kernels.hsa.triton_select import ENDING, PADDED, WHOLE
 from retrofit.kernels.tuned import Settings, Tile, Tiles, settings
@@ -130,13 +130,22 @@ class Call:
         return self._attending_by_roles(self.settings.query_gradients_by_roles)
 
     @cached_property
+    def key_gradients_by_roles(self) -> Tile | None:
+        """As ``attend_by_roles``."""
+        tile, g = self._by_roles(self.settings.key_gradients_by_roles, rows=64), self.geometry
+        if tile is None or (self.dim, self.value_dim) not in ((64, 64), (128, 128)):
+            return None
+        leaves = tile.keys // g.block  # whose rows an entry has bits for
+        fits = leaves <= min(4, g.fanout) and g.query_block < 1 << 32 // leaves
+        return tile if fits and self.votes.parts == FADE else None
+
+    @cached_property
     def vote_by_roles(self) -> Tile | None:
         """As ``attend_by_roles``."""
         tile, g = self._by_roles(self.settings.vote_by_roles), self.geometry
         if tile is None or self.dim not in (64, 128) or self.group > self.heads_per_tile(tile.rows):
             return None
-        columns = g.fanout * g.nodes_in_span(0)
-        if tile.keys not in (columns, 2 * columns) or g.fanout % 8 or g.query_block % g.block:
+        if tile.keys != g.fanout * g.nodes_in_span(0) or g.fanout % 8 or g.query_block % g.block:
             return None
         # Those that decode add up in steps of so many keys.
         return tile if tile.keys == self.settings.vote[self.bytes, padded(self.dim)].keys else None
@@ -149,11 +158,15 @@ class Call:
         alike = self.heads_per_tile(tile.rows) == self.heads_per_tile(self.tile(self.settings.attend).rows)
         return tile if alike else None
 
-    def _by_roles(self, tile: Tile | None) -> Tile | None:
-        """``tile`` if it fits."""
+    def _by_roles(self, tile: Tile | None, rows: int = 128) -> Tile | None:
+        """``tile``, of so many rows, if it fits."""
         if tile is None or self.bytes != 2 or self.layout != WHOLE.value or self.sliding_window:
             return None
-        if (tile.rows, tile.warps) != (128, 4) or tile.keys % self.geometry.block or self.geometry.block < 16:
+        if (
+            (tile.rows, tile.warps) != (rows, 4)
+            or tile.keys % self.geometry.block
+            or self.geometry.block < 16
+        ):
             return None
         return tile if self.heads_per_tile(tile.rows) * self.geometry.query_block == tile.rows else None
 

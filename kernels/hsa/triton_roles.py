@@ -7,8 +7,8 @@ What it computes is what ``attend_listed`` of ``triton_execute`` does, up to the
 four warps attend, each to HALF rows of a tile: while the values of a step are added, the scores of the next one are
 computed and weighed. Programs take one tile after another.
 
-Fetched operands stand in a ring: keys of step n in slot 2n, its values in slot 2n + 1. Of each slot, ``full`` says that
-its operand is there, and ``empty`` that both groups have done with it; their last element is for the queries.
+Fetched operands stand in rings, (memory, full, empty): of each slot ``full`` says that its operand is there, and
+``empty`` that both groups have done with it. Queries, keys and values have each their own ring.
 
 This is Gluon, the language below Triton, which has no interpreter.
 """
@@ -49,14 +49,47 @@ def tile_at(
 
 
 @gluon.jit
-def barriers(SLOTS: gl.constexpr):
-    """``full`` and ``empty``, for one warp that fetches and two groups that are to be done."""
+def barriers(SLOTS: gl.constexpr, GROUPS: gl.constexpr):
+    """``full`` and ``empty`` of a ring that one warp or group fills, and GROUPS empty."""
     full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(SLOTS):
         mbarrier.init(full.index(slot), count=1)
-        mbarrier.init(empty.index(slot), count=2)
+        mbarrier.init(empty.index(slot), count=GROUPS)
     return full, empty
+
+
+@gluon.jit
+def ring_of(desc, dtype: gl.constexpr, SLOTS: gl.constexpr, COPIES: gl.constexpr, GROUPS: gl.constexpr = 2):
+    """A ring whose slots have room for so many copies each."""
+    SHAPE: gl.constexpr = desc.block_shape
+    memory = gl.allocate_shared_memory(
+        dtype, [SLOTS * COPIES, SHAPE[0], SHAPE[1], SHAPE[2], SHAPE[3]], desc.layout
+    )
+    full, empty = barriers(SLOTS, GROUPS)
+    return memory, full, empty
+
+
+@gluon.jit
+def begin_slot(ring, n, BYTES: gl.constexpr, SLOTS: gl.constexpr):
+    """Waits until the slot of place n of a ring is empty, and announces what will be there."""
+    _memory, full, empty = ring
+    mbarrier.wait(empty.index(n % SLOTS), n // SLOTS & 1 ^ 1)
+    mbarrier.expect(full.index(n % SLOTS), BYTES)
+
+
+@gluon.jit
+def await_slot(ring, n, SLOTS: gl.constexpr):
+    """Waits until place n of a ring is there."""
+    _memory, full, _empty = ring
+    mbarrier.wait(full.index(n % SLOTS), n // SLOTS & 1)
+
+
+@gluon.jit
+def release(ring, n, SLOTS: gl.constexpr):
+    """Says that this group has done with place n of a ring."""
+    _memory, _full, empty = ring
+    mbarrier.arrive(empty.index(n % SLOTS))
 
 
 @gluon.jit
@@ -113,21 +146,47 @@ def matrices(pieces, ROWS: gl.constexpr, DIM: gl.constexpr):
 
 
 @gluon.jit
-def half_tile(rows, SHARE: gl.constexpr, ROWS: gl.constexpr, DIM: gl.constexpr, LAYOUT: gl.constexpr):
-    """The SHARE-th HALF of the ROWS of a tile."""
-    return matrices(rows, ROWS, DIM).index(0).slice(SHARE * HALF, HALF).load(LAYOUT)
+def half_tile(tiles, SHARE: gl.constexpr, ROWS: gl.constexpr, DIM: gl.constexpr, LAYOUT: gl.constexpr):
+    """The SHARE-th HALF of the ROWS of a tile, of a ring of one slot."""
+    return matrices(tiles[0], ROWS, DIM).index(0).slice(SHARE * HALF, HALF).load(LAYOUT)
+
+
+@gluon.jit
+def rows_at(
+    SHARE: gl.constexpr, h, head0, t0, low, slots, GROUP: gl.constexpr, QUERY_BLOCK: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """(head, position, whether it is a new query) of the SHARE-th HALF of a tile's rows."""
+    row = SHARE * HALF + gl.arange(0, HALF, LAYOUT)
+    head, t = head0 + row // QUERY_BLOCK, t0 + row % QUERY_BLOCK
+    return head, t, (t >= low) & (t < slots) & (head < (h + 1) * GROUP)
+
+
+@gluon.jit
+def bring(
+    desc, ring, n, b, h, at, BYTES: gl.constexpr, SLABS: gl.constexpr, MANY: gl.constexpr, SIZE: gl.constexpr,
+    SLOTS: gl.constexpr,
+):  # fmt: skip
+    """Brings MANY blocks of SIZE tokens from ``at`` on to place n of a ring."""
+    memory, full, _empty = ring
+    begin_slot(ring, n, BYTES, SLOTS)
+    for u in gl.static_range(MANY):
+        for d in gl.static_range(SLABS):
+            place = [b, h, at + u * SIZE, d * SLAB]
+            copy(desc, place, full.index(n % SLOTS), memory.index((n % SLOTS * SLABS + d) * MANY + u))
 
 
 @gluon.jit
 def fetch(
-    desc_q, desc_g, desc_k, desc_v, queries, grads, ring, full, empty, ordered, counts, slots, tokens, blocks, tiles,
+    desc_q, desc_g, desc_k, desc_v, queries, grads, keys, values, ordered, counts, slots, tokens, blocks, tiles,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, HEADS: gl.constexpr, DIM: gl.constexpr, WINDOW: gl.constexpr,
     SINK: gl.constexpr, BLOCK: gl.constexpr, QUERY_BLOCK: gl.constexpr, DENSE_END: gl.constexpr,
-    LIST: gl.constexpr, KEYS: gl.constexpr, SLOTS: gl.constexpr,
+    LIST: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The role of the warp that fetches; with queries come the gradients of their outputs, if there are any."""
     LEAVES: gl.constexpr = KEYS // BLOCK
     SLABS: gl.constexpr = DIM // SLAB
+    TILE_BYTES: gl.constexpr = HEADS * QUERY_BLOCK * DIM * 2
     beyond = (slots + BLOCK - 1) // BLOCK
     n, seen_tiles = 0, 0
     for w in range(gl.program_id(0), tiles, gl.num_programs(0)):
@@ -138,15 +197,10 @@ def fetch(
             following = entries(listed, LEAVES)
             most = gl.load(counts + number * QUERY_BLOCK + QUERY_BLOCK - 1)
             from_list = (most + LEAVES - 1) // LEAVES
-            mbarrier.wait(empty.index(SLOTS), seen_tiles & 1 ^ 1)
-            mbarrier.expect(
-                full.index(SLOTS), HEADS * QUERY_BLOCK * DIM * 2 * (2 if grads is not None else 1)
-            )
-            for d in gl.static_range(SLABS):
-                place = [b, head, t0 - (slots - tokens), d * SLAB]
-                copy(desc_q, place, full.index(SLOTS), queries.index(d))
-                if grads is not None:
-                    copy(desc_g, place, full.index(SLOTS), grads.index(d))
+            at = t0 - (slots - tokens)
+            bring(desc_q, queries, seen_tiles, b, head, at, TILE_BYTES, SLABS, 1, QUERY_BLOCK, 1)
+            if grads is not None:
+                bring(desc_g, grads, seen_tiles, b, head, at, TILE_BYTES, SLABS, 1, QUERY_BLOCK, 1)
             seen_tiles += 1
             for step in range(0, from_list + (edges + LEAVES - 1) // LEAVES):
                 own = following
@@ -154,39 +208,37 @@ def fetch(
                     listed + gl.minimum(step + 1, gl.maximum(from_list - 1, 0)) * LEAVES, LEAVES
                 )
                 for which in gl.static_range(2):
-                    slot = n % SLOTS
-                    mbarrier.wait(empty.index(slot), n // SLOTS & 1 ^ 1)
-                    mbarrier.expect(full.index(slot), KEYS * DIM * 2)
+                    ring = values if which else keys
+                    begin_slot(ring, n, KEYS * DIM * 2, STAGES)
                     for u in gl.static_range(LEAVES):
                         edge = edge_block((step - from_list) * LEAVES + u, whole, right, first, edges, beyond)
-                        at = gl.where(step < from_list, own[u], edge) * BLOCK
+                        begin = gl.where(step < from_list, own[u], edge) * BLOCK
                         for d in gl.static_range(SLABS):
                             copy(
-                                desc_v if which else desc_k, [b, h, at, d * SLAB],
-                                full.index(slot), ring.index((slot * SLABS + d) * LEAVES + u),
+                                desc_v if which else desc_k, [b, h, begin, d * SLAB], ring[1].index(n % STAGES),
+                                ring[0].index((n % STAGES * SLABS + d) * LEAVES + u),
                             )  # fmt: skip
-                    n += 1
+                n += 1
 
 
 @gluon.jit
 def attend(
-    SHARE: gl.constexpr, sinks, counts, shift, todo, out, lse, queries, ring, full, empty,
+    SHARE: gl.constexpr, sinks, counts, shift, todo, out, lse, queries, keys, values,
     slots, tokens, blocks, tiles, scale, limit,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, HEADS: gl.constexpr, DIM: gl.constexpr, WINDOW: gl.constexpr,
     SINK: gl.constexpr, BLOCK: gl.constexpr, QUERY_BLOCK: gl.constexpr, DENSE_END: gl.constexpr,
-    KEYS: gl.constexpr, SLOTS: gl.constexpr,
+    KEYS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The role of a group of warps that attends, to the SHARE-th HALF of a tile's rows."""
     LEAVES: gl.constexpr = KEYS // BLOCK
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
+    WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
     ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
     dtype: gl.constexpr = out.dtype.element_ty
-    row = SHARE * HALF + gl.arange(0, HALF, ROWS)
-    place = row % QUERY_BLOCK
+    place = (SHARE * HALF + gl.arange(0, HALF, ROWS)) % QUERY_BLOCK
     column = gl.arange(0, KEYS, gl.SliceLayout(0, SCORES))
-    dim = gl.arange(0, DIM, gl.SliceLayout(0, SUMS))
     low = slots - tokens
     beyond = (slots + BLOCK - 1) // BLOCK
     factor = scale * LOG2E
@@ -194,25 +246,25 @@ def attend(
     for w in range(gl.program_id(0), tiles, gl.num_programs(0)):
         b, h, head0, t0, number = tile_at(w, slots, tokens, blocks, KV_HEADS, GROUP, HEADS, QUERY_BLOCK)
         if (t0 < slots) & (t0 + QUERY_BLOCK > DENSE_END):
+            row_b = b.to(gl.int64)
             whole, right, first, edges = window_ends(t0, WINDOW, SINK, BLOCK, QUERY_BLOCK)
-            head, t = head0 + row // QUERY_BLOCK, t0 + place
-            new = (t >= low) & (t < slots) & (head < (h + 1) * GROUP)
-            at = (b.to(gl.int64) * KV_HEADS * GROUP + head) * tokens + t - low
+            head, t, new = rows_at(SHARE, h, head0, t0, low, slots, GROUP, QUERY_BLOCK, ROWS)
+            at = (row_b * KV_HEADS * GROUP + head) * tokens + t - low
             # Not loaded a tile ahead: Triton 3.6 took ``most``, loaded so in this role, for the same in all tiles.
             top = gl.load(shift + at, mask=new, other=0.0)
             seen = gl.load(counts + number * QUERY_BLOCK + place)
             most = gl.load(counts + number * QUERY_BLOCK + QUERY_BLOCK - 1)
             from_list = (most + LEAVES - 1) // LEAVES
             from_ = gl.maximum(t + 1 - WINDOW, 0) // BLOCK * BLOCK
-            mbarrier.wait(full.index(SLOTS), seen_tiles & 1)
+            await_slot(queries, seen_tiles, 1)
             x = half_tile(queries, SHARE, HEADS * QUERY_BLOCK, DIM, gl.DotOperandLayout(0, SCORES, 2))
-            mbarrier.arrive(empty.index(SLOTS))
+            release(queries, seen_tiles, 1)
             seen_tiles += 1
 
             # The first step has no values to add meanwhile.
-            s = begin_scores(x, gl.zeros([HALF, KEYS], gl.float32, SCORES), ring, full, n, DIM, KEYS, SLOTS)
+            s = begin_scores(x, gl.zeros([HALF, KEYS], gl.float32, SCORES), keys, n, DIM, KEYS, STAGES)
             s = hopper.warpgroup_mma_wait(0, deps=[s])
-            mbarrier.arrive(empty.index(n % SLOTS))
+            release(keys, n, STAGES)
             if from_list > 0:
                 p = weigh_listed(s, 0, seen, top, factor, column, BLOCK, KEYS)
             else:
@@ -221,21 +273,21 @@ def attend(
             p = gl.convert_layout(p.to(dtype), WEIGHTS)
             acc = gl.zeros([HALF, DIM], gl.float32, SUMS)
             for step in range(1, from_list):
-                n += 2
-                s, acc = products(x, p, s, acc, ring, full, empty, n, DIM, KEYS, SLOTS)
+                n += 1
+                s, acc = products(x, p, s, acc, keys, values, n, DIM, KEYS, STAGES)
                 y = weigh_listed(s, step * LEAVES, seen, top, factor, column, BLOCK, KEYS)
                 total += partial_sums(y)
-                acc, p = finish(acc, p, gl.convert_layout(y.to(dtype), WEIGHTS), empty, n, SLOTS)
+                acc, p = finish(acc, p, gl.convert_layout(y.to(dtype), WEIGHTS), values, n - 1, STAGES)
             for step in range(gl.maximum(from_list, 1), from_list + (edges + LEAVES - 1) // LEAVES):
-                n += 2
-                s, acc = products(x, p, s, acc, ring, full, empty, n, DIM, KEYS, SLOTS)
+                n += 1
+                s, acc = products(x, p, s, acc, keys, values, n, DIM, KEYS, STAGES)
                 e = (step - from_list) * LEAVES
                 y = weigh_edge(s, e, t, from_, top, factor, column, whole, right, first, edges, beyond, BLOCK)
                 total += partial_sums(y)
-                acc, p = finish(acc, p, gl.convert_layout(y.to(dtype), WEIGHTS), empty, n, SLOTS)
-            n += 2
-            acc = begin_values(p, acc, ring, full, n - 1, DIM, KEYS, SLOTS)
-            acc, p = finish(acc, p, p, empty, n, SLOTS)
+                acc, p = finish(acc, p, gl.convert_layout(y.to(dtype), WEIGHTS), values, n - 1, STAGES)
+            acc = begin_values(p, acc, values, n, DIM, KEYS, STAGES)
+            acc, p = finish(acc, p, p, values, n, STAGES)
+            n += 1
 
             sums = gl.convert_layout(gl.sum(total, 1), ROWS)
             fits = sums <= limit
@@ -244,10 +296,14 @@ def attend(
                 sums += gl.exp2(sink - top)
                 fits &= sums < float("inf")
             gl.store(lse + at, gl.where(fits, (top + gl.log2(sums)) / LOG2E, float("nan")), mask=new)
-            at = ((b.to(gl.int64) * tokens + t - low) * (KV_HEADS * GROUP) + head) * DIM
-            at = gl.convert_layout(gl.where(new, at, -1), gl.SliceLayout(1, SUMS))
             share = gl.convert_layout(1.0 / sums, gl.SliceLayout(1, SUMS))
-            gl.store(out + at[:, None] + dim[None], (acc * share[:, None]).to(dtype), mask=(at >= 0)[:, None])
+            result = gl.convert_layout((acc * share[:, None]).to(dtype), WIDE)
+            head, t, written = rows_at(
+                SHARE, h, head0, t0, low, slots, GROUP, QUERY_BLOCK, gl.SliceLayout(1, WIDE)
+            )
+            at = ((row_b * tokens + t - low) * (KV_HEADS * GROUP) + head) * DIM
+            dim = gl.arange(0, DIM, gl.SliceLayout(0, WIDE))
+            gl.store(out + at[:, None] + dim[None], result, mask=written[:, None])
             if gl.max((new & (fits == 0)).to(gl.int32), 0) > 0:
                 gl.store(todo + 1 + gl.atomic_add(todo, 1), w)
 
@@ -278,35 +334,35 @@ def partial_sums(p):
 
 
 @gluon.jit
-def begin_scores(x, s, ring, full, n, DIM: gl.constexpr, KEYS: gl.constexpr, SLOTS: gl.constexpr):
-    """Begins the product of queries with the keys in place n of the ring; takes the registers of s."""
-    mbarrier.wait(full.index(n % SLOTS), n // SLOTS & 1)
-    keys = matrices(ring, KEYS, DIM).index(n % SLOTS).permute((1, 0))
-    return hopper.warpgroup_mma(x, keys, s, use_acc=False, is_async=True)
+def begin_scores(x, s, keys, n, DIM: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr):
+    """Begins the product of queries with the keys in place n; takes the registers of s."""
+    await_slot(keys, n, STAGES)
+    transposed = matrices(keys[0], KEYS, DIM).index(n % STAGES).permute((1, 0))
+    return hopper.warpgroup_mma(x, transposed, s, use_acc=False, is_async=True)
 
 
 @gluon.jit
-def begin_values(p, acc, ring, full, n, DIM: gl.constexpr, KEYS: gl.constexpr, SLOTS: gl.constexpr):
-    """Begins to add the product of weights with the values in place n of the ring."""
-    mbarrier.wait(full.index(n % SLOTS), n // SLOTS & 1)
-    return hopper.warpgroup_mma(p, matrices(ring, KEYS, DIM).index(n % SLOTS), acc, is_async=True)
+def begin_values(p, acc, values, n, DIM: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr):
+    """Begins to add the product of weights with the values in place n."""
+    await_slot(values, n, STAGES)
+    return hopper.warpgroup_mma(p, matrices(values[0], KEYS, DIM).index(n % STAGES), acc, is_async=True)
 
 
 @gluon.jit
-def products(x, p, s, acc, ring, full, empty, n, DIM: gl.constexpr, KEYS: gl.constexpr, SLOTS: gl.constexpr):
+def products(x, p, s, acc, keys, values, n, DIM: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr):
     """Begins the scores of the keys in place n and to add the values before them; waits for the scores."""
-    s = begin_scores(x, s, ring, full, n, DIM, KEYS, SLOTS)
-    acc = begin_values(p, acc, ring, full, n - 1, DIM, KEYS, SLOTS)
+    s = begin_scores(x, s, keys, n, DIM, KEYS, STAGES)
+    acc = begin_values(p, acc, values, n - 1, DIM, KEYS, STAGES)
     s = hopper.warpgroup_mma_wait(1, deps=[s])
-    mbarrier.arrive(empty.index(n % SLOTS))
+    release(keys, n, STAGES)
     return s, acc
 
 
 @gluon.jit
-def finish(acc, p, following, empty, n, SLOTS: gl.constexpr):
-    """Waits until the values before place n are added with weights p; returns the sum, and the weights that follow."""
+def finish(acc, p, following, ring, n, STAGES: gl.constexpr):
+    """Waits until the product of p with place n of a ring is added; returns the sum, and what follows p."""
     acc, _p, following = hopper.warpgroup_mma_wait(0, deps=[acc, p, following])
-    mbarrier.arrive(empty.index((n - 1) % SLOTS))
+    release(ring, n, STAGES)
     return acc, following
 
 
@@ -325,30 +381,27 @@ def attend_by_roles(
     q and [1, 1, BLOCK, SLAB] of k and v. A tile that has to be done again may stand on the list ``todo`` twice, once for
     each half.
     """
-    SLABS: gl.constexpr = DIM // SLAB
-    SLOTS: gl.constexpr = 2 * STAGES
     dtype: gl.constexpr = out.dtype.element_ty
-    queries = gl.allocate_shared_memory(dtype, [SLABS, 1, HEADS, QUERY_BLOCK, SLAB], desc_q.layout)
-    ring = gl.allocate_shared_memory(
-        dtype, [SLOTS * SLABS * (KEYS // BLOCK), 1, 1, BLOCK, SLAB], desc_k.layout
-    )
-    full, empty = barriers(SLOTS + 1)
+    COPIES: gl.constexpr = DIM // SLAB * (KEYS // BLOCK)
+    queries = ring_of(desc_q, dtype, 1, DIM // SLAB)
+    keys = ring_of(desc_k, dtype, STAGES, COPIES)
+    values = ring_of(desc_v, dtype, STAGES, COPIES)
     gl.warp_specialize(
         [
             (attend, (
-                gl.constexpr(0), sinks, counts, shift, todo, out, lse, queries, ring, full, empty,
+                gl.constexpr(0), sinks, counts, shift, todo, out, lse, queries, keys, values,
                 slots, tokens, blocks, tiles, scale, limit,
-                KV_HEADS, GROUP, HEADS, DIM, WINDOW, SINK, BLOCK, QUERY_BLOCK, DENSE_END, KEYS, SLOTS,
+                KV_HEADS, GROUP, HEADS, DIM, WINDOW, SINK, BLOCK, QUERY_BLOCK, DENSE_END, KEYS, STAGES,
             )),
             (attend, (
-                gl.constexpr(1), sinks, counts, shift, todo, out, lse, queries, ring, full, empty,
+                gl.constexpr(1), sinks, counts, shift, todo, out, lse, queries, keys, values,
                 slots, tokens, blocks, tiles, scale, limit,
-                KV_HEADS, GROUP, HEADS, DIM, WINDOW, SINK, BLOCK, QUERY_BLOCK, DENSE_END, KEYS, SLOTS,
+                KV_HEADS, GROUP, HEADS, DIM, WINDOW, SINK, BLOCK, QUERY_BLOCK, DENSE_END, KEYS, STAGES,
             )),
             (fetch, (
-                desc_q, None, desc_k, desc_v, queries, None, ring, full, empty, ordered, counts,
+                desc_q, None, desc_k, desc_v, queries, None, keys, values, ordered, counts,
                 slots, tokens, blocks, tiles,
-                KV_HEADS, GROUP, HEADS, DIM, WINDOW, SINK, BLOCK, QUERY_BLOCK, DENSE_END, LIST, KEYS, SLOTS,
+                KV_HEADS, GROUP, HEADS, DIM, WINDOW, SINK, BLOCK, QUERY_BLOCK, DENSE_END, LIST, KEYS, STAGES,
             )),
         ],
         [4, 1],

@@ -4,7 +4,7 @@
     descend   rows of half a tile, those  →  grad_q, delta
 
 It is ``query_gradients`` of ``triton_gradients`` in the way of ``triton_roles``: while the slopes of a step meet its keys
-once more, the scores of the next one are computed and weighed. Keys stay in the ring until then.
+once more, the scores of the next one are computed and weighed. Keys stay in their ring until then.
 """
 
 from __future__ import annotations
@@ -12,17 +12,20 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from retrofit.kernels.hsa.triton_roles import (
     HALF,
     LOG2E,
     SLAB,
-    barriers,
+    await_slot,
     begin_scores,
     begin_values,
     fetch,
+    finish,
     half_tile,
+    release,
+    ring_of,
+    rows_at,
     tile_at,
     weigh_edge,
     weigh_listed,
@@ -33,33 +36,26 @@ from retrofit.kernels.launch import Kernel
 
 @gluon.jit
 def begin_step(
-    x, dy, ds, s, products, acc, ring, full, n, DIM: gl.constexpr, KEYS: gl.constexpr, SLOTS: gl.constexpr
+    x, dy, ds, s, products, acc, keys, values, n, DIM: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr
 ):
-    """Begins the scores of the step in place n and ⟨gradient, value⟩, and adds the slopes of the step before; waits for
-    all but the last."""
-    s = begin_scores(x, s, ring, full, n, DIM, KEYS, SLOTS)
-    products = begin_scores(dy, products, ring, full, n + 1, DIM, KEYS, SLOTS)
-    acc = begin_values(ds, acc, ring, full, n - 2, DIM, KEYS, SLOTS)
+    """Begins the scores of step n and ⟨gradient, value⟩, and adds the slopes of the step before; waits for all but the
+    last."""
+    s = begin_scores(x, s, keys, n, DIM, KEYS, STAGES)
+    products = begin_scores(dy, products, values, n, DIM, KEYS, STAGES)
+    acc = begin_values(ds, acc, keys, n - 1, DIM, KEYS, STAGES)
     s, products = hopper.warpgroup_mma_wait(1, deps=[s, products])
+    release(values, n, STAGES)
     return s, products, acc
 
 
 @gluon.jit
-def end_step(acc, ds, following, empty, n, SLOTS: gl.constexpr):
-    """Waits until the slopes ``ds`` of the step in place n are added; returns the sum, and those that follow."""
-    acc, _ds, following = hopper.warpgroup_mma_wait(0, deps=[acc, ds, following])
-    mbarrier.arrive(empty.index(n % SLOTS))
-    return acc, following
-
-
-@gluon.jit
 def descend(
-    SHARE: gl.constexpr, counts, lse, out, delta, grad_q, queries, grads, ring, full, empty,
+    SHARE: gl.constexpr, counts, lse, out, delta, grad_q, queries, grads, keys, values,
     stride_ob, stride_oh, stride_ot, stride_xb, stride_xh, stride_xt,
     slots, tokens, blocks, tiles, scale,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, HEADS: gl.constexpr, DIM: gl.constexpr, WINDOW: gl.constexpr,
     SINK: gl.constexpr, BLOCK: gl.constexpr, QUERY_BLOCK: gl.constexpr, DENSE_END: gl.constexpr,
-    KEYS: gl.constexpr, SLOTS: gl.constexpr,
+    KEYS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The role of a group of warps that goes back through the SHARE-th HALF of a tile's rows."""
     LEAVES: gl.constexpr = KEYS // BLOCK
@@ -71,8 +67,7 @@ def descend(
     ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
     WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
     dtype: gl.constexpr = out.dtype.element_ty
-    row = SHARE * HALF + gl.arange(0, HALF, ROWS)
-    place = row % QUERY_BLOCK
+    place = (SHARE * HALF + gl.arange(0, HALF, ROWS)) % QUERY_BLOCK
     column = gl.arange(0, KEYS, gl.SliceLayout(0, SCORES))
     low = slots - tokens
     beyond = (slots + BLOCK - 1) // BLOCK
@@ -83,8 +78,7 @@ def descend(
         if (t0 < slots) & (t0 + QUERY_BLOCK > DENSE_END):
             row_b = b.to(gl.int64)
             whole, right, first, edges = window_ends(t0, WINDOW, SINK, BLOCK, QUERY_BLOCK)
-            head, t = head0 + row // QUERY_BLOCK, t0 + place
-            new = (t >= low) & (t < slots) & (head < (h + 1) * GROUP)
+            head, t, new = rows_at(SHARE, h, head0, t0, low, slots, GROUP, QUERY_BLOCK, ROWS)
             at = (row_b * KV_HEADS * GROUP + head) * tokens + t - low
             top = gl.load(lse + at, mask=new, other=float("inf")) * LOG2E
             seen = gl.load(counts + number * QUERY_BLOCK + place)
@@ -92,28 +86,29 @@ def descend(
             from_list = (most + LEAVES - 1) // LEAVES
             from_ = gl.maximum(t + 1 - WINDOW, 0) // BLOCK * BLOCK
 
-            row_o = SHARE * HALF + gl.arange(0, HALF, gl.SliceLayout(1, WIDE))
-            dim_o = gl.arange(0, DIM, gl.SliceLayout(0, WIDE))
-            head_o, t_o = head0 + row_o // QUERY_BLOCK, t0 + row_o % QUERY_BLOCK
-            new_o = (t_o >= low) & (t_o < slots) & (head_o < (h + 1) * GROUP)
-            at_o = row_b * stride_ob + head_o.to(gl.int64) * stride_oh + (t_o - low).to(gl.int64) * stride_ot
-            y = gl.load(out + at_o[:, None] + dim_o[None], mask=new_o[:, None], other=0.0)
-            mbarrier.wait(full.index(SLOTS), seen_tiles & 1)
+            head_w, t_w, new_w = rows_at(
+                SHARE, h, head0, t0, low, slots, GROUP, QUERY_BLOCK, gl.SliceLayout(1, WIDE)
+            )
+            dim_w = gl.arange(0, DIM, gl.SliceLayout(0, WIDE))
+            at_w = row_b * stride_ob + head_w.to(gl.int64) * stride_oh + (t_w - low).to(gl.int64) * stride_ot
+            y = gl.load(out + at_w[:, None] + dim_w[None], mask=new_w[:, None], other=0.0)
+            await_slot(grads, seen_tiles, 1)
             dy = half_tile(grads, SHARE, TILE, DIM, WIDE)
             mean = gl.convert_layout(gl.sum(dy.to(gl.float32) * y.to(gl.float32), 1), ROWS)
             gl.store(delta + at, mean, mask=new)
+            await_slot(queries, seen_tiles, 1)
             x = half_tile(queries, SHARE, TILE, DIM, OPERAND)
             dy = half_tile(grads, SHARE, TILE, DIM, OPERAND)
-            mbarrier.arrive(empty.index(SLOTS))
+            release(queries, seen_tiles, 1)
+            release(grads, seen_tiles, 1)
             seen_tiles += 1
 
             # The first step has no slopes to add meanwhile.
-            s = begin_scores(x, gl.zeros([HALF, KEYS], gl.float32, SCORES), ring, full, n, DIM, KEYS, SLOTS)
-            products = begin_scores(
-                dy, gl.zeros([HALF, KEYS], gl.float32, SCORES), ring, full, n + 1, DIM, KEYS, SLOTS
-            )
+            zeros = gl.zeros([HALF, KEYS], gl.float32, SCORES)
+            s = begin_scores(x, zeros, keys, n, DIM, KEYS, STAGES)
+            products = begin_scores(dy, zeros, values, n, DIM, KEYS, STAGES)
             s, products = hopper.warpgroup_mma_wait(0, deps=[s, products])
-            mbarrier.arrive(empty.index((n + 1) % SLOTS))
+            release(values, n, STAGES)
             if from_list > 0:
                 p = weigh_listed(s, 0, seen, top, factor, column, BLOCK, KEYS)
             else:
@@ -121,28 +116,25 @@ def descend(
             ds = gl.convert_layout((p * (products - mean[:, None])).to(dtype), SLOPES)
             acc = gl.zeros([HALF, DIM], gl.float32, SUMS)
             for step in range(1, from_list):
-                n += 2
-                s, products, acc = begin_step(x, dy, ds, s, products, acc, ring, full, n, DIM, KEYS, SLOTS)
-                mbarrier.arrive(empty.index((n + 1) % SLOTS))
+                n += 1
+                s, products, acc = begin_step(x, dy, ds, s, products, acc, keys, values, n, DIM, KEYS, STAGES)
                 p = weigh_listed(s, step * LEAVES, seen, top, factor, column, BLOCK, KEYS)
                 following = gl.convert_layout((p * (products - mean[:, None])).to(dtype), SLOPES)
-                acc, ds = end_step(acc, ds, following, empty, n - 2, SLOTS)
+                acc, ds = finish(acc, ds, following, keys, n - 1, STAGES)
             for step in range(gl.maximum(from_list, 1), from_list + (edges + LEAVES - 1) // LEAVES):
-                n += 2
-                s, products, acc = begin_step(x, dy, ds, s, products, acc, ring, full, n, DIM, KEYS, SLOTS)
-                mbarrier.arrive(empty.index((n + 1) % SLOTS))
+                n += 1
+                s, products, acc = begin_step(x, dy, ds, s, products, acc, keys, values, n, DIM, KEYS, STAGES)
                 e = (step - from_list) * LEAVES
                 p = weigh_edge(s, e, t, from_, top, factor, column, whole, right, first, edges, beyond, BLOCK)
                 following = gl.convert_layout((p * (products - mean[:, None])).to(dtype), SLOPES)
-                acc, ds = end_step(acc, ds, following, empty, n - 2, SLOTS)
-            acc = begin_values(ds, acc, ring, full, n, DIM, KEYS, SLOTS)
-            acc, ds = end_step(acc, ds, ds, empty, n, SLOTS)
-            n += 2
+                acc, ds = finish(acc, ds, following, keys, n - 1, STAGES)
+            acc = begin_values(ds, acc, keys, n, DIM, KEYS, STAGES)
+            acc, ds = finish(acc, ds, ds, keys, n, STAGES)
+            n += 1
 
-            at = row_b * stride_xb + head.to(gl.int64) * stride_xh + (t - low).to(gl.int64) * stride_xt
-            at = gl.convert_layout(gl.where(new, at, -1), gl.SliceLayout(1, SUMS))
-            dim = gl.arange(0, DIM, gl.SliceLayout(0, SUMS))
-            gl.store(grad_q + at[:, None] + dim[None], (acc * scale).to(dtype), mask=(at >= 0)[:, None])
+            at_w = row_b * stride_xb + head_w.to(gl.int64) * stride_xh + (t_w - low).to(gl.int64) * stride_xt
+            result = gl.convert_layout((acc * scale).to(dtype), WIDE)
+            gl.store(grad_q + at_w[:, None] + dim_w[None], result, mask=new_w[:, None])
 
 
 @Kernel
@@ -159,31 +151,28 @@ def query_gradients_by_roles(
 
     Descriptors are those of ``attend_by_roles``, of the output's gradient as of q.
     """
-    SLABS: gl.constexpr = DIM // SLAB
-    SLOTS: gl.constexpr = 2 * STAGES
     dtype: gl.constexpr = out.dtype.element_ty
-    queries = gl.allocate_shared_memory(dtype, [SLABS, 1, HEADS, QUERY_BLOCK, SLAB], desc_q.layout)
-    grads = gl.allocate_shared_memory(dtype, [SLABS, 1, HEADS, QUERY_BLOCK, SLAB], desc_g.layout)
-    ring = gl.allocate_shared_memory(
-        dtype, [SLOTS * SLABS * (KEYS // BLOCK), 1, 1, BLOCK, SLAB], desc_k.layout
-    )
-    full, empty = barriers(SLOTS + 1)
+    COPIES: gl.constexpr = DIM // SLAB * (KEYS // BLOCK)
+    queries = ring_of(desc_q, dtype, 1, DIM // SLAB)
+    grads = ring_of(desc_g, dtype, 1, DIM // SLAB)
+    keys = ring_of(desc_k, dtype, STAGES, COPIES)
+    values = ring_of(desc_v, dtype, STAGES, COPIES)
     gl.warp_specialize(
         [
             (descend, (
-                gl.constexpr(0), counts, lse, out, delta, grad_q, queries, grads, ring, full, empty,
+                gl.constexpr(0), counts, lse, out, delta, grad_q, queries, grads, keys, values,
                 stride_ob, stride_oh, stride_ot, stride_xb, stride_xh, stride_xt, slots, tokens, blocks, tiles, scale,
-                KV_HEADS, GROUP, HEADS, DIM, WINDOW, SINK, BLOCK, QUERY_BLOCK, DENSE_END, KEYS, SLOTS,
+                KV_HEADS, GROUP, HEADS, DIM, WINDOW, SINK, BLOCK, QUERY_BLOCK, DENSE_END, KEYS, STAGES,
             )),
             (descend, (
-                gl.constexpr(1), counts, lse, out, delta, grad_q, queries, grads, ring, full, empty,
+                gl.constexpr(1), counts, lse, out, delta, grad_q, queries, grads, keys, values,
                 stride_ob, stride_oh, stride_ot, stride_xb, stride_xh, stride_xt, slots, tokens, blocks, tiles, scale,
-                KV_HEADS, GROUP, HEADS, DIM, WINDOW, SINK, BLOCK, QUERY_BLOCK, DENSE_END, KEYS, SLOTS,
+                KV_HEADS, GROUP, HEADS, DIM, WINDOW, SINK, BLOCK, QUERY_BLOCK, DENSE_END, KEYS, STAGES,
             )),
             (fetch, (
-                desc_q, desc_g, desc_k, desc_v, queries, grads, ring, full, empty, ordered, counts,
+                desc_q, desc_g, desc_k, desc_v, queries, grads, keys, values, ordered, counts,
                 slots, tokens, blocks, tiles,
-                KV_HEADS, GROUP, HEADS, DIM, WINDOW, SINK, BLOCK, QUERY_BLOCK, DENSE_END, LIST, KEYS, SLOTS,
+                KV_HEADS, GROUP, HEADS, DIM, WINDOW, SINK, BLOCK, QUERY_BLOCK, DENSE_END, LIST, KEYS, STAGES,
             )),
         ],
         [4, 1],

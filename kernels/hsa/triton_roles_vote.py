@@ -1,14 +1,13 @@
 """Votes of queries for leaves on Hopper, where warps have roles.
 
-    bring    spans of a tile                  →  keys of sinks and window, nodes of a step's spans after others'
+    bring    spans of a tile                  →  keys of sinks and window, nodes of two spans after others'
     ballot   queries of half a tile, those    →  votes, shift
 
-It is ``vote`` of ``triton_vote`` in the way of ``triton_roles``, to the bit: while the scores of a step are made into
-votes, those of the next one are computed. A group of warps has half of the query block's places, for all heads of
-their group.
+It is ``vote`` of ``triton_vote`` in the way of ``triton_roles``, to the bit. A group of warps has half of the query
+block's places, for all heads of their group: while one of them makes scores into votes, those of the other are computed.
 
-The columns of a step are, of each of its one or two spans, (node of a leaf, leaf): where an accumulator has columns
-0 1 8 9 16 17 … in one thread's registers, a leaf's nodes are 8 columns apart.
+The columns of a step are, of each of two spans, (node of a leaf, leaf): where an accumulator has columns 0 1 8 9 16 17 …
+in one thread's registers, a leaf's nodes are 8 columns apart.
 """
 
 from __future__ import annotations
@@ -16,25 +15,43 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from retrofit.kernels.hsa.triton_roles import (
     HALF,
     LOG2E,
     SLAB,
-    barriers,
-    begin_scores,
+    await_slot,
+    begin_slot,
     copy,
+    matrices,
     reinterpreted,
+    release,
+    ring_of,
     window_begins,
 )
 from retrofit.kernels.launch import Kernel
+
+SPANS = gl.constexpr(2)
+"""Spans whose nodes meet in one product."""
 
 
 @gluon.constexpr_function
 def layout_of(x):
     """How a tensor is spread over threads."""
     return x.type.layout
+
+
+@gluon.constexpr_function
+def by_leaf(FANOUT, PER_LEAF):
+    """How [span, leaf, node] is spread over threads so that each has the columns of its scores: even leaves and the next
+    ones with all their nodes, which lie together in memory."""
+    nodes = [[0, 0, 1 << i] for i in range(PER_LEAF.bit_length() - 1)]
+    leaves = [[0, 1 << i, 0] for i in range(FANOUT.bit_length() - 1)]
+    held = [*nodes, leaves[0], *leaves[3:], [1, 0, 0]]
+    alike = [0, 0, 0]
+    return gl.DistributedLinearLayout(
+        held, [*leaves[1:3], alike, alike, alike], [alike, alike], [], [2, FANOUT, PER_LEAF]
+    )
 
 
 @gluon.jit
@@ -82,19 +99,20 @@ def first_edge(t0, WINDOW: gl.constexpr, SINK: gl.constexpr, BLOCK: gl.constexpr
 
 @gluon.jit
 def bring(
-    desc_k, desc_n, ring, full, empty, spans, slots, tokens, blocks, total_blocks, first_tile, end,
+    desc_k, desc_n, ring, spans, slots, tokens, blocks, total_blocks, first_tile, end,
     KV_HEADS: gl.constexpr, DIM: gl.constexpr, WINDOW: gl.constexpr, SINK: gl.constexpr, BLOCK: gl.constexpr,
     FANOUT: gl.constexpr, PER_LEAF: gl.constexpr, BEAM: gl.constexpr, QUERY_BLOCK: gl.constexpr,
-    DENSE_END: gl.constexpr, WIDTH: gl.constexpr, WIDTH_PAD: gl.constexpr, KEYS: gl.constexpr, SLOTS: gl.constexpr,
+    DENSE_END: gl.constexpr, WIDTH: gl.constexpr, WIDTH_PAD: gl.constexpr, KEYS: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """The role of the warp that brings keys and nodes."""
     BLOCKS: gl.constexpr = KEYS // BLOCK
     SLABS: gl.constexpr = DIM // SLAB
-    SPANS: gl.constexpr = KEYS // (FANOUT * PER_LEAF)
     EDGE_SPANS: gl.constexpr = (WIDTH - BEAM * FANOUT + FANOUT - 1) // FANOUT
     beyond = (slots + BLOCK - 1) // BLOCK
+    memory, full, _empty = ring
     LAYOUT: gl.constexpr = desc_n.layout
-    nodes = reinterpreted(ring, [SLOTS * SLABS * SPANS, 1, PER_LEAF, FANOUT, SLAB], LAYOUT)
+    nodes = reinterpreted(memory, [STAGES * SLABS * SPANS, 1, PER_LEAF, FANOUT, SLAB], LAYOUT)
     n = 0
     for tile in range(first_tile + gl.program_id(0), end, gl.num_programs(0)):
         bh, number = tile // blocks, (slots - tokens) // QUERY_BLOCK + tile % blocks
@@ -102,31 +120,27 @@ def bring(
         if (t0 < slots) & (t0 + QUERY_BLOCK > DENSE_END):
             last, right, first, many = near_keys(t0, WINDOW, SINK, BLOCK, QUERY_BLOCK)
             for step in range(0, (many + BLOCKS - 1) // BLOCKS):
-                slot = n % SLOTS
-                mbarrier.wait(empty.index(slot), n // SLOTS & 1 ^ 1)
-                mbarrier.expect(full.index(slot), KEYS * DIM * 2)
+                slot = n % STAGES
+                begin_slot(ring, n, KEYS * DIM * 2, STAGES)
                 for u in gl.static_range(BLOCKS):
                     at = near_block(step * BLOCKS + u, last, right, first, many, beyond, SINK, BLOCK) * BLOCK
                     for d in gl.static_range(SLABS):
                         copy(
                             desc_k, [bh // KV_HEADS, bh % KV_HEADS, at, d * SLAB],
-                            full.index(slot), ring.index((slot * SLABS + d) * BLOCKS + u),
+                            full.index(slot), memory.index((slot * SPANS * SLABS + d) * BLOCKS + u),
                         )  # fmt: skip
                 n += 1
             kept = spans + (bh.to(gl.int64) * total_blocks + number) * BEAM
             used = spans_kept(kept, BEAM, WIDTH_PAD // FANOUT, 1)
             edge = first_edge(t0, WINDOW, SINK, BLOCK, FANOUT)
             for index in range(0, used + EDGE_SPANS, SPANS):
-                slot = n % SLOTS
-                mbarrier.wait(empty.index(slot), n // SLOTS & 1 ^ 1)
-                mbarrier.expect(full.index(slot), KEYS * DIM * 2)
+                slot = n % STAGES
+                begin_slot(ring, n, SPANS * KEYS * DIM * 2, STAGES)
                 for u in gl.static_range(SPANS):
                     at = span_at(kept, index + u, used, edge) * FANOUT
                     for d in gl.static_range(SLABS):
-                        copy(
-                            desc_n, [bh, 0, at, d * SLAB],
-                            full.index(slot), nodes.index((slot * SLABS + d) * SPANS + u),
-                        )  # fmt: skip
+                        place = [bh, 0, at, d * SLAB]
+                        copy(desc_n, place, full.index(slot), nodes.index((slot * SLABS + d) * SPANS + u))
                 n += 1
 
 
@@ -159,24 +173,45 @@ def weigh(top, total, s, factor):
 
 
 @gluon.jit
-def take(s, empty, n, SLOTS: gl.constexpr):
+def begin_product(x, s, rows, ring, n, STAGES: gl.constexpr):
+    """Begins the scores of the ``rows`` [columns, DIM] in place n of the ring; takes the registers of s."""
+    await_slot(ring, n, STAGES)
+    return hopper.warpgroup_mma(x, rows.permute((1, 0)), s, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def finish(s, ring, n, STAGES: gl.constexpr):
     """The scores of place n of the ring, whose slot is free then."""
     s = hopper.warpgroup_mma_wait(0, deps=[s])
-    mbarrier.arrive(empty.index(n % SLOTS))
+    release(ring, n, STAGES)
     return s
 
 
 @gluon.jit
 def spreads_of(
-    spreads, kept, index, used, edge, column, leaves, FANOUT: gl.constexpr, PER_LEAF: gl.constexpr
+    spreads,
+    kept,
+    index,
+    used,
+    edge,
+    leaves,
+    FANOUT: gl.constexpr,
+    PER_LEAF: gl.constexpr,
+    COLUMNS: gl.constexpr,
 ):
-    """Spreads of the nodes in the columns of a step, from [PER_LEAF, leaves]."""
-    MANY: gl.constexpr = FANOUT * PER_LEAF
-    span = span_at(kept, index, used, edge)
-    if column.shape[0] > MANY:
-        span = gl.where(column < MANY, span, span_at(kept, index + 1, used, edge))
-    leaf = span * FANOUT + column % FANOUT
-    return gl.load(spreads + column % MANY // FANOUT * leaves + gl.minimum(leaf, leaves - 1))
+    """Spreads of the nodes in the columns of a step, from [nodes]."""
+    LAYOUT: gl.constexpr = by_leaf(FANOUT, PER_LEAF)
+    of_node: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT))
+    of_leaf: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT))
+    of_span: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT))
+    which = gl.arange(0, SPANS, of_span)
+    span = gl.where(which == 0, span_at(kept, index, used, edge), span_at(kept, index + 1, used, edge))
+    span = gl.expand_dims(gl.expand_dims(span, 1), 2)
+    leaf = span * FANOUT + gl.expand_dims(gl.expand_dims(gl.arange(0, FANOUT, of_leaf), 0), 2)
+    node = gl.expand_dims(gl.expand_dims(gl.arange(0, PER_LEAF, of_node), 0), 1)
+    found = gl.load(spreads + gl.minimum(leaf, leaves - 1) * PER_LEAF + node)
+    found = gl.reshape(gl.permute(found, (0, 2, 1)), [SPANS * PER_LEAF * FANOUT])
+    return gl.convert_layout(found, COLUMNS)
 
 
 @gluon.jit
@@ -185,8 +220,7 @@ def cast(
     FANOUT: gl.constexpr, PER_LEAF: gl.constexpr, BEAM: gl.constexpr, PLACES: gl.constexpr, LOW: gl.constexpr,
     HIGH: gl.constexpr, WIDTH_PAD: gl.constexpr, STEPS: gl.constexpr, MOST: gl.constexpr,
 ):  # fmt: skip
-    """Writes the votes for the leaves of the spans from ``index`` on, by scores s [HALF, …]."""
-    SPANS: gl.constexpr = s.shape[1] // (FANOUT * PER_LEAF)
+    """Writes the votes for the leaves of the spans from ``index`` on, by scores s [HALF, columns]."""
     LEAVES: gl.constexpr = SPANS * FANOUT
     s = s + second[:, None] * apart[None]
     best = gl.max(gl.reshape(s, [HALF, SPANS, PER_LEAF, FANOUT]), 2)
@@ -208,50 +242,34 @@ def cast(
 
 
 @gluon.jit
-def turn(
-    x, own, free, apart, second, near, held, spreads, kept, index, used, edge, column, leaves, factor, ring, full, empty, n,
-    DIM: gl.constexpr, FANOUT: gl.constexpr, PER_LEAF: gl.constexpr, BEAM: gl.constexpr, PLACES: gl.constexpr,
-    LOW: gl.constexpr, HIGH: gl.constexpr, WIDTH_PAD: gl.constexpr, KEYS: gl.constexpr, STEPS: gl.constexpr,
-    MOST: gl.constexpr, SLOTS: gl.constexpr,
-):  # fmt: skip
-    """Makes the scores ``own`` of the step in place n into votes, while those of the next one are computed into the
-    registers ``free``; returns these and the spreads that belong to them."""
-    SPANS: gl.constexpr = KEYS // (FANOUT * PER_LEAF)
-    ahead = begin_scores(x, free, ring, full, n + 1, DIM, KEYS, SLOTS)
-    following = spreads_of(spreads, kept, index + SPANS, used, edge, column, leaves, FANOUT, PER_LEAF)
-    cast(
-        own, apart, second, near, held, index, used, factor,
-        FANOUT, PER_LEAF, BEAM, PLACES, LOW, HIGH, WIDTH_PAD, STEPS, MOST,
-    )  # fmt: skip
-    return take(ahead, empty, n + 1, SLOTS), following
-
-
-@gluon.jit
 def ballot(
-    SHARE: gl.constexpr, q, spreads, sinks, spans, votes, shift, ring, full, empty,
-    stride_qb, stride_qh, stride_qt, slots, tokens, blocks, total_blocks, leaves, first_tile, end, scale, spread,
+    SHARE: gl.constexpr, q, spreads, sinks, spans, votes, shift, ring,
+    stride_qb, stride_qh, stride_qt, stride_sb, stride_sh,
+    slots, tokens, blocks, total_blocks, leaves, first_tile, end, scale, spread,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, HEADS: gl.constexpr, DIM: gl.constexpr, WINDOW: gl.constexpr,
     SINK: gl.constexpr, BLOCK: gl.constexpr, FANOUT: gl.constexpr, PER_LEAF: gl.constexpr, BEAM: gl.constexpr,
     QUERY_BLOCK: gl.constexpr, DENSE_END: gl.constexpr, WIDTH: gl.constexpr, WIDTH_PAD: gl.constexpr,
-    KEYS: gl.constexpr, STEPS: gl.constexpr, MOST: gl.constexpr, SLOTS: gl.constexpr,
+    KEYS: gl.constexpr, STEPS: gl.constexpr, MOST: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The role of a group of warps that votes, for the SHARE-th half of a query block's places."""
     BLOCKS: gl.constexpr = KEYS // BLOCK
-    SPANS: gl.constexpr = KEYS // (FANOUT * PER_LEAF)
     PLACES: gl.constexpr = QUERY_BLOCK // 2
     LOW: gl.constexpr = HEADS // 2 if HEADS > 1 else 1
     HIGH: gl.constexpr = 2 if HEADS > 1 else 1
     EDGE_SPANS: gl.constexpr = (WIDTH - BEAM * FANOUT + FANOUT - 1) // FANOUT
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
+    NEAR: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SPANS * KEYS, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, SCORES, 2)
-    ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
+    ROWS: gl.constexpr = gl.SliceLayout(1, NEAR)
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, SCORES)
     WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
     row = gl.arange(0, HALF, ROWS)
     row_x = gl.arange(0, HALF, gl.SliceLayout(1, OPERAND))
     dim_x = gl.arange(0, DIM, gl.SliceLayout(0, OPERAND))
     row_w = gl.arange(0, HALF, gl.SliceLayout(1, WIDE))
     dim_w = gl.arange(0, DIM, gl.SliceLayout(0, WIDE))
-    column = gl.arange(0, KEYS, gl.SliceLayout(0, SCORES))
+    column = gl.arange(0, KEYS, gl.SliceLayout(0, NEAR))
+    memory = ring[0]
     low = slots - tokens
     beyond = (slots + BLOCK - 1) // BLOCK
     factor = scale * LOG2E
@@ -278,14 +296,16 @@ def ballot(
 
             top = gl.full([HALF], -float("inf"), gl.float32, ROWS)
             total = gl.zeros([HALF], gl.float32, ROWS)
-            even = gl.zeros([HALF, KEYS], gl.float32, SCORES)
+            s = gl.zeros([HALF, KEYS], gl.float32, NEAR)
+            x_near = gl.convert_layout(x, gl.DotOperandLayout(0, NEAR, 2))
             last, right, first, many = near_keys(t0, WINDOW, SINK, BLOCK, QUERY_BLOCK)
             for step in range(0, (many + BLOCKS - 1) // BLOCKS):
-                even = take(begin_scores(x, even, ring, full, n, DIM, KEYS, SLOTS), empty, n, SLOTS)
+                rows = matrices(memory, KEYS, DIM).index(n % STAGES * SPANS)
+                s = finish(begin_product(x_near, s, rows, ring, n, STAGES), ring, n, STAGES)
                 e = step * BLOCKS + column // BLOCK
                 j = near_block(e, last, right, first, many, beyond, SINK, BLOCK) * BLOCK + column % BLOCK
                 visible = (j[None] <= t[:, None]) & ((j < SINK)[None] | (j[None] >= from_[:, None]))
-                top, total = weigh(top, total, gl.where(visible, even, -float("inf")), factor)
+                top, total = weigh(top, total, gl.where(visible, s, -float("inf")), factor)
                 n += 1
             near = top + gl.log2(total)
             gl.store(shift + (b * KV_HEADS * GROUP + head) * tokens + t - low, top, mask=new)
@@ -298,45 +318,31 @@ def ballot(
             held = votes + ((tile - first_tile).to(gl.int64) * QUERY_BLOCK + SHARE * PLACES) * (
                 WIDTH_PAD + FANOUT
             )
-            spread_rows = spreads + bh.to(gl.int64) * PER_LEAF * leaves
-            even = begin_scores(x, even, ring, full, n, DIM, KEYS, SLOTS)
-            apart = spreads_of(spread_rows, kept, 0, used, edge, column, leaves, FANOUT, PER_LEAF)
-            even = take(even, empty, n, SLOTS)
-            odd, following = even, apart
-            index = 0
-            others = (used + EDGE_SPANS + SPANS - 1) // SPANS - 1
-            for _ in range(0, others // 2):
-                odd, following = turn(
-                    x, even, odd, apart, second, near, held, spread_rows, kept, index, used, edge,
-                    column, leaves, factor, ring, full, empty, n,
-                    DIM, FANOUT, PER_LEAF, BEAM, PLACES, LOW, HIGH, WIDTH_PAD, KEYS, STEPS, MOST, SLOTS,
-                )  # fmt: skip
-                even, apart = turn(
-                    x, odd, even, following, second, near, held, spread_rows, kept, index + SPANS, used, edge,
-                    column, leaves, factor, ring, full, empty, n + 1,
-                    DIM, FANOUT, PER_LEAF, BEAM, PLACES, LOW, HIGH, WIDTH_PAD, KEYS, STEPS, MOST, SLOTS,
-                )  # fmt: skip
-                n += 2
-                index += 2 * SPANS
-            if others % 2 > 0:
-                even, apart = turn(
-                    x, even, odd, apart, second, near, held, spread_rows, kept, index, used, edge,
-                    column, leaves, factor, ring, full, empty, n,
-                    DIM, FANOUT, PER_LEAF, BEAM, PLACES, LOW, HIGH, WIDTH_PAD, KEYS, STEPS, MOST, SLOTS,
+            own = spreads + b * stride_sb + h * stride_sh
+            near = gl.convert_layout(near, gl.SliceLayout(1, SCORES))
+            second = gl.convert_layout(second, gl.SliceLayout(1, SCORES))
+            following = spreads_of(own, kept, 0, used, edge, leaves, FANOUT, PER_LEAF, COLUMNS)
+            s = gl.zeros([HALF, SPANS * KEYS], gl.float32, SCORES)
+            for index in range(0, used + EDGE_SPANS, SPANS):
+                rows = matrices(memory, SPANS * KEYS, DIM).index(n % STAGES)
+                s = begin_product(x, s, rows, ring, n, STAGES)
+                apart = following
+                following = spreads_of(
+                    own, kept, index + SPANS, used, edge, leaves, FANOUT, PER_LEAF, COLUMNS
+                )
+                s = finish(s, ring, n, STAGES)
+                cast(
+                    s, apart, second, near, held, index, used, factor,
+                    FANOUT, PER_LEAF, BEAM, PLACES, LOW, HIGH, WIDTH_PAD, STEPS, MOST,
                 )  # fmt: skip
                 n += 1
-                index += SPANS
-            cast(
-                even, apart, second, near, held, index, used, factor,
-                FANOUT, PER_LEAF, BEAM, PLACES, LOW, HIGH, WIDTH_PAD, STEPS, MOST,
-            )  # fmt: skip
-            n += 1
 
 
 @Kernel
 @gluon.jit(do_not_specialize=["slots", "tokens", "blocks", "total_blocks", "leaves", "first", "end"])
 def vote_by_roles(
-    desc_k, desc_n, q, spreads, sinks, spans, votes, shift, todo, stride_qb, stride_qh, stride_qt,
+    desc_k, desc_n, q, spreads, sinks, spans, votes, shift, todo,
+    stride_qb, stride_qh, stride_qt, stride_sb, stride_sh,
     slots, tokens, blocks, total_blocks, leaves, first, end, scale, spread,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, HEADS: gl.constexpr, DIM: gl.constexpr, WINDOW: gl.constexpr,
     SINK: gl.constexpr, BLOCK: gl.constexpr, FANOUT: gl.constexpr, PER_LEAF: gl.constexpr, BEAM: gl.constexpr,
@@ -345,35 +351,32 @@ def vote_by_roles(
 ):  # fmt: skip
     """Votes of the query blocks number ``first`` … ``end`` of [B·Hkv, blocks], as those of ``vote``.
 
-    Rows have all slots, and the queries are the last tokens. ``spreads`` is [B·Hkv, PER_LEAF, leaves]; the descriptors'
-    blocks are [1, 1, BLOCK, SLAB] of k, and [1, PER_LEAF, FANOUT, SLAB] of the nodes as [B·Hkv, PER_LEAF, leaves, DIM].
+    Rows have all slots, and the queries are the last tokens. The descriptors' blocks are [1, 1, BLOCK, SLAB] of k, and
+    [1, PER_LEAF, FANOUT, SLAB] of the nodes as [B·Hkv, PER_LEAF, leaves, DIM].
     """
-    SLABS: gl.constexpr = DIM // SLAB
-    SLOTS: gl.constexpr = STAGES
-    ring = gl.allocate_shared_memory(
-        q.dtype.element_ty, [SLOTS * SLABS * (KEYS // BLOCK), 1, 1, BLOCK, SLAB], desc_k.layout
-    )
-    full, empty = barriers(SLOTS)
+    ring = ring_of(desc_k, q.dtype.element_ty, STAGES, DIM // SLAB * (SPANS * KEYS // BLOCK))
     if gl.program_id(0) == 0:
         gl.store(todo, 0)
     gl.warp_specialize(
         [
             (ballot, (
-                gl.constexpr(0), q, spreads, sinks, spans, votes, shift, ring, full, empty, stride_qb, stride_qh, stride_qt,
+                gl.constexpr(0), q, spreads, sinks, spans, votes, shift, ring,
+                stride_qb, stride_qh, stride_qt, stride_sb, stride_sh,
                 slots, tokens, blocks, total_blocks, leaves, first, end, scale, spread,
                 KV_HEADS, GROUP, HEADS, DIM, WINDOW, SINK, BLOCK, FANOUT, PER_LEAF, BEAM, QUERY_BLOCK, DENSE_END,
-                WIDTH, WIDTH_PAD, KEYS, STEPS, MOST, SLOTS,
+                WIDTH, WIDTH_PAD, KEYS, STEPS, MOST, STAGES,
             )),
             (ballot, (
-                gl.constexpr(1), q, spreads, sinks, spans, votes, shift, ring, full, empty, stride_qb, stride_qh, stride_qt,
+                gl.constexpr(1), q, spreads, sinks, spans, votes, shift, ring,
+                stride_qb, stride_qh, stride_qt, stride_sb, stride_sh,
                 slots, tokens, blocks, total_blocks, leaves, first, end, scale, spread,
                 KV_HEADS, GROUP, HEADS, DIM, WINDOW, SINK, BLOCK, FANOUT, PER_LEAF, BEAM, QUERY_BLOCK, DENSE_END,
-                WIDTH, WIDTH_PAD, KEYS, STEPS, MOST, SLOTS,
+                WIDTH, WIDTH_PAD, KEYS, STEPS, MOST, STAGES,
             )),
             (bring, (
-                desc_k, desc_n, ring, full, empty, spans, slots, tokens, blocks, total_blocks, first, end,
+                desc_k, desc_n, ring, spans, slots, tokens, blocks, total_blocks, first, end,
                 KV_HEADS, DIM, WINDOW, SINK, BLOCK, FANOUT, PER_LEAF, BEAM, QUERY_BLOCK, DENSE_END,
-                WIDTH, WIDTH_PAD, KEYS, SLOTS,
+                WIDTH, WIDTH_PAD, KEYS, STAGES,
             )),
         ],
         [4, 1],

@@ -24,18 +24,10 @@ def medians(runs: Mapping[str, Callable[[], Any]], repeats: int, device: torch.d
     """Returns the median time of each function, in milliseconds.
 
     On CPU they take turns, ``repeats`` times, so that a busy moment hits all of them. On CUDA each is repeated
-    for ``CUDA_MS``, at least ``repeats`` times, with a cold L2 cache.
+    for ``CUDA_MS``, at least ``repeats`` times, with a cold L2 cache; what takes longer than that, just so often.
     """
     if device.type == "cuda":
-        from triton.testing import do_bench
-
-        found = {}
-        for name, run in runs.items():
-            once = do_bench(run, warmup=CUDA_MS / 4, rep=1, return_mode="median")
-            found[name] = float(
-                do_bench(run, warmup=1, rep=max(CUDA_MS, repeats * once), return_mode="median")
-            )
-        return found
+        return {name: _median_on_cuda(run, repeats, device) for name, run in runs.items()}
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
@@ -43,6 +35,16 @@ def medians(runs: Mapping[str, Callable[[], Any]], repeats: int, device: torch.d
             run()
             times[name].append((time.perf_counter() - started) * 1e3)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _median_on_cuda(run: Callable[[], Any], repeats: int, device: torch.device) -> float:
+    from triton.testing import do_bench
+
+    run()
+    once = _once_ms(run, device)
+    if once > CUDA_MS:
+        return median_ms(run, repeats, device)
+    return float(do_bench(run, warmup=CUDA_MS / 4, rep=max(CUDA_MS, repeats * once), return_mode="median"))
 
 
 def median_ms(run: Callable[[], Any], repeats: int, device: torch.device) -> float:

@@ -108,20 +108,29 @@ class Shared:
     def load(self, layout: Any = None) -> Tensor:
         return self.memory[self.at]
 
+    def store(self, value: Tensor) -> None:
+        self.memory[self.at] = value
+
 
 class Product:
     """A matrix product that has begun."""
 
-    def __init__(self, a: Tensor, b: Shared, before: Tensor | Product | None) -> None:
-        self.operands: tuple[Tensor, Shared, Tensor | Product | None] | None = (a, b, before)
+    def __init__(self, a: Tensor | Shared, b: Shared, before: Tensor | Product | None) -> None:
+        self.operands: tuple[Tensor | Shared, Shared] | None = (a, b)
+        self.before = before
         self.value: Tensor | None = None
 
     def finish(self) -> None:
         assert self.operands is not None
-        a, b, before = self.operands
-        value = a.float() @ b.load().float()
-        self.value = value if before is None else value + finished(before)
-        self.operands = None
+        a, b = (x.load() if isinstance(x, Shared) else x for x in self.operands)
+        value = a.float() @ b.float()
+        self.value = value if self.before is None else value + finished(self.before)
+        self.operands = self.before = None
+
+    @property
+    def reads(self) -> list[Shared]:
+        """What it still reads of shared memory."""
+        return [x for x in self.operands or () if isinstance(x, Shared)]
 
 
 def finished(x: Tensor | Product) -> Tensor:
@@ -215,7 +224,7 @@ class Machine:
             raise failures[0]
 
     def _warpgroup_mma(
-        self, a: Tensor, b: Shared, acc: Any, *, use_acc: bool = True, is_async: bool
+        self, a: Tensor | Shared, b: Shared, acc: Any, *, use_acc: bool = True, is_async: bool
     ) -> Product:
         assert is_async
         product = Product(a, b, acc if use_acc else None)
@@ -251,7 +260,7 @@ def copy(described: Any, at: Sequence[Any], barrier: Barrier, to: Shared) -> Non
         block[tuple(slice(p.start - b, p.stop - b) for p, b in zip(inside, begin, strict=True))] = x[
             tuple(inside)
         ]
-    reading = [product.operands[1] for product in barrier.machine.running if product.operands]
+    reading = [memory for product in barrier.machine.running for memory in product.reads]
     assert not any(to.meets(operand) for operand in reading), "memory is written that a product reads"
     to.memory[to.at] = block
     barrier.arrive(0, come=block.numel() * block.element_size())
@@ -295,6 +304,9 @@ SIMPLE: dict[str, Any] = {
         name: _layout
         for name in ("NVMMADistributedLayout", "DotOperandLayout", "SliceLayout", "BlockedLayout")
     },
+    "DistributedLinearLayout": _layout,
+    "permute": torch.permute,
+    "expand_dims": torch.unsqueeze,
     "constexpr": lambda x: x,
     "static_range": range,
     "arange": lambda begin, end, layout=None: torch.arange(begin, end),

@@ -141,7 +141,8 @@ def test_every_kernel_compiles_and_fits(capability: tuple[int, int], dtype: str,
         expected["hsa"] = KERNELS["hsa"] | {"vote_by_roles"}  # sliding windows have ``vote``
     if tuned.ROWS[capability].attend_by_roles and dim == 128:
         expected["hsa"] = KERNELS["hsa"] - {"vote", "attend_listed"} | {"vote_by_roles", "attend_by_roles"}
-        expected["hsa_backward"] = KERNELS["hsa_backward"] | {"query_gradients_by_roles"}
+        by_roles = {"query_gradients_by_roles", "key_gradients_by_roles"}
+        expected["hsa_backward"] = KERNELS["hsa_backward"] - {"key_gradients"} | by_roles
     assert names == expected
     for part, kernel, shared, columns in launched:
         assert shared <= SHARED[capability] * 1024, f"{kernel} of {part}"

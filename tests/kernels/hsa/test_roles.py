@@ -15,7 +15,13 @@ pytest.importorskip("triton")
 from gluon_machine import Machine
 
 from retrofit.kernels import tuned
-from retrofit.kernels.hsa import hopper, triton_roles, triton_roles_gradients, triton_roles_vote
+from retrofit.kernels.hsa import (
+    hopper,
+    triton_roles,
+    triton_roles_gradients,
+    triton_roles_keys,
+    triton_roles_vote,
+)
 from retrofit.kernels.hsa.geometry import Geometry
 
 SMALL = Geometry(
@@ -23,7 +29,7 @@ SMALL = Geometry(
     sink=16,
     budget=64,
     block=16,
-    node=4,
+    node=2,
     fanout=8,
     nodes_per_span=8,
     beam=4,
@@ -52,6 +58,7 @@ def machines(monkeypatch: pytest.MonkeyPatch) -> dict[str, Machine]:
         ),
         "attend_by_roles": Machine(triton_roles, "attend_by_roles"),
         "query_gradients_by_roles": Machine(triton_roles_gradients, "query_gradients_by_roles"),
+        "key_gradients_by_roles": Machine(triton_roles_keys, "key_gradients_by_roles"),
     }
     for name, machine in machines.items():
         monkeypatch.setattr(hopper, name, machine)
@@ -73,10 +80,10 @@ def run(case: Any) -> tuple[Any, tuple[Tensor, ...]]:
     [
         ({"tokens": 189, "heads": 8}, {}),
         ({"tokens": 210, "heads": 3, "kv_heads": 1, "sinks": 0.5}, {}),
-        ({"tokens": 180, "kv_heads": 1, "batch": 2}, {"block": 32, "node": 8, "sink": 32}),
+        ({"tokens": 180, "kv_heads": 1, "batch": 2}, {"block": 32, "node": 4, "sink": 32}),
         ({"tokens": 250, "heads": 2, "kv_heads": 1}, {"query_block": 64, "window": 128}),
         ({"tokens": 170, "heads": 8, "kv_heads": 1}, {}),
-        ({"tokens": 180, "kv_heads": 1, "sharpness": 9.0}, {"budget": 16, "node": 2}),
+        ({"tokens": 180, "kv_heads": 1, "sharpness": 9.0}, {"budget": 16}),
     ],
     ids=["groups of 4", "group of 3, sinks", "batch, leaves of 32", "blocks of 64", "group of 8", "sharp"],
 )
@@ -91,9 +98,10 @@ def test_roles_change_nothing(
     actual, grads = run(case)
     chunks = case.run(case.tokens - 70, case.tokens, case.run(0, case.tokens - 70)).out
     votes = 2 if case.q.shape[1] <= 4 * case.k.shape[1] else 0  # a tile has the heads of a query
-    assert [machine.programs for machine in machines.values()] == [votes, 2, 2]
+    assert [machine.programs for name, machine in machines.items() if "key" not in name] == [votes, 2, 2]
+    assert machines["key_gradients_by_roles"].programs > 2  # one for each tile of keys
     assert bool(machines["attend_by_roles"].added) == ("sharpness" in inputs)  # rows beyond the range
-    with tuned.using(case.q.device, replace(tuned.SM_90, attend_by_roles=None, vote_by_roles=None)):
+    with tuned.using(case.q.device, replace(tuned.SM_90, **dict.fromkeys(machines))):
         expected, expected_grads = run(case)
     assert torch.equal(actual.spans, expected.spans)
     assert torch.equal(actual.choices, expected.choices)

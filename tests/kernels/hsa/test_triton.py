@@ -247,7 +247,7 @@ def test_roles_on_a_gpu_change_a_rounding_at_most(
     [
         {"heads": 8, "dim": 128},
         {"heads": 9, "kv_heads": 3, "dim": 64, "tokens": 2049, "sinks": 1.0},
-        {"heads": 4, "dim": 64, "batch": 2, "sharpness": 8.0},
+        {"heads": 4, "kv_heads": 1, "dim": 64, "batch": 2, "sharpness": 8.0},
     ],
     ids=["llama", "smollm2, sinks", "batch"],
 )

@@ -1,0 +1,93 @@
+"""What a kernel is launched with a second time."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from retrofit.kernels import launch
+from retrofit.kernels.launch import Kernel
+
+
+class Compiled:
+    """Notes how it is launched."""
+
+    function, packed_metadata = "function", "metadata"
+
+    def __init__(self) -> None:
+        self.runs: list[tuple[Any, ...]] = []
+        self.hooked: list[tuple[Any, ...]] = []
+
+    def run(self, *arguments: Any) -> None:
+        self.runs.append(arguments)
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *arguments: self.hooked.append((grid, *arguments))
+
+
+class Function:
+    """Compiles anew each time that it is launched."""
+
+    arg_names = ("x", "n", "SIZE")
+
+    def __init__(self) -> None:
+        self.compiled: list[Compiled] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def compile_(*arguments: Any, **constants: Any) -> Compiled:
+            self.compiled.append(Compiled())
+            return self.compiled[-1]
+
+        return compile_
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    monkeypatch.setattr(launch.driver, "_active", SimpleNamespace(get_current_stream=lambda device: "stream"))
+    return Kernel(Function())
+
+
+def test_what_was_compiled_is_launched_with_addresses(kernel: Kernel) -> None:
+    x = torch.zeros(64)
+    for n in (48, 32):
+        kernel[(3, 2)](x, n, SIZE=8, num_warps=4)
+    (compiled,) = kernel.function.compiled
+    given = (3, 2, 1, "stream", "function", "metadata", None, None, None)
+    assert compiled.runs == [(*given, x.data_ptr(), 32, 8)]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        (torch.zeros(64, dtype=torch.float16), 32, 8),
+        (torch.zeros(64)[1:], 32, 8),
+        (torch.zeros(64), 33, 8),
+        (torch.zeros(64), 1, 8),
+        (torch.zeros(64), 2**31, 8),
+        (torch.zeros(64), 32.0, 8),
+        (torch.zeros(64), 32, 16),
+    ],
+    ids=["dtype", "alignment", "no multiple", "one", "64 bits", "float", "constant"],
+)
+def test_what_differs_is_compiled_anew(kernel: Kernel, changed: tuple[Any, ...]) -> None:
+    for x, n, size in ((torch.zeros(64), 32, 8), changed):
+        kernel[(1,)](x, n, SIZE=size)
+    assert len(kernel.function.compiled) == 2
+
+
+def test_profilers_are_told(kernel: Kernel) -> None:
+    x = torch.zeros(64)
+    kernel[(1,)](x, 32, SIZE=8)
+    hook = launch.knobs.runtime.launch_enter_hook
+    told = lambda metadata: None  # noqa: E731
+    hook.add(told)
+    try:
+        kernel[(1,)](x, 32, SIZE=8)
+    finally:
+        hook.remove(told)
+    assert kernel.function.compiled[0].hooked == [((1, 1, 1), x, 32, 8)]
