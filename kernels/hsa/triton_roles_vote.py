@@ -1,6 +1,6 @@
 """Votes of queries for leaves on Hopper, where warps have roles.
 
-    bring    spans of a tile                  →  keys of sinks and window, nodes of two spans after others'
+    supply   spans of a tile                  →  keys of sinks and window, nodes of two spans after others'
     ballot   queries of half a tile, those    →  votes, shift
 
 It is ``vote`` of ``triton_vote`` in the way of ``triton_roles``, to the bit. A group of warps has half of the query
@@ -98,7 +98,7 @@ def first_edge(t0, WINDOW: gl.constexpr, SINK: gl.constexpr, BLOCK: gl.constexpr
 
 
 @gluon.jit
-def bring(
+def supply(
     desc_k, desc_n, ring, spans, slots, tokens, blocks, total_blocks, first_tile, end,
     KV_HEADS: gl.constexpr, DIM: gl.constexpr, WINDOW: gl.constexpr, SINK: gl.constexpr, BLOCK: gl.constexpr,
     FANOUT: gl.constexpr, PER_LEAF: gl.constexpr, BEAM: gl.constexpr, QUERY_BLOCK: gl.constexpr,
@@ -373,7 +373,7 @@ def vote_by_roles(
                 KV_HEADS, GROUP, HEADS, DIM, WINDOW, SINK, BLOCK, FANOUT, PER_LEAF, BEAM, QUERY_BLOCK, DENSE_END,
                 WIDTH, WIDTH_PAD, KEYS, STEPS, MOST, STAGES,
             )),
-            (bring, (
+            (supply, (
                 desc_k, desc_n, ring, spans, slots, tokens, blocks, total_blocks, first, end,
                 KV_HEADS, DIM, WINDOW, SINK, BLOCK, FANOUT, PER_LEAF, BEAM, QUERY_BLOCK, DENSE_END,
                 WIDTH, WIDTH_PAD, KEYS, STAGES,
