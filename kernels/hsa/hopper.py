@@ -56,7 +56,7 @@ def attend_listed(
     attend_by_roles[(min(tiles, processors(q.device)),)](
         *_of_queries(call, tile, q), *_of_keys(call, k, v),
         sinks, ordered, counts, shift, todo, out, lse, *call.extent, tiles, scale, limit,
-        LIST=call.list_width, **_constants(call, tile),
+        LIST=call.list_width, KEYS=tile.keys, **_constants(call, tile),
     )  # fmt: skip
 
 
@@ -80,7 +80,7 @@ def query_gradients(
     query_gradients_by_roles[(min(tiles, processors(q.device)),)](
         *_of_queries(call, tile, q, grad), *_of_keys(call, k, v), ordered, counts, lse, out, delta, grad_q,
         *out.stride()[:3], *grad_q.stride()[:3], *call.extent, tiles, scale,
-        LIST=call.list_width, **_constants(call, tile),
+        LIST=call.list_width, KEYS=tile.keys, **_constants(call, tile),
     )  # fmt: skip
 
 
@@ -104,11 +104,10 @@ def key_gradients(
     entries and all about them."""
     tile = _known(call.key_gradients_by_roles)
     all_tiles, all_parts = call.rows * tiles, held.shape[0]
-    constants = {name: value for name, value in _constants(call, tile).items() if name != "KEYS"}
     key_gradients_by_roles[(all_parts + all_tiles,)](
         *_of_queries(call, tile, q, grad), *_of_keys(call, k, v), lse, delta, *lists, grad_k, grad_v, held,
         *grad_k.stride()[:3], *grad_v.stride()[:3], call.slots, call.tokens, tiles, chunks, all_tiles, all_parts, scale,
-        **constants,
+        **_constants(call, tile),
     )  # fmt: skip
 
 
@@ -128,7 +127,7 @@ def vote(
     scale: float,
 ) -> None:
     """Writes the votes of the query blocks ``first`` … ``end``; arguments are those of ``vote_by_roles``."""
-    g = call.geometry
+    g, tile = call.geometry, _known(call.vote_by_roles)
     size = g.nodes_in_span(0)
     leaves = nodes.shape[2] // size
     by_leaf = nodes[:, :, : leaves * size].view(call.rows, leaves, size, call.dim).transpose(1, 2)
@@ -138,7 +137,7 @@ def vote(
         TensorDescriptor(by_leaf, list(by_leaf.shape), list(by_leaf.stride()), block, _swizzled()),
         q, spreads, sinks, spans, votes, shift, todo, *q.stride()[:3], *spreads.stride()[:2],
         *call.extent, call.total_blocks, leaves, first, end, scale, g.spread,
-        **_constants(call, _known(call.vote_by_roles)), **_voting(call),
+        KEYS=tile.keys, **_constants(call, tile), **_voting(call),
     )  # fmt: skip
 
 
@@ -185,7 +184,6 @@ def _constants(call: Call, tile: Tile) -> dict[str, Any]:
         "GROUP": call.group,
         "HEADS": call.heads_per_tile(tile.rows),
         "DIM": call.dim,
-        "KEYS": tile.keys,
         "STAGES": tile.stages,
         "num_warps": tile.warps,
     }

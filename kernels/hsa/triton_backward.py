@@ -95,10 +95,9 @@ def hsa_attention_backward(
             **call.options(tile),
         )  # fmt: skip
 
-    by_roles = hopper.can_run(call, call.key_gradients_by_roles, q, k, v, grad)
-    tile = call.tile(call.settings.key_gradients)
-    if by_roles and call.key_gradients_by_roles is not None:
-        tile = call.key_gradients_by_roles
+    can_run = hopper.can_run(call, call.key_gradients_by_roles, q, k, v, grad)
+    by_roles = call.key_gradients_by_roles if can_run else None
+    tile = by_roles or call.tile(call.settings.key_gradients)
     leaves = min(4 if geometry.query_block <= 128 else 2, geometry.fanout)  # what an entry has bits for
     keys = max(geometry.block, min(tile.keys, leaves * geometry.block))
     whole = call.votes.parts == FADE

@@ -71,11 +71,17 @@ def ring_of(desc, dtype: gl.constexpr, SLOTS: gl.constexpr, COPIES: gl.constexpr
 
 
 @gluon.jit
+def await_room(ring, n, SLOTS: gl.constexpr):
+    """Waits until the slot of place n of a ring is empty."""
+    _memory, _full, empty = ring
+    mbarrier.wait(empty.index(n % SLOTS), n // SLOTS & 1 ^ 1)
+
+
+@gluon.jit
 def begin_slot(ring, n, BYTES: gl.constexpr, SLOTS: gl.constexpr):
     """Waits until the slot of place n of a ring is empty, and announces what will be there."""
-    _memory, full, empty = ring
-    mbarrier.wait(empty.index(n % SLOTS), n // SLOTS & 1 ^ 1)
-    mbarrier.expect(full.index(n % SLOTS), BYTES)
+    await_room(ring, n, SLOTS)
+    mbarrier.expect(ring[1].index(n % SLOTS), BYTES)
 
 
 @gluon.jit

@@ -21,6 +21,7 @@ from retrofit.kernels.hsa.triton_roles import (
     HALF,
     LOG2E,
     SLAB,
+    await_room,
     await_slot,
     barriers,
     begin_scores,
@@ -45,7 +46,8 @@ def part_at(
     WINDOW: gl.constexpr, SINK: gl.constexpr, QUERY_BLOCK: gl.constexpr, DENSE_END: gl.constexpr,
 ):  # fmt: skip
     """(whether there is one, tile among all, whether it is sinks, first key, end of its keys, first near block, near
-    blocks, first step, end of the steps, entries before the first step) of part w."""
+    blocks, first step, end of the steps, entries before the first step) of part w; tiles and near blocks are those of
+    ``tile_keys`` and ``near_blocks`` of ``triton_inverse``."""
     split = w < all_parts
     which = gl.where(split, gl.load(owners + w, mask=split, other=0), w - all_parts)
     known = which < all_tiles
@@ -72,13 +74,13 @@ def part_at(
 
 @gluon.jit
 def entry_at(entries, listed, e, near, last):
-    """The entry of step e; 0 for near blocks and behind the last step."""
+    """The entry of block e; 0 for near blocks and behind the last one."""
     return gl.load(entries + (listed + e), mask=(e >= near) & (e < last), other=0)
 
 
 @gluon.jit
 def block_of(entry, e, near, from_):
-    """Number of the query block of step e."""
+    """Number of the query block of block e of a tile."""
     return gl.where(e < near, from_ + e, (entry >> 32).to(gl.int32))
 
 
@@ -142,8 +144,8 @@ def seen_by(
 @gluon.jit
 def hand(weights, n, y):
     """Puts the weights of step n where the other group takes them from."""
-    memory, full, empty = weights
-    mbarrier.wait(empty.index(n % 2), n // 2 & 1 ^ 1)
+    memory, full, _empty = weights
+    await_room(weights, n, 2)
     memory.index(n % 2).store(y)
     mbarrier.arrive(full.index(n % 2))
 
@@ -151,10 +153,9 @@ def hand(weights, n, y):
 @gluon.jit
 def taken(weights, n, LAYOUT: gl.constexpr):
     """The weights of step n."""
-    memory, full, empty = weights
-    mbarrier.wait(full.index(n % 2), n // 2 & 1)
-    y = memory.index(n % 2).load(LAYOUT)
-    mbarrier.arrive(empty.index(n % 2))
+    await_slot(weights, n, 2)
+    y = weights[0].index(n % 2).load(LAYOUT)
+    release(weights, n, 2)
     return y
 
 
@@ -251,22 +252,8 @@ def weigh(
         acc = begin_values(p, acc, grads, many - 1, DIM, HALF, STAGES)
         acc, p = finish(acc, p, p, grads, many - 1, STAGES)
         put(
-            acc,
-            grad_v,
-            held + DIM,
-            w,
-            all_parts,
-            b,
-            h,
-            begin,
-            end,
-            slots,
-            stride_yb,
-            stride_yh,
-            stride_yt,
-            DIM,
-            SUMS,
-        )
+            acc, grad_v, held + DIM, w, all_parts, b, h, begin, end, slots, stride_yb, stride_yh, stride_yt, DIM, SUMS
+        )  # fmt: skip
 
 
 @gluon.jit
@@ -327,22 +314,8 @@ def descend(
         acc = begin_values(slopes, acc, queries, many - 1, DIM, HALF, STAGES)
         acc, slopes = finish(acc, slopes, slopes, queries, many - 1, STAGES)
         put(
-            acc * scale,
-            grad_k,
-            held,
-            w,
-            all_parts,
-            b,
-            h,
-            begin,
-            end,
-            slots,
-            stride_xb,
-            stride_xh,
-            stride_xt,
-            DIM,
-            SUMS,
-        )
+            acc * scale, grad_k, held, w, all_parts, b, h, begin, end, slots, stride_xb, stride_xh, stride_xt, DIM, SUMS
+        )  # fmt: skip
 
 
 @Kernel

@@ -21,6 +21,7 @@ from retrofit.kernels.hsa.triton_roles import (
     LOG2E,
     SLAB,
     await_slot,
+    begin_scores,
     begin_slot,
     copy,
     matrices,
@@ -173,13 +174,6 @@ def weigh(top, total, s, factor):
 
 
 @gluon.jit
-def begin_product(x, s, rows, ring, n, STAGES: gl.constexpr):
-    """Begins the scores of the ``rows`` [columns, DIM] in place n of the ring; takes the registers of s."""
-    await_slot(ring, n, STAGES)
-    return hopper.warpgroup_mma(x, rows.permute((1, 0)), s, use_acc=False, is_async=True)
-
-
-@gluon.jit
 def finish(s, ring, n, STAGES: gl.constexpr):
     """The scores of place n of the ring, whose slot is free then."""
     s = hopper.warpgroup_mma_wait(0, deps=[s])
@@ -189,16 +183,8 @@ def finish(s, ring, n, STAGES: gl.constexpr):
 
 @gluon.jit
 def spreads_of(
-    spreads,
-    kept,
-    index,
-    used,
-    edge,
-    leaves,
-    FANOUT: gl.constexpr,
-    PER_LEAF: gl.constexpr,
-    COLUMNS: gl.constexpr,
-):
+    spreads, kept, index, used, edge, leaves, FANOUT: gl.constexpr, PER_LEAF: gl.constexpr, COLUMNS: gl.constexpr
+):  # fmt: skip
     """Spreads of the nodes in the columns of a step, from [nodes]."""
     LAYOUT: gl.constexpr = by_leaf(FANOUT, PER_LEAF)
     of_node: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT))
@@ -269,7 +255,6 @@ def ballot(
     row_w = gl.arange(0, HALF, gl.SliceLayout(1, WIDE))
     dim_w = gl.arange(0, DIM, gl.SliceLayout(0, WIDE))
     column = gl.arange(0, KEYS, gl.SliceLayout(0, NEAR))
-    memory = ring[0]
     low = slots - tokens
     beyond = (slots + BLOCK - 1) // BLOCK
     factor = scale * LOG2E
@@ -300,8 +285,10 @@ def ballot(
             x_near = gl.convert_layout(x, gl.DotOperandLayout(0, NEAR, 2))
             last, right, first, many = near_keys(t0, WINDOW, SINK, BLOCK, QUERY_BLOCK)
             for step in range(0, (many + BLOCKS - 1) // BLOCKS):
-                rows = matrices(memory, KEYS, DIM).index(n % STAGES * SPANS)
-                s = finish(begin_product(x_near, s, rows, ring, n, STAGES), ring, n, STAGES)
+                rows = matrices(ring[0], KEYS, DIM).index(n % STAGES * SPANS)
+                await_slot(ring, n, STAGES)
+                s = hopper.warpgroup_mma(x_near, rows.permute((1, 0)), s, use_acc=False, is_async=True)
+                s = finish(s, ring, n, STAGES)
                 e = step * BLOCKS + column // BLOCK
                 j = near_block(e, last, right, first, many, beyond, SINK, BLOCK) * BLOCK + column % BLOCK
                 visible = (j[None] <= t[:, None]) & ((j < SINK)[None] | (j[None] >= from_[:, None]))
@@ -324,8 +311,7 @@ def ballot(
             following = spreads_of(own, kept, 0, used, edge, leaves, FANOUT, PER_LEAF, COLUMNS)
             s = gl.zeros([HALF, SPANS * KEYS], gl.float32, SCORES)
             for index in range(0, used + EDGE_SPANS, SPANS):
-                rows = matrices(memory, SPANS * KEYS, DIM).index(n % STAGES)
-                s = begin_product(x, s, rows, ring, n, STAGES)
+                s = begin_scores(x, s, ring, n, DIM, SPANS * KEYS, STAGES)
                 apart = following
                 following = spreads_of(
                     own, kept, index + SPANS, used, edge, leaves, FANOUT, PER_LEAF, COLUMNS

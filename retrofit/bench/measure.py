@@ -40,11 +40,10 @@ def medians(runs: Mapping[str, Callable[[], Any]], repeats: int, device: torch.d
 def _median_on_cuda(run: Callable[[], Any], repeats: int, device: torch.device) -> float:
     from triton.testing import do_bench
 
-    run()
-    once = _once_ms(run, device)
-    if once > CUDA_MS:
-        return median_ms(run, repeats, device)
-    return float(do_bench(run, warmup=CUDA_MS / 4, rep=max(CUDA_MS, repeats * once), return_mode="median"))
+    found = median_ms(run, repeats, device)
+    if found > CUDA_MS:
+        return found
+    return float(do_bench(run, warmup=CUDA_MS / 4, rep=max(CUDA_MS, repeats * found), return_mode="median"))
 
 
 def median_ms(run: Callable[[], Any], repeats: int, device: torch.device) -> float:
