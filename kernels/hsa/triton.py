@@ -35,7 +35,7 @@ __all__ = ["hsa_attention", "hsa_attention_backward", "unsupported"]
 FUSED_FROM = 2048
 """Tokens of the dense start from which PyTorch's kernel is worth its launch and two copies."""
 BLOCKS_AT_ONCE = 8192
-"""Query blocks whose votes wait in memory."""
+"""Query blocks whose votes wait in memory, about."""
 SETTLING = {"num_warps": 1, "maxnreg": 64}
 """How the kernel by which the queries of a block choose is compiled: as many programs to a multiprocessor as there may
 be, for each waits for itself."""
@@ -186,10 +186,10 @@ def keep_spans(
         )  # fmt: skip
         if level < highest:
             deeper = call.first_block(level + 1)
-            select.refine[(call.blocks - deeper, call.rows)](
+            select.refine[(-(-(call.blocks - deeper) // per_tile), call.rows)](
                 q, nodes[level], start, length, spans, scores, *strides(q), *at_nodes,
                 *call.extent, deeper, call.total_blocks, count,
-                LEVEL=level, PER_SPAN=g.nodes_per_span, TILE=max(16, group_pad), **products,
+                LEVEL=level, GROUP_PAD=group_pad, PER_SPAN=g.nodes_per_span, TILE=rows, **products,
             )  # fmt: skip
         select.keep[(call.blocks - first, call.rows)](
             start, length, spans, scores, *call.extent, first, call.total_blocks, scale,
@@ -221,12 +221,13 @@ def _choose_leaves(
     """
     g, tiles = call.geometry, call.blocks * call.rows
     leaves = nodes.shape[2] // g.nodes_in_span(0)
-    votes = call.empty_votes(min(tiles, BLOCKS_AT_ONCE), q.device)
+    at_once = _at_once(tiles, processors(q.device))
+    votes = call.empty_votes(at_once, q.device)
     shift = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     lists = call.empty_lists(q.device)
     by_roles = hopper.can_run(call, call.vote_by_roles, q, k, nodes)
-    for first in range(0, tiles, BLOCKS_AT_ONCE):
-        end = min(first + BLOCKS_AT_ONCE, tiles)
+    for first in range(0, tiles, at_once):
+        end = min(first + at_once, tiles)
         if by_roles and spreads is not None:
             hopper.vote(call, q, k, nodes, spreads, sinks, spans, votes, shift, todo, first, end, scale)
         else:
@@ -240,6 +241,13 @@ def _choose_leaves(
             g.least_vote(call.votes), FRESH=fresh, **choosing(call), **call.listing, **SETTLING,
         )  # fmt: skip
     return shift, lists
+
+
+def _at_once(tiles: int, programs: int) -> int:
+    """How many of so many query blocks vote at a time: about ``BLOCKS_AT_ONCE``, the same in each turn, and the same
+    for each program."""
+    turns = -(-tiles // BLOCKS_AT_ONCE)
+    return min(tiles, -(-tiles // (turns * programs)) * programs)
 
 
 @lru_cache(CALLS)

@@ -101,6 +101,8 @@ class Call:
     def blocks(self) -> int:
         """Query blocks that the new queries of a row can reach into."""
         size = self.geometry.query_block
+        if self.layout == WHOLE.value:
+            return -(-self.slots // size) - (self.slots - self.tokens) // size
         return (self.tokens + 2 * size - 2) // size
 
     def first_block(self, level: int) -> int:

@@ -1,7 +1,8 @@
 """The coarse steps of the selection on a GPU: which spans of level 1 each query block keeps.
 
     top_scores   first queries of many blocks × the nodes that all of them share    →  scores of the top level
-    refine       first query of a block × the nodes of its kept spans' children     →  scores of a lower level
+    refine       first queries of many blocks × the nodes of the children of the spans that any of them keeps
+                                                                                    →  scores of a lower level
     keep         scores  →  votes  →  the best ``beam`` spans
 
 Scores are products in float32 of the inputs as they are; what a query computes depends neither on its company
@@ -19,6 +20,8 @@ from retrofit.kernels.launch import kernel
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-(2**31))
 """Sorts below every candidate."""
+BEHIND = tl.constexpr(2**31 - 1)
+"""Behind every span."""
 WHOLE, PADDED, ENDING = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 """Layouts of a call: the queries are those of the last slots, and rows have all slots or lie from ``start`` on for
 ``length``; or the queries are the last tokens of their rows, behind which slots may be free."""
@@ -131,47 +134,66 @@ def refine(
     stride_qb, stride_qh, stride_qt, stride_nb, stride_nh,
     slots, tokens, blocks, first, total_blocks, node_count,
     LEVEL: tl.constexpr, LEVELS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
-    DIM: tl.constexpr, DIM_PAD: tl.constexpr, WINDOW: tl.constexpr, SINK: tl.constexpr,
-    BLOCK: tl.constexpr, FANOUT: tl.constexpr, PER_SPAN: tl.constexpr, BEAM: tl.constexpr,
-    QUERY_BLOCK: tl.constexpr, DENSE_END: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
-    PRECISION: tl.constexpr, LAYOUT: tl.constexpr,
+    GROUP_PAD: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, WINDOW: tl.constexpr,
+    SINK: tl.constexpr, BLOCK: tl.constexpr, FANOUT: tl.constexpr, PER_SPAN: tl.constexpr,
+    BEAM: tl.constexpr, QUERY_BLOCK: tl.constexpr, DENSE_END: tl.constexpr, WIDTH: tl.constexpr,
+    TILE: tl.constexpr, PRECISION: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
-    """Scores of the children of the spans kept at LEVEL + 1, and of the cover's own spans behind them."""
-    i = first + tl.program_id(0)
+    """Scores of the children of the spans kept at LEVEL + 1, and of the cover's own spans behind them.
+
+    Neighbouring blocks keep much the same spans: what any block of a tile keeps is read once for all of them.
+    """
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // KV_HEADS, bh % KV_HEADS
     low, high, offset, _ = row_range(start, length, slots, tokens, b, LAYOUT)
+    PER: tl.constexpr = TILE // GROUP_PAD
+    i = first + tl.program_id(0) * PER + tl.arange(0, PER)
     number = low // QUERY_BLOCK + i
     t = number * QUERY_BLOCK
     covered = covered_leaves(t, WINDOW, SINK, BLOCK)
-    sparse = (t >= low) & (t < high) & (t + QUERY_BLOCK > DENSE_END)
-    if sparse & (top_level(covered, FANOUT, BEAM * FANOUT, LEVELS) > LEVEL):
-        group = tl.arange(0, TILE)
-        dim = tl.arange(0, DIM_PAD)
-        at = b * stride_qb + (h * GROUP + group) * stride_qh + (t + offset).to(tl.int64) * stride_qt
-        x = tl.load(q + at[:, None] + dim[None], mask=(group[:, None] < GROUP) & (dim[None] < DIM), other=0.0)
-        column = tl.arange(0, FANOUT * PER_SPAN)
-        node = column % FANOUT * PER_SPAN + column // FANOUT
-        child = tl.arange(0, FANOUT)
-        base = nodes + b * stride_nb + h * stride_nh
-        kept = spans + (bh * total_blocks + number) * BEAM
-        out = scores + ((bh * blocks + i) * GROUP + group) * WIDTH
-        edge = covered // FANOUT ** (LEVEL + 1)
-        for j in range(0, BEAM + 1):
-            parent = tl.load(kept + j, mask=j < BEAM, other=0).to(tl.int32)
-            parent = tl.where(j < BEAM, parent, edge.to(tl.int32))
-            if parent >= 0:
-                n = parent.to(tl.int64) * (FANOUT * PER_SPAN) + node
-                y = tl.load(
-                    base + n[None] * DIM + dim[:, None],
-                    mask=(n[None] < node_count) & (dim[:, None] < DIM), other=0.0,
-                )  # fmt: skip
-                s = tl.dot(x, y, input_precision=PRECISION)
-                best = tl.max(tl.reshape(s, [TILE, PER_SPAN, FANOUT]), 1)
-                place = j * FANOUT + child
-                tl.store(
-                    out[:, None] + place[None], best, mask=(group[:, None] < GROUP) & (place[None] < WIDTH)
-                )
+    mine = (i < blocks) & (t >= low) & (t < high) & (t + QUERY_BLOCK > DENSE_END)
+    mine &= top_level(covered, FANOUT, BEAM * FANOUT, LEVELS) > LEVEL
+    place = tl.arange(0, triton.next_power_of_2(BEAM + 1))
+    at = (bh * total_blocks + number)[:, None] * BEAM + place[None]
+    parents = tl.load(spans + at, mask=mine[:, None] & (place < BEAM)[None], other=-1)
+    edge = covered // FANOUT ** (LEVEL + 1)
+    parents = tl.where((place == BEAM)[None] & mine[:, None], edge.to(tl.int32)[:, None], parents)
+    parents = tl.where(parents >= 0, parents, BEHIND)
+    parent = tl.min(parents)
+    many, other = tl.full([], 0, tl.int32), parent
+    while other < BEHIND:
+        many += 1
+        other = tl.min(tl.where(parents > other, parents, BEHIND))
+
+    row = tl.arange(0, TILE)
+    group = row % GROUP_PAD
+    row_t = (low // QUERY_BLOCK + first + tl.program_id(0) * PER + row // GROUP_PAD) * QUERY_BLOCK
+    at = b * stride_qb + (h * GROUP + group) * stride_qh + (row_t + offset).to(tl.int64) * stride_qt
+    real = (group < GROUP) & (row_t >= low) & (row_t < high)
+    dim = tl.arange(0, DIM_PAD)
+    x = tl.load(q + at[:, None] + dim[None], mask=real[:, None] & (dim[None] < DIM), other=0.0)
+    column = tl.arange(0, FANOUT * PER_SPAN)
+    node = column % FANOUT * PER_SPAN + column // FANOUT
+    head = tl.arange(0, GROUP_PAD)
+    child = tl.arange(0, FANOUT)
+    base = nodes + b * stride_nb + h * stride_nh
+    out = scores + ((bh * blocks + i)[:, None] * GROUP + head[None]) * WIDTH
+    for _ in range(0, many):
+        n = parent.to(tl.int64) * (FANOUT * PER_SPAN) + node
+        y = tl.load(
+            base + n[None] * DIM + dim[:, None],
+            mask=(n[None] < node_count) & (dim[:, None] < DIM), other=0.0,
+        )  # fmt: skip
+        s = tl.dot(x, y, input_precision=PRECISION)
+        best = tl.max(tl.reshape(s, [TILE, PER_SPAN, FANOUT]), 1)
+        to = tl.max(tl.where(parents == parent, place[None], -1), 1)
+        to = to[:, None, None] * FANOUT + child[None, None]
+        tl.store(
+            out[:, :, None] + to,
+            tl.reshape(best, [PER, GROUP_PAD, FANOUT]),
+            mask=(to >= 0) & (to < WIDTH) & (head < GROUP)[None, :, None],
+        )
+        parent = tl.min(tl.where(parents > parent, parents, BEHIND))
 
 
 @kernel(do_not_specialize=["slots", "tokens", "blocks", "first", "total_blocks"])
