@@ -80,14 +80,19 @@ def _described(arguments: tuple[Any, ...]) -> tuple[Hashable, list[Any]]:
     many bits. Where a tensor is counts too, so that Triton itself refuses those of another device.
     """
     kinds: list[Hashable] = []
-    values = list(arguments)
-    for place, x in enumerate(arguments):
-        if type(x) is int:
-            kinds.append(1 if x == 1 else 2 + (x & 15 == 0) + 2 * (not -INT32 <= x < INT32))
+    values: list[Any] = []
+    for x in arguments:  # hundreds of times in a call
+        kind = type(x)
+        if kind is int:
+            kinds.append(1 if x == 1 else 2 + (x & 15 == 0) + (0 if -INT32 <= x < INT32 else 2))
+            values.append(x)
         elif isinstance(x, Tensor):
-            values[place] = address = x.data_ptr()
-            kinds.append((x.dtype, x.get_device(), address & 15 == 0))
+            address = x.data_ptr()
+            kinds.append(x.dtype)
+            kinds.append(2 * x.get_device() + (address & 15 == 0))
+            values.append(address)
         else:
-            own: Any = _described(x)[0] if type(x) is tuple else type(x)
+            own: Any = _described(x)[0] if kind is tuple else kind
             kinds.append(own)
+            values.append(x)
     return tuple(kinds), values

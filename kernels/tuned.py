@@ -107,7 +107,7 @@ class Settings:
     attend_by_roles: Tile | None
     query_gradients_by_roles: Tile | None
     key_gradients_by_roles: Tile | None
-    vote_by_roles: Tile | None
+    vote_by_roles: Tiles | None
     attend_parts: Tiles
     query_gradients: Tiles
     key_gradients: Tiles
@@ -152,7 +152,7 @@ SM_90 = Settings(
     attend_by_roles=Tile(128, 64, 4, 5),
     query_gradients_by_roles=Tile(128, 64, 4, 4),
     key_gradients_by_roles=Tile(64, 64, 4, 4),
-    vote_by_roles=Tile(128, 64, 4, 4),
+    vote_by_roles=tiles({(2, 64): Tile(128, 128, 4, 8), (2, 128): Tile(128, 128, 4, 6)}),
     attend_parts=tiles(
         {
             (2, 128): Tile(16, 64, 4, 3),

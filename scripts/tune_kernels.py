@@ -46,7 +46,7 @@ GAIN = 0.99
 """A candidate counts as faster from this share of the time on."""
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 """Largest difference of results that counts as rounding, relative to their norm."""
-ROLES = ("attend_by_roles", "query_gradients_by_roles", "vote_by_roles")
+ROLES = tuple(field.name for field in fields(Settings) if field.name.endswith("_by_roles"))
 UNFIT = (OutOfResources, PTXASError, CompilationError)
 
 Operation = Callable[[], Sequence[Tensor]]

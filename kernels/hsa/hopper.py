@@ -134,7 +134,7 @@ def vote(
     block = [1, size, g.fanout, SLAB.value]
     vote_by_roles[(min(end - first, processors(q.device)),)](
         *_of_keys(call, k),
-        TensorDescriptor(by_leaf, list(by_leaf.shape), list(by_leaf.stride()), block, _swizzled()),
+        _described(by_leaf, block),
         q, spreads, sinks, spans, votes, shift, todo, *q.stride()[:3], *spreads.stride()[:2],
         *call.extent, call.total_blocks, leaves, first, end, scale, g.spread,
         KEYS=tile.keys, **_constants(call, tile), **_voting(call),
@@ -165,8 +165,15 @@ def _of_keys(call: Call, *inputs: Tensor) -> list[TensorDescriptor]:
 
 
 def _blocks_of(x: Tensor, heads: int, tokens: int) -> TensorDescriptor:
-    shape = [1, heads, tokens, SLAB.value]
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), shape, _swizzled())
+    return _described(x, [1, heads, tokens, SLAB.value])
+
+
+def _described(x: Tensor, block: list[int]) -> TensorDescriptor:
+    """``TensorDescriptor(x, …)`` without its checks, which take longer than a launch: ``can_run`` has made them."""
+    found = object.__new__(TensorDescriptor)
+    found.base, found.shape, found.strides = x, list(x.shape), list(x.stride())
+    found.block_shape, found.layout = block, _swizzled()
+    return found
 
 
 @cache

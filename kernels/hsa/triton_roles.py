@@ -49,24 +49,27 @@ def tile_at(
 
 
 @gluon.jit
-def barriers(SLOTS: gl.constexpr, GROUPS: gl.constexpr):
-    """``full`` and ``empty`` of a ring that one warp or group fills, and GROUPS empty."""
+def barriers(SLOTS: gl.constexpr, GROUPS: gl.constexpr, FILLS: gl.constexpr = 1):
+    """``full`` and ``empty`` of a ring that FILLS arrivals fill, and GROUPS empty."""
     full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(SLOTS):
-        mbarrier.init(full.index(slot), count=1)
+        mbarrier.init(full.index(slot), count=FILLS)
         mbarrier.init(empty.index(slot), count=GROUPS)
     return full, empty
 
 
 @gluon.jit
-def ring_of(desc, dtype: gl.constexpr, SLOTS: gl.constexpr, COPIES: gl.constexpr, GROUPS: gl.constexpr = 2):
+def ring_of(
+    desc, dtype: gl.constexpr, SLOTS: gl.constexpr, COPIES: gl.constexpr, GROUPS: gl.constexpr = 2,
+    FILLS: gl.constexpr = 1,
+):  # fmt: skip
     """A ring whose slots have room for so many copies each."""
     SHAPE: gl.constexpr = desc.block_shape
     memory = gl.allocate_shared_memory(
         dtype, [SLOTS * COPIES, SHAPE[0], SHAPE[1], SHAPE[2], SHAPE[3]], desc.layout
     )
-    full, empty = barriers(SLOTS, GROUPS)
+    full, empty = barriers(SLOTS, GROUPS, FILLS)
     return memory, full, empty
 
 

@@ -1,12 +1,12 @@
 """Votes of queries for leaves on Hopper, where warps have roles.
 
-    supply   spans of a tile                  →  keys of sinks and window, nodes of two spans after others'
+    supply   spans of a tile                  →  keys of sinks and window, nodes of some spans after others' and their spreads
     ballot   queries of half a tile, those    →  votes, shift
 
 It is ``vote`` of ``triton_vote`` in the way of ``triton_roles``, to the bit. A group of warps has half of the query
 block's places, for all heads of their group: while one of them makes scores into votes, those of the other are computed.
 
-The columns of a step are, of each of two spans, (node of a leaf, leaf): where an accumulator has columns 0 1 8 9 16 17 …
+The columns of a step are, of each of its spans, (node of a leaf, leaf): where an accumulator has columns 0 1 8 9 16 17 …
 in one thread's registers, a leaf's nodes are 8 columns apart.
 """
 
@@ -15,25 +15,21 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from retrofit.kernels.hsa.triton_roles import (
     HALF,
     LOG2E,
     SLAB,
-    await_slot,
     begin_scores,
     begin_slot,
     copy,
-    matrices,
     reinterpreted,
     release,
     ring_of,
     window_begins,
 )
 from retrofit.kernels.launch import Kernel
-
-SPANS = gl.constexpr(2)
-"""Spans whose nodes meet in one product."""
 
 
 @gluon.constexpr_function
@@ -43,15 +39,16 @@ def layout_of(x):
 
 
 @gluon.constexpr_function
-def by_leaf(FANOUT, PER_LEAF):
+def by_leaf(SPANS, FANOUT, PER_LEAF):
     """How [span, leaf, node] is spread over threads so that each has the columns of its scores: even leaves and the next
     ones with all their nodes, which lie together in memory."""
     nodes = [[0, 0, 1 << i] for i in range(PER_LEAF.bit_length() - 1)]
     leaves = [[0, 1 << i, 0] for i in range(FANOUT.bit_length() - 1)]
-    held = [*nodes, leaves[0], *leaves[3:], [1, 0, 0]]
+    spans = [[1 << i, 0, 0] for i in range(SPANS.bit_length() - 1)]
+    held = [*nodes, leaves[0], *leaves[3:], *spans]
     alike = [0, 0, 0]
     return gl.DistributedLinearLayout(
-        held, [*leaves[1:3], alike, alike, alike], [alike, alike], [], [2, FANOUT, PER_LEAF]
+        held, [*leaves[1:3], alike, alike, alike], [alike, alike], [], [SPANS, FANOUT, PER_LEAF]
     )
 
 
@@ -70,6 +67,13 @@ def near_keys(t0, WINDOW: gl.constexpr, SINK: gl.constexpr, BLOCK: gl.constexpr,
     return last, right, first, SINK // BLOCK + right + last - first
 
 
+@gluon.constexpr_function
+def near_slots(WINDOW, SINK, BLOCK, QUERY_BLOCK, KEYS):
+    """How many steps of so many keys they take, at most."""
+    blocks = SINK // BLOCK + (WINDOW + QUERY_BLOCK + BLOCK - 2) // BLOCK
+    return -(-blocks * BLOCK // KEYS)
+
+
 @gluon.jit
 def near_block(e, last, right, first, many, beyond, SINK: gl.constexpr, BLOCK: gl.constexpr):
     """Number of block e of sinks, window and what only the first rows see of it; ``beyond`` all keys for none."""
@@ -86,9 +90,10 @@ def spans_kept(kept, BEAM: gl.constexpr, PLACES: gl.constexpr, WARPS: gl.constex
 
 
 @gluon.jit
-def span_at(kept, index, used, edge):
-    """Number of the span in place ``index``: kept ones, then those of the cover's edge."""
-    return gl.where(index < used, gl.load(kept + index, mask=index < used, other=0), edge + index - used)
+def spans_at(kept, index, used, edge, SPANS: gl.constexpr, LAYOUT: gl.constexpr):
+    """Numbers of the SPANS spans from place ``index`` on: kept ones, then those of the cover's edge."""
+    place = index + gl.arange(0, SPANS, LAYOUT)
+    return gl.where(place < used, gl.load(kept + place, mask=place < used, other=0), edge + place - used)
 
 
 @gluon.jit
@@ -99,16 +104,33 @@ def first_edge(t0, WINDOW: gl.constexpr, SINK: gl.constexpr, BLOCK: gl.constexpr
 
 
 @gluon.jit
+def spreads_of(
+    spreads, span, leaves, FANOUT: gl.constexpr, PER_LEAF: gl.constexpr, LAYOUT: gl.constexpr
+):  # fmt: skip
+    """Spreads [SPANS, FANOUT, PER_LEAF] of the nodes of spans [SPANS], from [nodes]; 0 behind the last leaf."""
+    leaf = gl.arange(0, FANOUT, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))
+    node = gl.arange(0, PER_LEAF, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))
+    leaf = gl.expand_dims(gl.expand_dims(span, 1), 2) * FANOUT + gl.expand_dims(gl.expand_dims(leaf, 0), 2)
+    at = leaf * PER_LEAF + gl.expand_dims(gl.expand_dims(node, 0), 1)
+    return gl.load(spreads + at, mask=at < leaves * PER_LEAF, other=0.0)
+
+
+@gluon.jit
 def supply(
-    desc_k, desc_n, ring, spans, slots, tokens, blocks, total_blocks, first_tile, end,
+    desc_k, desc_n, ring, apart, spreads, spans, stride_sb, stride_sh,
+    slots, tokens, blocks, total_blocks, leaves, first_tile, end,
     KV_HEADS: gl.constexpr, DIM: gl.constexpr, WINDOW: gl.constexpr, SINK: gl.constexpr, BLOCK: gl.constexpr,
     FANOUT: gl.constexpr, PER_LEAF: gl.constexpr, BEAM: gl.constexpr, QUERY_BLOCK: gl.constexpr,
     DENSE_END: gl.constexpr, WIDTH: gl.constexpr, WIDTH_PAD: gl.constexpr, KEYS: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The role of the warp that brings keys and nodes."""
+    """The role of the warp that brings keys, nodes and spreads."""
+    SPANS: gl.constexpr = KEYS // (FANOUT * PER_LEAF)
     BLOCKS: gl.constexpr = KEYS // BLOCK
     SLABS: gl.constexpr = DIM // SLAB
+    NEAR_SLOTS: gl.constexpr = near_slots(WINDOW, SINK, BLOCK, QUERY_BLOCK, KEYS)
+    OF_NODE: gl.constexpr = gl.BlockedLayout([SPANS // 2, 1, PER_LEAF // 2], [2, 8, 2], [1, 1, 1], [2, 1, 0])
+    OF_SPAN: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, OF_NODE))
     EDGE_SPANS: gl.constexpr = (WIDTH - BEAM * FANOUT + FANOUT - 1) // FANOUT
     beyond = (slots + BLOCK - 1) // BLOCK
     memory, full, _empty = ring
@@ -119,29 +141,41 @@ def supply(
         bh, number = tile // blocks, (slots - tokens) // QUERY_BLOCK + tile % blocks
         t0 = number * QUERY_BLOCK
         if (t0 < slots) & (t0 + QUERY_BLOCK > DENSE_END):
-            last, right, first, many = near_keys(t0, WINDOW, SINK, BLOCK, QUERY_BLOCK)
-            for step in range(0, (many + BLOCKS - 1) // BLOCKS):
-                slot = n % STAGES
-                begin_slot(ring, n, KEYS * DIM * 2, STAGES)
-                for u in gl.static_range(BLOCKS):
-                    at = near_block(step * BLOCKS + u, last, right, first, many, beyond, SINK, BLOCK) * BLOCK
-                    for d in gl.static_range(SLABS):
-                        copy(
-                            desc_k, [bh // KV_HEADS, bh % KV_HEADS, at, d * SLAB],
-                            full.index(slot), memory.index((slot * SPANS * SLABS + d) * BLOCKS + u),
-                        )  # fmt: skip
-                n += 1
+            # What a step needs is loaded two steps before, its spreads one step before.
             kept = spans + (bh.to(gl.int64) * total_blocks + number) * BEAM
             used = spans_kept(kept, BEAM, WIDTH_PAD // FANOUT, 1)
             edge = first_edge(t0, WINDOW, SINK, BLOCK, FANOUT)
+            own = (
+                spreads + (bh // KV_HEADS).to(gl.int64) * stride_sb + (bh % KV_HEADS).to(gl.int64) * stride_sh
+            )
+            following = spans_at(kept, 0, used, edge, SPANS, OF_SPAN)
+            later = spans_at(kept, SPANS, used, edge, SPANS, OF_SPAN)
+            next_spreads = spreads_of(own, following, leaves, FANOUT, PER_LEAF, OF_NODE)
+            last, right, first, many = near_keys(t0, WINDOW, SINK, BLOCK, QUERY_BLOCK)
+            for turn in range(0, NEAR_SLOTS):
+                slot = n % STAGES
+                begin_slot(ring, n, KEYS * DIM * 2, STAGES)
+                for u in gl.static_range(BLOCKS):
+                    at = near_block(turn * BLOCKS + u, last, right, first, many, beyond, SINK, BLOCK) * BLOCK
+                    for d in gl.static_range(SLABS):
+                        place = [bh // KV_HEADS, bh % KV_HEADS, at, d * SLAB]
+                        copy(desc_k, place, full.index(slot), memory.index((slot * SLABS + d) * BLOCKS + u))
+                mbarrier.arrive(full.index(slot))
+                n += 1
             for index in range(0, used + EDGE_SPANS, SPANS):
                 slot = n % STAGES
-                begin_slot(ring, n, SPANS * KEYS * DIM * 2, STAGES)
+                span, found = following, next_spreads
+                following = later
+                later = spans_at(kept, index + 2 * SPANS, used, edge, SPANS, OF_SPAN)
+                next_spreads = spreads_of(own, following, leaves, FANOUT, PER_LEAF, OF_NODE)
+                begin_slot(ring, n, KEYS * DIM * 2, STAGES)
                 for u in gl.static_range(SPANS):
-                    at = span_at(kept, index + u, used, edge) * FANOUT
+                    at = gl.sum(gl.where(gl.arange(0, SPANS, OF_SPAN) == u, span, 0), 0) * FANOUT
                     for d in gl.static_range(SLABS):
                         place = [bh, 0, at, d * SLAB]
                         copy(desc_n, place, full.index(slot), nodes.index((slot * SLABS + d) * SPANS + u))
+                apart.index(slot).store(found)
+                mbarrier.arrive(full.index(slot))
                 n += 1
 
 
@@ -182,31 +216,13 @@ def finish(s, ring, n, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def spreads_of(
-    spreads, kept, index, used, edge, leaves, FANOUT: gl.constexpr, PER_LEAF: gl.constexpr, COLUMNS: gl.constexpr
-):  # fmt: skip
-    """Spreads of the nodes in the columns of a step, from [nodes]."""
-    LAYOUT: gl.constexpr = by_leaf(FANOUT, PER_LEAF)
-    of_node: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT))
-    of_leaf: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT))
-    of_span: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT))
-    which = gl.arange(0, SPANS, of_span)
-    span = gl.where(which == 0, span_at(kept, index, used, edge), span_at(kept, index + 1, used, edge))
-    span = gl.expand_dims(gl.expand_dims(span, 1), 2)
-    leaf = span * FANOUT + gl.expand_dims(gl.expand_dims(gl.arange(0, FANOUT, of_leaf), 0), 2)
-    node = gl.expand_dims(gl.expand_dims(gl.arange(0, PER_LEAF, of_node), 0), 1)
-    found = gl.load(spreads + gl.minimum(leaf, leaves - 1) * PER_LEAF + node)
-    found = gl.reshape(gl.permute(found, (0, 2, 1)), [SPANS * PER_LEAF * FANOUT])
-    return gl.convert_layout(found, COLUMNS)
-
-
-@gluon.jit
 def cast(
     s, apart, second, near, held, index, used, factor,
     FANOUT: gl.constexpr, PER_LEAF: gl.constexpr, BEAM: gl.constexpr, PLACES: gl.constexpr, LOW: gl.constexpr,
     HIGH: gl.constexpr, WIDTH_PAD: gl.constexpr, STEPS: gl.constexpr, MOST: gl.constexpr,
 ):  # fmt: skip
     """Writes the votes for the leaves of the spans from ``index`` on, by scores s [HALF, columns]."""
+    SPANS: gl.constexpr = s.shape[1] // (FANOUT * PER_LEAF)
     LEAVES: gl.constexpr = SPANS * FANOUT
     s = s + second[:, None] * apart[None]
     best = gl.max(gl.reshape(s, [HALF, SPANS, PER_LEAF, FANOUT]), 2)
@@ -228,23 +244,55 @@ def cast(
 
 
 @gluon.jit
+def spreads_at(
+    apart, n, KEYS: gl.constexpr, STAGES: gl.constexpr, LAYOUT: gl.constexpr, COLUMNS: gl.constexpr
+):  # fmt: skip
+    """Spreads [KEYS] of the columns of place n."""
+    found = apart.index(n % STAGES).load(LAYOUT)
+    return gl.convert_layout(gl.reshape(gl.permute(found, (0, 2, 1)), [KEYS]), COLUMNS)
+
+
+@gluon.jit
+def weigh_near(
+    top, total, s, turn: gl.constexpr, t, from_, t0, slots, factor, column,
+    WINDOW: gl.constexpr, SINK: gl.constexpr, BLOCK: gl.constexpr, QUERY_BLOCK: gl.constexpr, KEYS: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Adds the scores s [HALF, KEYS] of the turn-th slot of near keys, by halves, which are the steps of ``weigh_near``
+    of ``triton_vote``."""
+    STEP: gl.constexpr = KEYS // 2
+    last, right, first, many = near_keys(t0, WINDOW, SINK, BLOCK, QUERY_BLOCK)
+    beyond = (slots + BLOCK - 1) // BLOCK
+    halves = gl.split(gl.permute(gl.reshape(s, [HALF, 2, STEP]), (0, 2, 1)))
+    for u in gl.static_range(2):
+        if 2 * turn + u < near_slots(WINDOW, SINK, BLOCK, QUERY_BLOCK, STEP):
+            e = (2 * turn + u) * (STEP // BLOCK) + column // BLOCK
+            j = near_block(e, last, right, first, many, beyond, SINK, BLOCK) * BLOCK + column % BLOCK
+            visible = (j[None] <= t[:, None]) & ((j < SINK)[None] | (j[None] >= from_[:, None]))
+            scores = gl.convert_layout(halves[u], LAYOUT)
+            top, total = weigh(top, total, gl.where(visible, scores, -float("inf")), factor)
+    return top, total
+
+
+@gluon.jit
 def ballot(
-    SHARE: gl.constexpr, q, spreads, sinks, spans, votes, shift, ring,
-    stride_qb, stride_qh, stride_qt, stride_sb, stride_sh,
-    slots, tokens, blocks, total_blocks, leaves, first_tile, end, scale, spread,
+    SHARE: gl.constexpr, q, sinks, spans, votes, shift, ring, apart, stride_qb, stride_qh, stride_qt,
+    slots, tokens, blocks, total_blocks, first_tile, end, scale, spread,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, HEADS: gl.constexpr, DIM: gl.constexpr, WINDOW: gl.constexpr,
     SINK: gl.constexpr, BLOCK: gl.constexpr, FANOUT: gl.constexpr, PER_LEAF: gl.constexpr, BEAM: gl.constexpr,
     QUERY_BLOCK: gl.constexpr, DENSE_END: gl.constexpr, WIDTH: gl.constexpr, WIDTH_PAD: gl.constexpr,
     KEYS: gl.constexpr, STEPS: gl.constexpr, MOST: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The role of a group of warps that votes, for the SHARE-th half of a query block's places."""
-    BLOCKS: gl.constexpr = KEYS // BLOCK
+    NEAR_SLOTS: gl.constexpr = near_slots(WINDOW, SINK, BLOCK, QUERY_BLOCK, KEYS)
     PLACES: gl.constexpr = QUERY_BLOCK // 2
     LOW: gl.constexpr = HEADS // 2 if HEADS > 1 else 1
     HIGH: gl.constexpr = 2 if HEADS > 1 else 1
     EDGE_SPANS: gl.constexpr = (WIDTH - BEAM * FANOUT + FANOUT - 1) // FANOUT
-    NEAR: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SPANS * KEYS, 16])
+    SPANS: gl.constexpr = KEYS // (FANOUT * PER_LEAF)
+    BY_LEAF: gl.constexpr = by_leaf(SPANS, FANOUT, PER_LEAF)
+    NEAR: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS // 2, 16])
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, SCORES, 2)
     ROWS: gl.constexpr = gl.SliceLayout(1, NEAR)
     COLUMNS: gl.constexpr = gl.SliceLayout(0, SCORES)
@@ -254,9 +302,8 @@ def ballot(
     dim_x = gl.arange(0, DIM, gl.SliceLayout(0, OPERAND))
     row_w = gl.arange(0, HALF, gl.SliceLayout(1, WIDE))
     dim_w = gl.arange(0, DIM, gl.SliceLayout(0, WIDE))
-    column = gl.arange(0, KEYS, gl.SliceLayout(0, NEAR))
+    column = gl.arange(0, KEYS // 2, gl.SliceLayout(0, NEAR))
     low = slots - tokens
-    beyond = (slots + BLOCK - 1) // BLOCK
     factor = scale * LOG2E
     n = 0
     for tile in range(first_tile + gl.program_id(0), end, gl.num_programs(0)):
@@ -265,6 +312,8 @@ def ballot(
         if (t0 < slots) & (t0 + QUERY_BLOCK > DENSE_END):
             b, h = (bh // KV_HEADS).to(gl.int64), (bh % KV_HEADS).to(gl.int64)
             begin = t0 + SHARE * PLACES
+            kept = spans + (bh.to(gl.int64) * total_blocks + number) * BEAM
+            used = spans_kept(kept, BEAM, WIDTH_PAD // FANOUT, 4)
             t, above, new = query_at(row, begin, low, slots, GROUP, LOW, HIGH)
             head = h * GROUP + above
             group = q + b * stride_qb + h * GROUP * stride_qh
@@ -274,25 +323,22 @@ def ballot(
             )
             wide = wide.to(gl.float32)
             second = gl.convert_layout(gl.sum(wide * wide, 1), ROWS) * (0.5 * spread * scale)
-            kept = spans + (bh.to(gl.int64) * total_blocks + number) * BEAM
-            used = spans_kept(kept, BEAM, WIDTH_PAD // FANOUT, 4)
-            edge = first_edge(t0, WINDOW, SINK, BLOCK, FANOUT)
             from_ = gl.maximum(t + 1 - WINDOW, 0) // BLOCK * BLOCK
 
+            # While one product is made use of, the next one is computed, the first one of nodes too.
             top = gl.full([HALF], -float("inf"), gl.float32, ROWS)
             total = gl.zeros([HALF], gl.float32, ROWS)
-            s = gl.zeros([HALF, KEYS], gl.float32, NEAR)
-            x_near = gl.convert_layout(x, gl.DotOperandLayout(0, NEAR, 2))
-            last, right, first, many = near_keys(t0, WINDOW, SINK, BLOCK, QUERY_BLOCK)
-            for step in range(0, (many + BLOCKS - 1) // BLOCKS):
-                rows = matrices(ring[0], KEYS, DIM).index(n % STAGES * SPANS)
-                await_slot(ring, n, STAGES)
-                s = hopper.warpgroup_mma(x_near, rows.permute((1, 0)), s, use_acc=False, is_async=True)
-                s = finish(s, ring, n, STAGES)
-                e = step * BLOCKS + column // BLOCK
-                j = near_block(e, last, right, first, many, beyond, SINK, BLOCK) * BLOCK + column % BLOCK
-                visible = (j[None] <= t[:, None]) & ((j < SINK)[None] | (j[None] >= from_[:, None]))
-                top, total = weigh(top, total, gl.where(visible, s, -float("inf")), factor)
+            z = gl.zeros([HALF, KEYS], gl.float32, SCORES)
+            s = begin_scores(x, gl.zeros([HALF, KEYS], gl.float32, SCORES), ring, n, DIM, KEYS, STAGES)
+            for turn in gl.static_range(NEAR_SLOTS):
+                z = begin_scores(x, z, ring, n + 1, DIM, KEYS, STAGES)
+                s = hopper.warpgroup_mma_wait(1, deps=[s])
+                release(ring, n, STAGES)
+                top, total = weigh_near(
+                    top, total, s, turn, t, from_, t0, slots, factor, column,
+                    WINDOW, SINK, BLOCK, QUERY_BLOCK, KEYS, NEAR,
+                )  # fmt: skip
+                s, z = z, s
                 n += 1
             near = top + gl.log2(total)
             gl.store(shift + (b * KV_HEADS * GROUP + head) * tokens + t - low, top, mask=new)
@@ -305,20 +351,40 @@ def ballot(
             held = votes + ((tile - first_tile).to(gl.int64) * QUERY_BLOCK + SHARE * PLACES) * (
                 WIDTH_PAD + FANOUT
             )
-            own = spreads + b * stride_sb + h * stride_sh
             near = gl.convert_layout(near, gl.SliceLayout(1, SCORES))
             second = gl.convert_layout(second, gl.SliceLayout(1, SCORES))
-            following = spreads_of(own, kept, 0, used, edge, leaves, FANOUT, PER_LEAF, COLUMNS)
-            s = gl.zeros([HALF, SPANS * KEYS], gl.float32, SCORES)
-            for index in range(0, used + EDGE_SPANS, SPANS):
-                s = begin_scores(x, s, ring, n, DIM, SPANS * KEYS, STAGES)
-                apart = following
-                following = spreads_of(
-                    own, kept, index + SPANS, used, edge, leaves, FANOUT, PER_LEAF, COLUMNS
-                )
-                s = finish(s, ring, n, STAGES)
+            steps = (used + EDGE_SPANS + SPANS - 1) // SPANS
+            index = steps * 0
+            by_s = spreads_at(apart, n, KEYS, STAGES, BY_LEAF, COLUMNS)
+            s = finish(s, ring, n, STAGES)
+            for _pair in range(0, (steps - 1) // 2):
+                z = begin_scores(x, z, ring, n + 1, DIM, KEYS, STAGES)
                 cast(
-                    s, apart, second, near, held, index, used, factor,
+                    s, by_s, second, near, held, index, used, factor,
+                    FANOUT, PER_LEAF, BEAM, PLACES, LOW, HIGH, WIDTH_PAD, STEPS, MOST,
+                )  # fmt: skip
+                by_z = spreads_at(apart, n + 1, KEYS, STAGES, BY_LEAF, COLUMNS)
+                z = finish(z, ring, n + 1, STAGES)
+                s = begin_scores(x, s, ring, n + 2, DIM, KEYS, STAGES)
+                cast(
+                    z, by_z, second, near, held, index + SPANS, used, factor,
+                    FANOUT, PER_LEAF, BEAM, PLACES, LOW, HIGH, WIDTH_PAD, STEPS, MOST,
+                )  # fmt: skip
+                by_s = spreads_at(apart, n + 2, KEYS, STAGES, BY_LEAF, COLUMNS)
+                s = finish(s, ring, n + 2, STAGES)
+                n += 2
+                index += 2 * SPANS
+            cast(
+                    s, by_s, second, near, held, index, used, factor,
+                    FANOUT, PER_LEAF, BEAM, PLACES, LOW, HIGH, WIDTH_PAD, STEPS, MOST,
+                )  # fmt: skip
+            n += 1
+            if steps % 2 == 0:
+                z = begin_scores(x, z, ring, n, DIM, KEYS, STAGES)
+                by_z = spreads_at(apart, n, KEYS, STAGES, BY_LEAF, COLUMNS)
+                z = finish(z, ring, n, STAGES)
+                cast(
+                    z, by_z, second, near, held, index + SPANS, used, factor,
                     FANOUT, PER_LEAF, BEAM, PLACES, LOW, HIGH, WIDTH_PAD, STEPS, MOST,
                 )  # fmt: skip
                 n += 1
@@ -340,31 +406,35 @@ def vote_by_roles(
     Rows have all slots, and the queries are the last tokens. The descriptors' blocks are [1, 1, BLOCK, SLAB] of k, and
     [1, PER_LEAF, FANOUT, SLAB] of the nodes as [B·Hkv, PER_LEAF, leaves, DIM].
     """
-    ring = ring_of(desc_k, q.dtype.element_ty, STAGES, DIM // SLAB * (SPANS * KEYS // BLOCK))
+    # Of nodes a slot is filled by copies and by their spreads.
+    ring = ring_of(desc_k, q.dtype.element_ty, STAGES, DIM // SLAB * (KEYS // BLOCK), FILLS=2)
+    PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
+    apart = gl.allocate_shared_memory(
+        gl.float32, [STAGES, KEYS // (FANOUT * PER_LEAF), FANOUT, PER_LEAF], PLAIN
+    )
     if gl.program_id(0) == 0:
         gl.store(todo, 0)
     gl.warp_specialize(
         [
             (ballot, (
-                gl.constexpr(0), q, spreads, sinks, spans, votes, shift, ring,
-                stride_qb, stride_qh, stride_qt, stride_sb, stride_sh,
-                slots, tokens, blocks, total_blocks, leaves, first, end, scale, spread,
+                gl.constexpr(0), q, sinks, spans, votes, shift, ring, apart, stride_qb, stride_qh, stride_qt,
+                slots, tokens, blocks, total_blocks, first, end, scale, spread,
                 KV_HEADS, GROUP, HEADS, DIM, WINDOW, SINK, BLOCK, FANOUT, PER_LEAF, BEAM, QUERY_BLOCK, DENSE_END,
                 WIDTH, WIDTH_PAD, KEYS, STEPS, MOST, STAGES,
             )),
             (ballot, (
-                gl.constexpr(1), q, spreads, sinks, spans, votes, shift, ring,
-                stride_qb, stride_qh, stride_qt, stride_sb, stride_sh,
-                slots, tokens, blocks, total_blocks, leaves, first, end, scale, spread,
+                gl.constexpr(1), q, sinks, spans, votes, shift, ring, apart, stride_qb, stride_qh, stride_qt,
+                slots, tokens, blocks, total_blocks, first, end, scale, spread,
                 KV_HEADS, GROUP, HEADS, DIM, WINDOW, SINK, BLOCK, FANOUT, PER_LEAF, BEAM, QUERY_BLOCK, DENSE_END,
                 WIDTH, WIDTH_PAD, KEYS, STEPS, MOST, STAGES,
             )),
             (supply, (
-                desc_k, desc_n, ring, spans, slots, tokens, blocks, total_blocks, first, end,
+                desc_k, desc_n, ring, apart, spreads, spans, stride_sb, stride_sh,
+                slots, tokens, blocks, total_blocks, leaves, first, end,
                 KV_HEADS, DIM, WINDOW, SINK, BLOCK, FANOUT, PER_LEAF, BEAM, QUERY_BLOCK, DENSE_END,
                 WIDTH, WIDTH_PAD, KEYS, STAGES,
             )),
         ],
         [4, 1],
-        [240, 24],
+        [232, 40],
     )  # fmt: skip

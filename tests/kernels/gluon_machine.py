@@ -302,10 +302,14 @@ SIMPLE: dict[str, Any] = {
     **{name: getattr(torch, name) for name in ("float32", "int32", "int64", "exp2", "log2", "reshape")},
     **{
         name: _layout
-        for name in ("NVMMADistributedLayout", "DotOperandLayout", "SliceLayout", "BlockedLayout")
+        for name in (
+            *("NVMMADistributedLayout", "DotOperandLayout", "SliceLayout", "BlockedLayout"),
+            "SwizzledSharedLayout",
+        )
     },
     "DistributedLinearLayout": _layout,
     "permute": torch.permute,
+    "split": lambda x: tuple(part.contiguous() for part in x.unbind(-1)),
     "expand_dims": torch.unsqueeze,
     "constexpr": lambda x: x,
     "static_range": range,

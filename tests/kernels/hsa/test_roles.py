@@ -78,7 +78,7 @@ def run(case: Any) -> tuple[Any, tuple[Tensor, ...]]:
 @pytest.mark.parametrize(
     ("inputs", "sizes"),
     [
-        ({"tokens": 189, "heads": 8}, {}),
+        ({"tokens": 189, "heads": 8}, {"node": 4}),
         ({"tokens": 210, "heads": 3, "kv_heads": 1, "sinks": 0.5}, {}),
         ({"tokens": 180, "kv_heads": 1, "batch": 2}, {"block": 32, "node": 4, "sink": 32}),
         ({"tokens": 250, "heads": 2, "kv_heads": 1}, {"query_block": 64, "window": 128}),
@@ -105,7 +105,8 @@ def test_roles_change_nothing(
         expected, expected_grads = run(case)
     assert torch.equal(actual.spans, expected.spans)
     assert torch.equal(actual.choices, expected.choices)
-    torch.testing.assert_close(actual.out, expected.out, rtol=2e-3, atol=1e-4)
+    # Sums in another order have a weight rounded to its other neighbour, by 2⁻¹¹ of it.
+    torch.testing.assert_close(actual.out, expected.out, rtol=2e-3, atol=2**-11)
     for found, other in zip(grads, expected_grads, strict=True):
         assert (found.float() - other.float()).norm() < 1e-3 * other.float().norm()
     assert torch.equal(chunks, actual.out[:, :, -70:])

@@ -248,14 +248,16 @@ def test_roles_on_a_gpu_change_a_rounding_at_most(
         {"heads": 8, "dim": 128},
         {"heads": 9, "kv_heads": 3, "dim": 64, "tokens": 2049, "sinks": 1.0},
         {"heads": 4, "kv_heads": 1, "dim": 64, "batch": 2, "sharpness": 8.0},
+        {"heads": 8, "dim": 128, "node": 8},
     ],
-    ids=["llama", "smollm2, sinks", "batch"],
+    ids=["llama", "smollm2, sinks", "batch", "larger nodes"],
 )
 def test_votes_by_roles_on_a_gpu_are_the_same_bits(
     build: Callable[..., Any], inputs: dict[str, Any], dtype: torch.dtype
 ) -> None:
-    case = build(**{"tokens": 3000, **inputs})
-    case = replace(case, geometry=DEFAULT, padded=False).to("cuda", dtype)
+    node = inputs.get("node", DEFAULT.node)
+    case = build(**{"tokens": 3000, **{name: size for name, size in inputs.items() if name != "node"}})
+    case = replace(case, geometry=replace(DEFAULT, node=node), padded=False).to("cuda", dtype)
     own = tuned.settings(case.q.device)
     if own.vote_by_roles is None:
         pytest.skip("is for Hopper")
