@@ -244,12 +244,13 @@ def cast(
 
 
 @gluon.jit
-def spreads_at(
-    apart, n, KEYS: gl.constexpr, STAGES: gl.constexpr, LAYOUT: gl.constexpr, COLUMNS: gl.constexpr
+def taken(
+    s, ring, apart, n, KEYS: gl.constexpr, STAGES: gl.constexpr, LAYOUT: gl.constexpr, COLUMNS: gl.constexpr
 ):  # fmt: skip
-    """Spreads [KEYS] of the columns of place n."""
+    """(the scores of place n, the spreads [KEYS] of their columns), whose slot is free then."""
     found = apart.index(n % STAGES).load(LAYOUT)
-    return gl.convert_layout(gl.reshape(gl.permute(found, (0, 2, 1)), [KEYS]), COLUMNS)
+    found = gl.convert_layout(gl.reshape(gl.permute(found, (0, 2, 1)), [KEYS]), COLUMNS)
+    return finish(s, ring, n, STAGES), found
 
 
 @gluon.jit
@@ -355,34 +356,30 @@ def ballot(
             second = gl.convert_layout(second, gl.SliceLayout(1, SCORES))
             steps = (used + EDGE_SPANS + SPANS - 1) // SPANS
             index = steps * 0
-            by_s = spreads_at(apart, n, KEYS, STAGES, BY_LEAF, COLUMNS)
-            s = finish(s, ring, n, STAGES)
+            s, by_s = taken(s, ring, apart, n, KEYS, STAGES, BY_LEAF, COLUMNS)
             for _pair in range(0, (steps - 1) // 2):
                 z = begin_scores(x, z, ring, n + 1, DIM, KEYS, STAGES)
                 cast(
                     s, by_s, second, near, held, index, used, factor,
                     FANOUT, PER_LEAF, BEAM, PLACES, LOW, HIGH, WIDTH_PAD, STEPS, MOST,
                 )  # fmt: skip
-                by_z = spreads_at(apart, n + 1, KEYS, STAGES, BY_LEAF, COLUMNS)
-                z = finish(z, ring, n + 1, STAGES)
+                z, by_z = taken(z, ring, apart, n + 1, KEYS, STAGES, BY_LEAF, COLUMNS)
                 s = begin_scores(x, s, ring, n + 2, DIM, KEYS, STAGES)
                 cast(
                     z, by_z, second, near, held, index + SPANS, used, factor,
                     FANOUT, PER_LEAF, BEAM, PLACES, LOW, HIGH, WIDTH_PAD, STEPS, MOST,
                 )  # fmt: skip
-                by_s = spreads_at(apart, n + 2, KEYS, STAGES, BY_LEAF, COLUMNS)
-                s = finish(s, ring, n + 2, STAGES)
+                s, by_s = taken(s, ring, apart, n + 2, KEYS, STAGES, BY_LEAF, COLUMNS)
                 n += 2
                 index += 2 * SPANS
             cast(
-                    s, by_s, second, near, held, index, used, factor,
-                    FANOUT, PER_LEAF, BEAM, PLACES, LOW, HIGH, WIDTH_PAD, STEPS, MOST,
-                )  # fmt: skip
+                s, by_s, second, near, held, index, used, factor,
+                FANOUT, PER_LEAF, BEAM, PLACES, LOW, HIGH, WIDTH_PAD, STEPS, MOST,
+            )  # fmt: skip
             n += 1
             if steps % 2 == 0:
                 z = begin_scores(x, z, ring, n, DIM, KEYS, STAGES)
-                by_z = spreads_at(apart, n, KEYS, STAGES, BY_LEAF, COLUMNS)
-                z = finish(z, ring, n, STAGES)
+                z, by_z = taken(z, ring, apart, n, KEYS, STAGES, BY_LEAF, COLUMNS)
                 cast(
                     z, by_z, second, near, held, index + SPANS, used, factor,
                     FANOUT, PER_LEAF, BEAM, PLACES, LOW, HIGH, WIDTH_PAD, STEPS, MOST,

@@ -10,6 +10,7 @@ Nothing is read back from the device and sizes follow from shapes: a call can be
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from itertools import accumulate
 from operator import mul
 
@@ -67,7 +68,7 @@ def extend_pyramid(
         own[:, :, known.shape[2] :] = 0
         count = (new + size - 1) // size + 1
         if capacity:
-            pool_cells[(triton.cdiv(count, tuned.cells), batch * heads)](
+            pool_cells[(-(-count // tuned.cells), batch * heads)](
                 children, own, taps[level], start, *children.stride()[:3],
                 children.shape[2], capacity, count, heads, tokens - offset - new,
                 FIRST=level == 0, OFFSET=offset, SIZE=size, RATIO=ratio, DIM=dim, DIM_PAD=_padded(dim),
@@ -102,13 +103,13 @@ def _fill(
             x, out, taps[first:until], start, *x.stride()[:3], x.shape[2], capacities, heads
         )  # fmt: skip
         if halves:
-            halve_levels[(triton.cdiv(2 * capacities[0], tuned.members), batch * heads)](
+            halve_levels[(-(-2 * capacities[0] // tuned.members), batch * heads)](
                 *arguments, FIRST=first == 0, LEVELS=len(out), TILE=tuned.members, **shared,
                 num_warps=tuned.warps, enable_fp_fusion=False,
             )  # fmt: skip
         else:
             span *= max(1, tuned.many // span)
-            pool_levels[(triton.cdiv(capacities[0], span), batch * heads)](
+            pool_levels[(-(-capacities[0] // span), batch * heads)](
                 *arguments, FIRST=first == 0, LEVELS=len(out), RATIOS=tuple(ratios[first:until]), SPAN=span,
                 CELLS=tuned.many, **shared, num_warps=tuned.many_warps, enable_fp_fusion=False,
             )  # fmt: skip
@@ -129,7 +130,7 @@ def extend_spreads(
     count = capacity if spreads is None else (new + ratio - 1) // ratio + 1
     if capacity:
         tuned = settings(x.device).pooling
-        measure_spreads[(triton.cdiv(count, tuned.cells), batch * heads)](
+        measure_spreads[(-(-count // tuned.cells), batch * heads)](
             x, cells, found, start, *x.stride()[:3], *cells.stride()[:3], tokens, capacity, count, heads,
             tokens - offset - (tokens if spreads is None else new),
             OFFSET=offset, RATIO=ratio, DIM=dim, **_halved(dim), CELLS=tuned.cells, num_warps=tuned.warps,
@@ -181,6 +182,7 @@ def _halved(dim: int) -> dict[str, int]:
     return {"DIM_PAD": _padded(dim), "HALVINGS": _padded(dim).bit_length() - 1}
 
 
+@cache
 def _padded(dim: int) -> int:
     return max(16, int(triton.next_power_of_2(dim)))
 
