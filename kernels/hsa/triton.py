@@ -194,7 +194,7 @@ def keep_spans(
         select.keep[(call.blocks - first, call.rows)](
             start, length, spans, scores, *call.extent, first, call.total_blocks, scale,
             LEVEL=level, WIDTH_PAD=power(width), BEAM_PAD=min(power(g.beam), power(width)), FRESH=fresh, **coarse,
-            **call.reach, num_warps=4,
+            **call.reach, num_warps=1,
         )  # fmt: skip
 
 

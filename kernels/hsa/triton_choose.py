@@ -10,13 +10,16 @@ import triton
 import triton.language as tl
 
 from retrofit.kernels.hsa.geometry import FADE, RISE_BITS, UNUSED
-from retrofit.kernels.hsa.triton_execute import near_edges
+from retrofit.kernels.hsa.triton_execute import INTERPRETED, near_edges
 from retrofit.kernels.hsa.triton_select import covered_leaves, in_reach, row_range
 from retrofit.kernels.hsa.triton_vote import spans_kept
 from retrofit.kernels.launch import kernel
 
 WHOLE, NONE = tl.constexpr(FADE), tl.constexpr(UNUSED)
 SHIFT, RISES = tl.constexpr(RISE_BITS), tl.constexpr(2**RISE_BITS - 1)
+ABOVE = tl.constexpr(0x3E00)
+"""What is added to 16-bit votes: the middle of the integers that look like positive 16-bit floats. No vote is farther
+from 0."""
 MOST_KEYS = tl.constexpr(128)
 """Keys in a step of any kernel, at most."""
 CHOICES_AT_ONCE = tl.constexpr(32)
@@ -28,27 +31,47 @@ SOME = tl.constexpr(64)
 @triton.jit
 def highest_left(above, ROOM: tl.constexpr, BITS: tl.constexpr):
     """The highest of the numbers [N], each of at most BITS bits, for which there is no room; 0 where there is room
-    for all above 0.
-
-    Found bit by bit. Numbers that fit stand two to a register: their highest bit is free for the comparison.
-    """
-    PAIRS: tl.constexpr = BITS < 16
-    above = tl.maximum(above, 0)
-    if PAIRS:
-        left, right = tl.split(tl.reshape(above, [above.shape[0] // 2, 2]))
-        above = left + (right << 16)
+    for all above 0. Found bit by bit."""
     found = tl.full([], 0, tl.int32)
     step = tl.full([], 1, tl.int32) << BITS
     for _ in range(BITS):
         step = step // 2
         higher = found + step
-        if PAIRS:
-            count = tl.sum(((above + (0x8000 - higher) * 0x10001) >> 15) & 0x10001, 0)
-            count = (count & 0xFFFF) + (count >> 16)
-        else:
-            count = tl.sum((above >= higher).to(tl.int32), 0)
+        count = tl.sum((above >= higher).to(tl.int32), 0)
         found = tl.where(count > ROOM, higher, found)
     return found
+
+
+@triton.jit
+def pair_up(x):
+    """Integers [N] → [N / 2], the low 16 bits of two to a register."""
+    left, right = tl.split(tl.reshape(x, [x.shape[0] // 2, 2]))
+    return (left & 0xFFFF) + (right << 16)
+
+
+@triton.jit
+def at_least(pairs, both):
+    """Which numbers of ``pairs`` are at least the one that ``both`` is a pair of: all bits of their halves.
+
+    ``both`` is of 1 … 0x7BFF: there, and among those below, 16-bit floats have the order of the integers they look
+    like, and are compared two at a time.
+    """
+    if INTERPRETED:
+        left, right = (pairs << 16) >= (both << 16), (pairs >> 16) >= (both >> 16)
+        return tl.where(left, 0xFFFF, 0) - tl.where(right, 0x10000, 0)
+    else:
+        return tl.inline_asm_elementwise(
+            "set.ge.u32.f16x2 $0, $1, $2;", "=r,r,r", [pairs, both], tl.int32, True, 1
+        )
+
+
+@triton.jit
+def count_halves(which):
+    """How many halves of ``which``, each of no bits or all, are of all.
+
+    Of so many left and right, -(sum) is left + ((right - left) << 16).
+    """
+    return (tl.sum(which, 0) * -0x20001) >> 16
 
 
 @triton.jit
@@ -99,44 +122,98 @@ def choose_leaves(
 
     If ``choices`` is FRESH, the places behind the last one get NONE.
     """
-    STRIDE: tl.constexpr = WIDTH_PAD + FANOUT
-    CHILDREN: tl.constexpr = BEAM * FANOUT
     candidate = tl.arange(0, WIDTH_PAD)
     leaf = chosen_leaf(kept, candidate, t0, WINDOW, SINK, BLOCK, FANOUT, BEAM)
-    is_child = candidate < spans_kept(kept, BEAM, WIDTH_PAD // FANOUT) * FANOUT
-    is_edge = (candidate >= CHILDREN) & (candidate < WIDTH)
+    used = spans_kept(kept, BEAM, WIDTH_PAD // FANOUT)
     count, reached = read_choices(choices, candidate, low > t0, QUERY_BLOCK, WIDTH, WIDTH_PAD, CHOICES, PARTS)
-    chosen_by = candidate * 0 + QUERY_BLOCK
     first, last = tl.maximum(low - t0, 0), tl.minimum(high - t0, QUERY_BLOCK) - 1
-    following = tl.load(held + first * STRIDE + candidate)
-    for row in range(first, last + 1):
-        vote = following.to(tl.int32)  # of leaves that are not open it is whatever was in memory
-        following = tl.load(held + tl.minimum(row + 1, last) * STRIDE + candidate)
-        open_ = is_child | (is_edge & (leaf < covered_leaves(t0 + row, WINDOW, SINK, BLOCK)))
-        if REACH:
-            open_ &= in_reach(SINK + (leaf + 1) * BLOCK - 1, t0 + row, REACH)
-        level = tl.where(open_, vote - least, 0)
-        if tl.max(tl.where(reached < WHOLE, level, 0), 0) > 0:  # else all it wants is there
-            if tl.sum((level > 0).to(tl.int32), 0) > ROOM:
-                level -= highest_left(level, ROOM, BITS)
-            level = tl.minimum(tl.maximum(level, 0) * PARTS, WHOLE)
-            rise = tl.maximum(level - reached, 0)
-            if PARTS == WHOLE:
-                chosen_by = tl.where(rise > 0, row, chosen_by)
-            elif tl.max(rise, 0) > 0:
-                is_one = (rise > 0).to(tl.int32)
-                to = count + tl.cumsum(is_one, 0) - 1
-                choice = ((row * WIDTH + candidate) << SHIFT) + rise
-                tl.store(choices + to, choice, mask=(rise > 0) & (to < CHOICES))
-                count += tl.sum(is_one, 0)
-            reached = tl.maximum(reached, level)
     if PARTS == WHOLE:
+        chosen_by = choose_whole(
+            leaf, used, reached, held, t0, first, last, least,
+            WINDOW, SINK, BLOCK, FANOUT, BEAM, QUERY_BLOCK, ROOM, WIDTH, WIDTH_PAD, BITS, REACH,
+        )  # fmt: skip
         is_new = chosen_by < QUERY_BLOCK
         choice = tl.sort(tl.where(is_new, ((chosen_by * WIDTH + candidate) << SHIFT) + WHOLE, NONE))
         tl.store(choices + count + candidate, choice, mask=(choice < NONE) & (count + candidate < CHOICES))
         count += tl.sum(is_new.to(tl.int32), 0)
+    else:
+        following = tl.load(held + first * (WIDTH_PAD + FANOUT) + candidate)
+        for row in range(first, last + 1):
+            vote = following  # of leaves that are not open it is whatever was in memory
+            following = tl.load(held + tl.minimum(row + 1, last) * (WIDTH_PAD + FANOUT) + candidate)
+            open_ = is_open(leaf, candidate, used, t0 + row, WINDOW, SINK, BLOCK, FANOUT, BEAM, WIDTH, REACH)
+            level = tl.maximum(tl.where(open_, vote - least, 0), 0)
+            if tl.max(tl.where(reached < WHOLE, level, 0), 0) > 0:  # else all it wants is there
+                if tl.sum((level > 0).to(tl.int32), 0) > ROOM:
+                    level -= highest_left(level, ROOM, BITS)
+                level = tl.minimum(tl.maximum(level, 0) * PARTS, WHOLE)
+                rise = tl.maximum(level - reached, 0)
+                if tl.max(rise, 0) > 0:
+                    is_one = (rise > 0).to(tl.int32)
+                    to = count + tl.cumsum(is_one, 0) - 1
+                    choice = ((row * WIDTH + candidate) << SHIFT) + rise
+                    tl.store(choices + to, choice, mask=(rise > 0) & (to < CHOICES))
+                    count += tl.sum(is_one, 0)
+                reached = tl.maximum(reached, level)
     if FRESH:
         leave_unused(choices, count, candidate, CHOICES, WIDTH_PAD)
+
+
+@triton.jit
+def choose_whole(
+    leaf, used, reached, held, t0, first, last, least,
+    WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr, FANOUT: tl.constexpr, BEAM: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr, ROOM: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr,
+    BITS: tl.constexpr, REACH: tl.constexpr,
+):  # fmt: skip
+    """The row of ``first`` … ``last`` that chooses a candidate first, [WIDTH_PAD]; QUERY_BLOCK where none does or it
+    is ``reached`` already.
+
+    Votes stand two to a register from memory on, with ABOVE added.
+    """
+    PAIRS: tl.constexpr = (WIDTH_PAD + FANOUT) // 2
+    candidate = tl.arange(0, WIDTH_PAD)
+    at = held.to(tl.pointer_type(tl.int32), bitcast=True) + tl.arange(0, WIDTH_PAD // 2)
+    taken = pair_up(tl.where(reached > 0, -1, 0))
+    rows_taken = taken * (last + 1 - first)  # so that those that were taken before end at 0
+    covered = tl.full([], -1, tl.int32)
+    closed = taken
+    following = tl.load(at + first * PAIRS)
+    for row in range(first, last + 1):
+        now = covered_leaves(t0 + row, WINDOW, SINK, BLOCK)
+        if REACH or (now > covered):
+            open_ = is_open(leaf, candidate, used, t0 + row, WINDOW, SINK, BLOCK, FANOUT, BEAM, WIDTH, REACH)
+            closed = pair_up(tl.where(open_, 0, -1))
+            covered = now
+        # Of leaves that are not open, votes are whatever was in memory; now they are below 0.
+        votes = ((following ^ -0x7FFF8000) | closed) - (0x8000 - ABOVE) * 0x10001
+        following = tl.load(at + tl.minimum(row + 1, last) * PAIRS)
+        wanted = at_least(votes, (least + ABOVE + 1) * 0x10001)
+        if count_halves(wanted) > ROOM:
+            found = (least + ABOVE) * 0x10001
+            for bit in tl.static_range(BITS):
+                higher = found + (2 ** (BITS - 1 - bit)) * 0x10001
+                found = tl.where(count_halves(at_least(votes, higher)) > ROOM, higher, found)
+            wanted = at_least(votes, found + 0x10001)
+        taken |= wanted
+        rows_taken -= taken
+    left = rows_taken & 0xFFFF
+    rows_taken = tl.reshape(tl.join(left, (rows_taken >> 16) + left), [WIDTH_PAD])
+    return tl.where(rows_taken > 0, last + 1 - rows_taken, QUERY_BLOCK)
+
+
+@triton.jit
+def is_open(
+    leaf, candidate, used, t,
+    WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr, FANOUT: tl.constexpr, BEAM: tl.constexpr,
+    WIDTH: tl.constexpr, REACH: tl.constexpr,
+):  # fmt: skip
+    """Which candidates the query at t may choose; ``used`` spans are kept."""
+    is_edge = (candidate >= BEAM * FANOUT) & (candidate < WIDTH)
+    open_ = (candidate < used * FANOUT) | (is_edge & (leaf < covered_leaves(t, WINDOW, SINK, BLOCK)))
+    if REACH:
+        open_ &= in_reach(SINK + (leaf + 1) * BLOCK - 1, t, REACH)
+    return open_
 
 
 @triton.jit

@@ -76,6 +76,31 @@ def extend_spreads(
     return blocked.extend_spreads(x, cells, spreads, start, new=new, **options)
 
 
+def build_with_spreads(
+    x: Tensor,
+    start: Tensor,
+    *,
+    ratios: Sequence[int],
+    offset: int,
+    pooling: str,
+    weights: Sequence[Tensor | None],
+) -> tuple[list[Tensor], Tensor] | None:
+    """The pyramid of ``x`` from nothing and the spreads of its first level, in one pass over ``x``.
+
+    Returns:
+        What ``extend_pyramid`` and ``extend_spreads`` do; None where only these two can do it.
+    """
+    if torch.compiler.is_exporting() or not _on_gpu(x):
+        return None
+    from retrofit.kernels.pyramid import triton as kernels
+
+    if kernels.unsupported(x, pooling, weights) is not None:
+        return None
+    return kernels.build_with_spreads(
+        x, start, ratios=ratios, offset=offset, pooling=pooling, weights=weights
+    )
+
+
 def _on_gpu(x: Tensor) -> bool:
     return x.is_cuda and not torch.compiler.is_compiling() and _has_triton()
 

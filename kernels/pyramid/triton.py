@@ -2,7 +2,8 @@
 
 x [B,H,N,D], levels of the first N−T tokens  →  levels of all N tokens
 
-Built from nothing, several levels take one launch; levels that are extended take one each.
+Built from nothing, several levels take one launch, and the spreads none of their own; levels that are extended take one
+each.
 
 Nothing is read back from the device and sizes follow from shapes: a call can be captured in a CUDA graph.
 """
@@ -59,7 +60,7 @@ def extend_pyramid(
     children = x if x.stride(-1) == 1 else x.contiguous()
     taps = tuple(None if weight is None else weight.contiguous() for weight in weights)
     if levels is None:
-        _fill(children, cells, taps, start, ratios, offset, pooling)
+        _fill(children, cells, None, taps, start, ratios, offset, pooling)
         return cells
     tuned = settings(x.device).pooling
     for level, (ratio, size, known, own) in enumerate(zip(ratios, sizes, levels, cells, strict=True)):
@@ -78,21 +79,43 @@ def extend_pyramid(
     return cells
 
 
+def build_with_spreads(
+    x: Tensor,
+    start: Tensor,
+    *,
+    ratios: Sequence[int],
+    offset: int,
+    pooling: str,
+    weights: Sequence[Tensor | None],
+) -> tuple[list[Tensor], Tensor]:
+    """``extend_pyramid`` from nothing, and ``extend_spreads`` of its first level."""
+    batch, heads, tokens, dim = x.shape
+    sizes = list(accumulate(ratios, mul))
+    cells = [x.new_empty(batch, heads, max(tokens - offset, 0) // size, dim) for size in sizes]
+    spreads = x.new_empty(cells[0].shape[:3], dtype=torch.float32)
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    taps = tuple(None if weight is None else weight.contiguous() for weight in weights)
+    _fill(x, cells, spreads, taps, start, ratios, offset, pooling)
+    return cells, spreads
+
+
 def _fill(
     x: Tensor,
     cells: list[Tensor],
+    spreads: Tensor | None,
     taps: tuple[Tensor | None, ...],
     start: Tensor,
     ratios: Sequence[int],
     offset: int,
     pooling: str,
 ) -> None:
-    """Pools x to all levels, several in a launch."""
+    """Pools x to all levels, several in a launch; measures the spreads of the first one's cells if there is room for
+    them."""
     batch, heads, _, dim = x.shape
     tuned = settings(x.device).pooling
     shared = {"OFFSET": offset, "DIM": dim, "DIM_PAD": _padded(dim), "POOLING": pooling}
     first, end = 0, sum(level.shape[2] > 0 for level in cells)
-    halves = all(ratio == 2 for ratio in ratios)
+    halves = spreads is None and all(ratio == 2 for ratio in ratios)
     while first < end:
         until, span = first + 1, 1
         while until < end and span * ratios[until] <= (tuned.members // 2 if halves else MOST_CELLS):
@@ -110,10 +133,11 @@ def _fill(
         else:
             span *= max(1, tuned.many // span)
             pool_levels[(-(-capacities[0] // span), batch * heads)](
-                *arguments, FIRST=first == 0, LEVELS=len(out), RATIOS=tuple(ratios[first:until]), SPAN=span,
-                CELLS=tuned.many, **shared, num_warps=tuned.many_warps, enable_fp_fusion=False,
+                *arguments, spreads, FIRST=first == 0, LEVELS=len(out), RATIOS=tuple(ratios[first:until]), SPAN=span,
+                CELLS=tuned.many, HALVINGS=_padded(dim).bit_length() - 1, **shared,
+                num_warps=tuned.many_warps, enable_fp_fusion=False,
             )  # fmt: skip
-        x, first = out[-1], until
+        x, first, spreads = out[-1], until, None
 
 
 def extend_spreads(
@@ -243,7 +267,10 @@ def pool_tile(
         else:
             pooled += tl.load(tap + i, mask=dim < DIM, other=0.0).to(tl.float32)[None] * member
     if POOLING == "mean":
-        pooled = tl.div_rn(pooled, pooled * 0 + RATIO)
+        if RATIO & (RATIO - 1):
+            pooled = tl.div_rn(pooled, pooled * 0 + RATIO)
+        else:
+            pooled *= 1.0 / RATIO  # as exact, and less work
     return pooled
 
 
@@ -269,12 +296,12 @@ def spread_tile(
 
 @kernel(do_not_specialize=["members"])
 def pool_levels(
-    x, cells, taps, start, stride_b, stride_h, stride_n, members, capacities, heads,
+    x, cells, taps, start, stride_b, stride_h, stride_n, members, capacities, heads, spreads,
     FIRST: tl.constexpr, LEVELS: tl.constexpr, RATIOS: tl.constexpr, SPAN: tl.constexpr, CELLS: tl.constexpr,
-    OFFSET: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, POOLING: tl.constexpr,
+    HALVINGS: tl.constexpr, OFFSET: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, POOLING: tl.constexpr,
 ):  # fmt: skip
     """Writes ``LEVELS`` levels of [B, H, capacity, DIM], the first from x; each program ``SPAN`` cells of it, and what
-    becomes of them."""
+    becomes of them. If there are ``spreads`` [B, H, capacity], writes those of the first level's cells."""
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // heads, bh % heads
     dim = tl.arange(0, DIM_PAD)
@@ -297,7 +324,15 @@ def pool_levels(
             pooled = pool_tile(
                 line, stride, origin + cell * RATIOS[level], rows, mask, tap, dim, RATIOS[level], DIM, POOLING
             )
-            tl.store(own + cell[:, None] * DIM, pooled.to(cells[level].dtype.element_ty), mask=mask)
+            pooled = pooled.to(cells[level].dtype.element_ty)
+            if level == 0 and spreads is not None:
+                # Before anything is stored: the members are then read once for both.
+                spread = spread_tile(
+                    line, stride, origin + cell * RATIOS[level], rows, mask, pooled.to(tl.float32),
+                    RATIOS[level], DIM, DIM_PAD, HALVINGS, CELLS,
+                )  # fmt: skip
+                tl.store(spreads + bh * capacities[0] + cell, spread, mask=cell < after)
+            tl.store(own + cell[:, None] * DIM, pooled, mask=mask)
         tl.debug_barrier()  # the next level reads what has been written
         line, stride = own, tl.full([], DIM, tl.int64)
         rows, origin = tl.full([], capacities[level], tl.int64), tl.full([], 0, tl.int64)

@@ -19,7 +19,7 @@ from retrofit.kernels.hsa.geometry import MAX_POSITIONS, MOST_PLACES, Geometry
 from retrofit.kernels.hsa.ops import hsa_attention
 from retrofit.kernels.hsa.selector import sample_positions, selector_loss
 from retrofit.kernels.hsa.state import HSAState
-from retrofit.kernels.pyramid.ops import extend_pyramid, extend_spreads
+from retrofit.kernels.pyramid.ops import build_with_spreads, extend_pyramid, extend_spreads
 from retrofit.targets.base import TargetAttention
 from retrofit.targets.dense import attend_densely
 
@@ -122,8 +122,7 @@ class HSAAttention(TargetAttention):
             state = state.narrowed(k.shape[2] - new)
         # Nothing flows back through a selection; summaries are made of the nodes themselves.
         scored = k.detach() if self.gate is None and k.requires_grad else k
-        nodes = self._pool_keys(scored, call.start, new, state)
-        spreads = self._spreads(k.detach(), nodes[0].detach(), call.start, new, state)
+        nodes, spreads = self._pool_scored(scored, k, call.start, new, state)
         value_nodes = self._pool_values(v, call.start, new, state)
         out, spans, choices = hsa_attention(
             q,
@@ -255,6 +254,25 @@ class HSAAttention(TargetAttention):
     def _pool_keys(self, k: Tensor, start: Tensor, new: int, state: HSAState | None) -> list[Tensor]:
         past = None if state is None else state.nodes
         return self._pool(k, past, start, new, self.config.pooling, self.key_pooling)
+
+    def _pool_scored(
+        self, scored: Tensor, k: Tensor, start: Tensor, new: int, state: HSAState | None
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Nodes of the keys that are scored, and their spreads, which have no gradients."""
+        g = self.geometry
+        if state is None and g.spread:
+            built = build_with_spreads(
+                scored,
+                start,
+                ratios=g.ratios,
+                offset=g.sink,
+                pooling=self.config.pooling,
+                weights=list(self.key_pooling) or [None] * g.levels,
+            )
+            if built is not None:
+                return built
+        nodes = self._pool_keys(scored, start, new, state)
+        return nodes, self._spreads(k.detach(), nodes[0].detach(), start, new, state)
 
     def _spreads(
         self, k: Tensor, nodes: Tensor, start: Tensor, new: int, state: HSAState | None

@@ -46,6 +46,35 @@ def test_built_at_once_or_extended_the_bits_are_those_of_blocked(
                 assert all(level.isfinite().all() for level in found)
 
 
+@pytest.mark.parametrize("pooling", ["mean", "max", "learned"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16 if DEVICE == "cuda" else torch.float16])
+@pytest.mark.parametrize("ratios", RATIOS, ids=["mixed", "halving"])
+@pytest.mark.parametrize("tokens", [9, 150], ids=["no cell", "cells"])
+def test_spreads_built_with_the_pyramid_are_those_measured_after_it(
+    pooling: str, dtype: torch.dtype, ratios: tuple[int, ...], tokens: int
+) -> None:
+    from retrofit.kernels.pyramid import triton as kernels
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, tokens, 2, 20, generator=generator).to(DEVICE, dtype).transpose(1, 2)
+    weights: list[torch.Tensor | None] = [None] * len(ratios)
+    if pooling == "learned":
+        weights = [torch.randn(2, 20, r, generator=generator).to(DEVICE) for r in ratios]
+    start = torch.tensor([0, 13], device=DEVICE)
+    options = {"ratios": ratios, "offset": 8, "pooling": pooling, "weights": weights}
+    levels, spreads = kernels.build_with_spreads(x, start, **options)
+    expected = kernels.extend_pyramid(x, None, start, new=tokens, **options)
+    measured = kernels.extend_spreads(x, expected[0], None, start, new=tokens, ratio=ratios[0], offset=8)
+    size = ratios[0]
+    assert spreads.shape == measured.shape == (2, 2, (tokens - 8) // size)
+    for b, first in enumerate(start.tolist()):
+        complete = max(0, tokens - first - 8) // size
+        assert torch.equal(spreads[b, :, :complete], measured[b, :, :complete])
+        for level, wanted in zip(levels, expected, strict=True):
+            complete = min(complete, level.shape[2])
+            assert torch.equal(level[b, :, :complete], wanted[b, :, :complete])
+
+
 def test_what_the_kernel_cannot_do_is_named() -> None:
     from retrofit.kernels.pyramid import triton as kernels
 
