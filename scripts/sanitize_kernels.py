@@ -1,0 +1,138 @@
+"""Runs every Triton kernel on small inputs under compute-sanitizer.
+
+    python scripts/sanitize_kernels.py
+    python scripts/sanitize_kernels.py --tools racecheck --cases "hsa, roles"
+
+memcheck looks for accesses beyond allocated memory, racecheck for accesses of shared memory that nothing orders. PyTorch
+allocates each tensor by itself meanwhile, so that what lies behind one is nobody's. Exits with 1 if a tool found something.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from retrofit.attention_call import AttentionCall, unpadded
+from retrofit.cache import RetrofitLayer
+from retrofit.configs import HSAConfig, MAHAConfig, TargetConfig
+from retrofit.targets.hsa import HSAAttention
+from retrofit.targets.maha import MAHAAttention
+
+TOOLS = ("memcheck", "racecheck")
+DEEP = HSAConfig(window=32, sink=16, budget=64, block=16, node=2, nodes_per_span=8, beam=4, dense_until=0)
+"""Needs few tokens for several coarse steps."""
+MAHA = MAHAConfig(scales=4, widths=(64, 96, 128))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the cases under each tool; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tools", nargs="+", choices=TOOLS, default=TOOLS)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.inside:
+        for name in options.cases:
+            CASES[name]()
+            torch.cuda.synchronize()
+            print(f"ran {name}", flush=True)
+        return 0
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        print("compute-sanitizer is not on the PATH; it comes with CUDA's toolkit", file=sys.stderr)
+        return 2
+    found = 0
+    for tool in options.tools:
+        command = [sanitizer, "--tool", tool, "--error-exitcode", "1", sys.executable, __file__, "--inside"]
+        environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        code = subprocess.run([*command, "--cases", *options.cases], env=environment, check=False).returncode
+        print(f"{tool}: {'clean' if not code else f'exit code {code}'}", flush=True)
+        found |= code
+    return int(found != 0)
+
+
+def exercise(
+    config: TargetConfig,
+    *,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    tokens: int,
+    dtype: torch.dtype = torch.bfloat16,
+    batch: int = 1,
+    padding: int = 0,
+    sliding_window: int = 0,
+    sinks: bool = False,
+    decode: int = 3,
+) -> None:
+    """Forward and backward of all tokens, then a prefill, a chunk and single tokens against its cache."""
+    kind = HSAAttention if isinstance(config, HSAConfig) else MAHAAttention
+    target = kind(
+        config,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=dim,
+        value_dim=dim,
+        scale=dim**-0.5,
+        causal=True,
+        sliding_window=sliding_window,
+        sinks=sinks,
+        implementation="triton",
+    ).to("cuda", dtype)
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def some(count: int) -> Tensor:
+        shape = batch, tokens, count, dim
+        return torch.randn(shape, generator=generator, device="cuda").to(dtype).transpose(1, 2)
+
+    q, k, v = (some(count).requires_grad_() for count in (heads, kv_heads, kv_heads))
+    call = unpadded(k)
+    if padding:
+        start = torch.arange(batch, device="cuda") * padding
+        call = AttentionCall(start=start, length=tokens - start)
+    if sinks:
+        call = replace(call, sinks=torch.zeros(heads, device="cuda", dtype=dtype))
+    target(q, k, v, call).float().square().sum().backward()
+    with torch.no_grad():
+        layer, begin = RetrofitLayer(), 0
+        for end in (tokens - decode - 40, tokens - decode, *range(tokens - decode + 1, tokens + 1)):
+            new = slice(begin, end)
+            ends = replace(call, length=(end - call.start).clamp(min=0), layer=layer)
+            target(q[:, :, new], k[:, :, new], v[:, :, new], ends)
+            begin = end
+
+
+CASES: dict[str, Callable[[], None]] = {
+    "hsa, roles": partial(exercise, HSAConfig(dense_until=0), heads=8, kv_heads=2, dim=128, tokens=1_100),
+    "hsa, roles, smollm2": partial(
+        exercise, HSAConfig(dense_until=0), heads=9, kv_heads=3, dim=64, tokens=1_000, dtype=torch.float16
+    ),
+    "hsa, several coarse steps": partial(exercise, DEEP, heads=2, kv_heads=1, dim=64, tokens=2_309),
+    "hsa, float32": partial(
+        exercise, DEEP, heads=4, kv_heads=2, dim=32, tokens=701, dtype=torch.float32
+    ),
+    "hsa, padding and sinks": partial(
+        exercise, DEEP, heads=4, kv_heads=1, dim=80, tokens=650, batch=2, padding=37, sinks=True
+    ),
+    "hsa, sliding window": partial(
+        exercise, DEEP, heads=2, kv_heads=2, dim=64, tokens=900, sliding_window=400
+    ),
+    "maha": partial(exercise, MAHA, heads=4, kv_heads=2, dim=128, tokens=777),
+    "maha, padding": partial(
+        exercise, MAHA, heads=6, kv_heads=2, dim=64, tokens=500, batch=2, padding=61, dtype=torch.float16
+    ),
+}  # fmt: skip
+
+if __name__ == "__main__":
+    sys.exit(main())
