@@ -17,13 +17,21 @@ from retrofit.kernels.launch import kernel
 
 WHOLE, NONE = tl.constexpr(FADE), tl.constexpr(UNUSED)
 SHIFT, RISES = tl.constexpr(RISE_BITS), tl.constexpr(2**RISE_BITS - 1)
+PAIR = tl.constexpr(0x10001)
+"""A 16-bit number times this is a pair of it in one register."""
+SIGNS = tl.constexpr(-0x7FFF8000)
+"""The highest bits of a pair. Where they are flipped, 0x8000 is added."""
 ABOVE = tl.constexpr(0x3E00)
-"""What is added to 16-bit votes: the middle of the integers that look like positive 16-bit floats. No vote is farther
+"""What is added to 16-bit votes: the middle of the integers that look like 16-bit floats above 0. No vote is as far
 from 0."""
 MOST_KEYS = tl.constexpr(128)
 """Keys in a step of any kernel, at most."""
 CHOICES_AT_ONCE = tl.constexpr(32)
 """Choices that are counted at a time where leaves fade in."""
+FEW = tl.constexpr(64)
+"""New choices of a block that are sorted in least time, at most."""
+AT_ONCE = tl.constexpr(128)
+"""Choices of a block that are listed at a time."""
 SOME = tl.constexpr(64)
 """Choices of a block that its entries are made of at a time."""
 
@@ -53,25 +61,61 @@ def pair_up(x):
 def at_least(pairs, both):
     """Which numbers of ``pairs`` are at least the one that ``both`` is a pair of: all bits of their halves.
 
-    ``both`` is of 1 … 0x7BFF: there, and among those below, 16-bit floats have the order of the integers they look
-    like, and are compared two at a time.
+    The numbers are below 0x7C00 and that one is above 0. There, integers have the order of the 16-bit floats they look
+    like, which are compared two at a time.
     """
     if INTERPRETED:
         left, right = (pairs << 16) >= (both << 16), (pairs >> 16) >= (both >> 16)
         return tl.where(left, 0xFFFF, 0) - tl.where(right, 0x10000, 0)
     else:
-        return tl.inline_asm_elementwise(
-            "set.ge.u32.f16x2 $0, $1, $2;", "=r,r,r", [pairs, both], tl.int32, True, 1
-        )
+        compare: tl.constexpr = "set.ge.u32.f16x2 $0, $1, $2;"
+        return tl.inline_asm_elementwise(compare, "=r,r,r", [pairs, both], tl.int32, True, 1)
 
 
 @triton.jit
 def count_halves(which):
-    """How many halves of ``which``, each of no bits or all, are of all.
+    """How many halves of ``which`` have all bits, the others having none: so many 2^16, and less than 2^16 more.
 
-    Of so many left and right, -(sum) is left + ((right - left) << 16).
+    Of left and right, 0 or 1 each, what ``which`` holds is -(left + ((right - left) << 16)), and it becomes
+    ((left + right) << 16) + left.
     """
-    return (tl.sum(which, 0) * -0x20001) >> 16
+    return tl.sum(which * -0x20001, 0)
+
+
+@triton.jit
+def narrow(votes, found, cut, above, ROOM: tl.constexpr, FROM: tl.constexpr, TO: tl.constexpr):
+    """The bits below FROM, down to TO, of the highest vote for which there is no room: (found, cut, above).
+
+    There is no room for all that are at least ``found``; there is for those that are at least ``cut``, which ``above``
+    counts as ``count_halves`` does. If these are ROOM, that is the cut, and nothing changes.
+    """
+    if above < ROOM << 16:
+        for bit in tl.static_range(FROM - 1, TO - 1, -1):
+            higher = found + 2**bit * PAIR
+            count = count_halves(at_least(votes, higher))
+            fits = count < (ROOM + 1) << 16
+            found = tl.where(fits, found, higher)
+            above = tl.where(fits, count, above)
+        cut = found + 2**TO * PAIR
+    return found, cut, above
+
+
+@triton.jit
+def cut_at(votes, least, ROOM: tl.constexpr, BITS: tl.constexpr):
+    """A vote such that there is room for all that are at least as high, but not for any more of them.
+
+    ``votes`` and ``least``, for all above which there is no room, are pairs. Found bit by bit; the first three are
+    skipped where they are 0, which is usual, and the last six, by threes, where those before them suffice.
+    """
+    HIGH: tl.constexpr = max(BITS - 3, 0)
+    found, cut = least, least + 2**HIGH * PAIR
+    above = count_halves(at_least(votes, cut))
+    if above >= (ROOM + 1) << 16:
+        found, cut, above = narrow(votes, found, cut, 0, ROOM, BITS, HIGH)
+    found, cut, above = narrow(votes, found, cut, above, ROOM, HIGH, min(HIGH, 6))
+    found, cut, above = narrow(votes, found, cut, above, ROOM, min(HIGH, 6), min(HIGH, 3))
+    found, cut, above = narrow(votes, found, cut, above, ROOM, min(HIGH, 3), 0)
+    return cut
 
 
 @triton.jit
@@ -128,18 +172,24 @@ def choose_leaves(
     count, reached = read_choices(choices, candidate, low > t0, QUERY_BLOCK, WIDTH, WIDTH_PAD, CHOICES, PARTS)
     first, last = tl.maximum(low - t0, 0), tl.minimum(high - t0, QUERY_BLOCK) - 1
     if PARTS == WHOLE:
-        chosen_by = choose_whole(
+        left, right = choose_whole(
             leaf, used, reached, held, t0, first, last, least,
             WINDOW, SINK, BLOCK, FANOUT, BEAM, QUERY_BLOCK, ROOM, WIDTH, WIDTH_PAD, BITS, REACH,
         )  # fmt: skip
-        is_new = chosen_by < QUERY_BLOCK
-        choice = tl.sort(tl.where(is_new, ((chosen_by * WIDTH + candidate) << SHIFT) + WHOLE, NONE))
-        tl.store(choices + count + candidate, choice, mask=(choice < NONE) & (count + candidate < CHOICES))
-        count += tl.sum(is_new.to(tl.int32), 0)
+        used = (left < NONE).to(tl.int32)
+        both = used + (right < NONE).to(tl.int32)
+        to = count + tl.cumsum(both, 0) - both
+        tl.store(choices + to, left, mask=(left < NONE) & (to < CHOICES))
+        tl.store(choices + to + used, right, mask=(right < NONE) & (to + used < CHOICES))
+        more = tl.sum(both, 0)
+        if first < last:  # else they are in order
+            tl.debug_barrier()  # every thread has written its choices
+            sort_choices(choices + count, tl.minimum(more, CHOICES - count), WIDTH_PAD)
+        count += more
     else:
         following = tl.load(held + first * (WIDTH_PAD + FANOUT) + candidate)
         for row in range(first, last + 1):
-            vote = following  # of leaves that are not open it is whatever was in memory
+            vote = following.to(tl.int32)  # of leaves that are not open it is whatever was in memory
             following = tl.load(held + tl.minimum(row + 1, last) * (WIDTH_PAD + FANOUT) + candidate)
             open_ = is_open(leaf, candidate, used, t0 + row, WINDOW, SINK, BLOCK, FANOUT, BEAM, WIDTH, REACH)
             level = tl.maximum(tl.where(open_, vote - least, 0), 0)
@@ -166,40 +216,38 @@ def choose_whole(
     QUERY_BLOCK: tl.constexpr, ROOM: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr,
     BITS: tl.constexpr, REACH: tl.constexpr,
 ):  # fmt: skip
-    """The row of ``first`` … ``last`` that chooses a candidate first, [WIDTH_PAD]; QUERY_BLOCK where none does or it
-    is ``reached`` already.
+    """The choices of the rows ``first`` … ``last`` among the even candidates, [WIDTH_PAD / 2], and among the odd: by the
+    first row that wants it, NONE where none does or it is ``reached`` already.
 
-    Votes stand two to a register from memory on, with ABOVE added.
+    What a row wants follows from its votes alone. These stand two to a register from memory on, with ABOVE added.
     """
-    PAIRS: tl.constexpr = (WIDTH_PAD + FANOUT) // 2
+    STRIDE: tl.constexpr = (WIDTH_PAD + FANOUT) // 2
     candidate = tl.arange(0, WIDTH_PAD)
     at = held.to(tl.pointer_type(tl.int32), bitcast=True) + tl.arange(0, WIDTH_PAD // 2)
     taken = pair_up(tl.where(reached > 0, -1, 0))
     rows_taken = taken * (last + 1 - first)  # so that those that were taken before end at 0
-    covered = tl.full([], -1, tl.int32)
     closed = taken
-    following = tl.load(at + first * PAIRS)
+    following = tl.load(at + first * STRIDE)
     for row in range(first, last + 1):
-        now = covered_leaves(t0 + row, WINDOW, SINK, BLOCK)
-        if REACH or (now > covered):
+        # Without a reach, leaves open only where a block leaves the window.
+        if REACH or (row == first) | ((t0 + row + 1) % BLOCK == 0):
             open_ = is_open(leaf, candidate, used, t0 + row, WINDOW, SINK, BLOCK, FANOUT, BEAM, WIDTH, REACH)
             closed = pair_up(tl.where(open_, 0, -1))
-            covered = now
         # Of leaves that are not open, votes are whatever was in memory; now they are below 0.
-        votes = ((following ^ -0x7FFF8000) | closed) - (0x8000 - ABOVE) * 0x10001
-        following = tl.load(at + tl.minimum(row + 1, last) * PAIRS)
-        wanted = at_least(votes, (least + ABOVE + 1) * 0x10001)
-        if count_halves(wanted) > ROOM:
-            found = (least + ABOVE) * 0x10001
-            for bit in tl.static_range(BITS):
-                higher = found + (2 ** (BITS - 1 - bit)) * 0x10001
-                found = tl.where(count_halves(at_least(votes, higher)) > ROOM, higher, found)
-            wanted = at_least(votes, found + 0x10001)
+        votes = ((following ^ SIGNS) | closed) - (0x8000 - ABOVE) * PAIR
+        following = tl.load(at + tl.minimum(row + 1, last) * STRIDE)
+        wanted = at_least(votes, (least + ABOVE + 1) * PAIR)
+        if count_halves(wanted) >= (ROOM + 1) << 16:
+            wanted = at_least(votes, cut_at(votes, (least + ABOVE) * PAIR, ROOM, BITS))
         taken |= wanted
         rows_taken -= taken
     left = rows_taken & 0xFFFF
-    rows_taken = tl.reshape(tl.join(left, (rows_taken >> 16) + left), [WIDTH_PAD])
-    return tl.where(rows_taken > 0, last + 1 - rows_taken, QUERY_BLOCK)
+    right = (rows_taken >> 16) + left
+    place = (last + 1) * WIDTH + 2 * tl.arange(0, WIDTH_PAD // 2)
+    return (
+        tl.where(left > 0, ((place - left * WIDTH) << SHIFT) + WHOLE, NONE),
+        tl.where(right > 0, ((place - right * WIDTH + 1) << SHIFT) + WHOLE, NONE),
+    )
 
 
 @triton.jit
@@ -214,6 +262,26 @@ def is_open(
     if REACH:
         open_ &= in_reach(SINK + (leaf + 1) * BLOCK - 1, t, REACH)
     return open_
+
+
+@triton.jit
+def sort_choices(choices, count, MOST: tl.constexpr):
+    """Sorts ``count`` choices, MOST at most; that takes the less, the fewer they are."""
+    if count <= FEW:
+        sort_padded(choices, count, min(FEW, MOST))
+    elif count <= 2 * FEW:
+        sort_padded(choices, count, min(2 * FEW, MOST))
+    else:
+        sort_padded(choices, count, MOST)
+
+
+@triton.jit
+def sort_padded(choices, count, MANY: tl.constexpr):
+    """Sorts ``count`` choices as MANY."""
+    place = tl.arange(0, MANY)
+    choice = tl.load(choices + place, mask=place < count, other=NONE)
+    tl.debug_barrier()  # every thread has read its choices
+    tl.store(choices + place, tl.sort(choice), mask=place < count)
 
 
 @triton.jit
@@ -246,21 +314,28 @@ def list_block(
     as many places as one step may read are block 0, of share 0.
     """
     NEAR: tl.constexpr = triton.next_power_of_2((SINK + WINDOW) // BLOCK + 1)
-    MANY: tl.constexpr = triton.next_power_of_2(CHOICES + MOST_KEYS // BLOCK)
+    BEHIND: tl.constexpr = max(MOST_KEYS // BLOCK, 1)
     _, last, whole = near_edges(t0, WINDOW, SINK, BLOCK, QUERY_BLOCK)
     near = (SINK + whole - last) // BLOCK
     place = tl.arange(0, NEAR)
     block = place + tl.where(place < SINK // BLOCK, 0, (last - SINK) // BLOCK)
     tl.store(listed + place, block, mask=place < near)
     tl.store(shares + place, place * 0.0 + 1.0, mask=place < near)
-    number = tl.arange(0, MANY)
-    choice = tl.load(choices + number, mask=number < CHOICES, other=NONE)
-    used = choice < NONE
-    row, candidate, rise = unpack(choice, QUERY_BLOCK, WIDTH)
-    leaf = chosen_leaf(kept, candidate, t0, WINDOW, SINK, BLOCK, FANOUT, BEAM)
-    tl.store(listed + near + number, tl.where(used, SINK // BLOCK + leaf, 0), mask=near + number < LIST)
-    tl.store(shares + near + number, rise.to(tl.float32) / WHOLE, mask=near + number < LIST)
-    seen = near + tl.cumsum(tl.histogram(row, QUERY_BLOCK, mask=used), 0)
+    seen = tl.zeros([QUERY_BLOCK], tl.int32) + near
+    n = tl.full([], 0, tl.int32)
+    more = tl.full([], 1, tl.int32)
+    while more > 0:
+        number = n + tl.arange(0, AT_ONCE)
+        choice = tl.load(choices + number, mask=number < CHOICES, other=NONE)
+        used = choice < NONE
+        row, candidate, rise = unpack(choice, QUERY_BLOCK, WIDTH)
+        leaf = chosen_leaf(kept, candidate, t0, WINDOW, SINK, BLOCK, FANOUT, BEAM)
+        to = near + number
+        tl.store(listed + to, tl.where(used, SINK // BLOCK + leaf, 0), mask=to < LIST)
+        tl.store(shares + to, rise.to(tl.float32) / WHOLE, mask=to < LIST)
+        seen += tl.cumsum(tl.histogram(row, QUERY_BLOCK, mask=used), 0)
+        n += AT_ONCE
+        more = tl.max((used & (number >= n - BEHIND)).to(tl.int32), 0)
     tl.store(seen_by + tl.arange(0, QUERY_BLOCK), seen)
 
 

@@ -11,13 +11,15 @@ import torch
 
 from retrofit.errors import ConfigError
 from retrofit.kernels.dense.scores import ScoreRules
-from retrofit.kernels.hsa.geometry import FADE, Geometry
+from retrofit.kernels.hsa.geometry import FADE, UNUSED, Geometry
 
 pytest.importorskip("triton")
 
 from retrofit.kernels import tuned
 from retrofit.kernels.hsa import hopper
+from retrofit.kernels.hsa.triton import SETTLING, choosing
 from retrofit.kernels.hsa.triton_call import Call
+from retrofit.kernels.hsa.triton_choose import settle
 
 DEFAULT = Geometry(
     window=256,
@@ -294,3 +296,46 @@ def test_a_call_is_captured_in_a_graph(build: Callable[..., Any]) -> None:
     actual.fill_(torch.nan)
     graph.replay()
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("sliding_window", [0, 150])
+@pytest.mark.parametrize("threshold", [0.0, 0.002])
+def test_rows_choose_the_highest_votes_that_fit(threshold: float, sliding_window: int) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    sizes = {"window": 32, "sink": 8, "budget": 40, "block": 8, "fanout": 4, "beam": 4, "query_block": 16}
+    g = replace(DEFAULT, **sizes, threshold=threshold)
+    q = torch.zeros(1, 1, 400, 16, dtype=torch.float16, device=device)
+    call = Call.of(q, q, q, g, sliding_window=sliding_window, padded=False)
+    least, most, first = g.least_vote(call.votes), call.votes.most, g.dense_end // g.query_block
+    t0 = torch.arange(call.blocks)[:, None] * g.query_block
+    edge = g.covered(t0) // g.fanout
+    spans = torch.stack([torch.randperm(int(n) + g.beam)[: g.beam].sort()[0] for n in edge])
+    spans = torch.where(spans < edge, spans, -1)
+    leaf = torch.cat([spans, edge + torch.arange(g.leaf_width // g.fanout + 1 - g.beam)], 1)
+    leaf = (leaf[..., None] * g.fanout + torch.arange(g.fanout)).flatten(1)[:, None, : g.leaf_width]
+    t = (t0 + torch.arange(g.query_block))[..., None]
+    is_open = (leaf >= 0) & (leaf < g.covered(t))
+    if sliding_window:
+        is_open &= g.sink + (leaf + 1) * g.block - 1 > t - sliding_window
+    votes = torch.randint(-(2**15), 2**15, call.empty_votes(call.blocks, q.device).shape)
+    vote = torch.randint(-most, most + 1, is_open.shape)
+    ties = torch.tensor([-most, least, least + 1, most]).clamp(-most, most)
+    vote[:, ::3] = ties[torch.randint(4, vote[:, ::3].shape)]
+    votes[..., : g.leaf_width] = torch.where(is_open, vote, votes[..., : g.leaf_width])
+
+    level = torch.where(is_open, vote - least, 0).clamp(min=0)
+    wanted = level > level.sort(descending=True)[0][..., g.leaves_per_query, None]
+    by_row = torch.where(wanted, torch.arange(g.query_block)[:, None], g.query_block).amin(1)
+    packed = g.packed(by_row, torch.arange(g.leaf_width), FADE)
+    expected = torch.where(by_row < g.query_block, packed, UNUSED).sort()[0]
+
+    choices = torch.zeros(1, 1, call.blocks, g.choices, dtype=torch.int32, device=device)
+    lists = call.empty_lists(q.device)
+    settle[(call.blocks,)](
+        *[torch.zeros(1, dtype=torch.int64, device=device)] * 2, spans.to(device, torch.int32), choices,
+        votes.to(device, call.votes.dtype), *lists, *call.extent, call.total_blocks, 0, least,
+        FRESH=True, **choosing(call), **call.listing, **SETTLING,
+    )  # fmt: skip
+    assert torch.equal(choices[0, 0, first:, : g.leaf_width].cpu(), expected[first:].to(torch.int32))
+    assert (choices[0, 0, :first] == UNUSED).all()
+    assert (choices[..., g.leaf_width :] == UNUSED).all()
