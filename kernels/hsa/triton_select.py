@@ -98,7 +98,8 @@ def top_scores(
     PER: tl.constexpr = TILE // GROUP_PAD
     row = tl.arange(0, TILE)
     group = row % GROUP_PAD
-    i = first + tl.program_id(0) * PER + row // GROUP_PAD
+    # What lies later sees more, and begins first.
+    i = first + (tl.num_programs(0) - 1 - tl.program_id(0)) * PER + row // GROUP_PAD
     t = (low // QUERY_BLOCK + i) * QUERY_BLOCK
     covered = covered_leaves(t, WINDOW, SINK, BLOCK)
     mine = (i < blocks) & (t >= low) & (t < high) & (t + QUERY_BLOCK > DENSE_END) & (group < GROUP)
