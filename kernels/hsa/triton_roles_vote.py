@@ -265,12 +265,15 @@ def weigh_near(
     last, right, first, many = near_keys(t0, WINDOW, SINK, BLOCK, QUERY_BLOCK)
     beyond = (slots + BLOCK - 1) // BLOCK
     halves = gl.split(gl.permute(gl.reshape(s, [HALF, 2, STEP]), (0, 2, 1)))
+    WHOLE: gl.constexpr = SINK + (WINDOW - QUERY_BLOCK if WINDOW > QUERY_BLOCK else 0)
     for u in gl.static_range(2):
-        if 2 * turn + u < near_slots(WINDOW, SINK, BLOCK, QUERY_BLOCK, STEP):
+        scores = gl.convert_layout(halves[u], LAYOUT)
+        if (2 * turn + u + 1) * STEP <= WHOLE:  # all rows see these keys
+            top, total = weigh(top, total, scores, factor)
+        elif 2 * turn + u < near_slots(WINDOW, SINK, BLOCK, QUERY_BLOCK, STEP):
             e = (2 * turn + u) * (STEP // BLOCK) + column // BLOCK
             j = near_block(e, last, right, first, many, beyond, SINK, BLOCK) * BLOCK + column % BLOCK
             visible = (j[None] <= t[:, None]) & ((j < SINK)[None] | (j[None] >= from_[:, None]))
-            scores = gl.convert_layout(halves[u], LAYOUT)
             top, total = weigh(top, total, gl.where(visible, scores, -float("inf")), factor)
     return top, total
 
