@@ -302,8 +302,6 @@ def ballot(
     COLUMNS: gl.constexpr = gl.SliceLayout(0, SCORES)
     WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
     row = gl.arange(0, HALF, ROWS)
-    row_x = gl.arange(0, HALF, gl.SliceLayout(1, OPERAND))
-    dim_x = gl.arange(0, DIM, gl.SliceLayout(0, OPERAND))
     row_w = gl.arange(0, HALF, gl.SliceLayout(1, WIDE))
     dim_w = gl.arange(0, DIM, gl.SliceLayout(0, WIDE))
     column = gl.arange(0, KEYS // 2, gl.SliceLayout(0, NEAR))
@@ -321,10 +319,10 @@ def ballot(
             t, above, new = query_at(row, begin, low, slots, GROUP, LOW, HIGH)
             head = h * GROUP + above
             group = q + b * stride_qb + h * GROUP * stride_qh
-            x = load_queries(group, row_x, dim_x, begin, low, slots, stride_qh, stride_qt, GROUP, LOW, HIGH)
             wide = load_queries(
                 group, row_w, dim_w, begin, low, slots, stride_qh, stride_qt, GROUP, LOW, HIGH
             )
+            x = gl.convert_layout(wide, OPERAND)
             wide = wide.to(gl.float32)
             second = gl.convert_layout(gl.sum(wide * wide, 1), ROWS) * (0.5 * spread * scale)
             from_ = gl.maximum(t + 1 - WINDOW, 0) // BLOCK * BLOCK
