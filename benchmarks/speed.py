@@ -89,6 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"{', '.join(long)}: give a longer text with --text, or other tables with --only")
     if not torch.cuda.is_available():
         parser.error("these are times on a GPU, and PyTorch sees none")
+    options.output.mkdir(parents=True, exist_ok=True)
     gpu = torch.cuda.get_device_name().removeprefix("NVIDIA ").split()[0].lower()
     models: dict[str, Any] = {}
     failed = 0
@@ -102,9 +103,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given = {"tokenizer": loaded.tokenizer, "site": SITE, "source": source, **TABLES[name]}
         try:
             report = benchmark(loaded.model, **given)
-        except RetrofitError as error:
+        except (RetrofitError, RuntimeError) as error:  # of which kind memory that runs out is
             print(f"{name}: {error}", file=sys.stderr, flush=True)
             failed = 1
+            torch.cuda.empty_cache()
             continue
         path = options.output / f"speed-{gpu}-{name}.json"
         path.write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")

@@ -95,6 +95,7 @@ for ratios in ((2,), (4, 8)):
     taps = [torch.empty(2, dim, ratio, device="meta") for ratio in ratios]
     options = {"ratios": ratios, "offset": 0, "pooling": "learned", "weights": taps}
     pyramid.extend_pyramid(k, None, at, new=slots, **options)
+    pyramid.build_with_spreads(k, at, **options)
     if ratios == (2,):
         pyramid.extend_pyramid(k, cells, at, new=1, **options)
 pyramid.extend_spreads(k, cells[0], None, at, new=slots, ratio=2, offset=0)
