@@ -94,7 +94,9 @@ def test_roles_change_nothing(
     sizes: dict[str, int],
 ) -> None:
     case = build(**{"dim": 128, **inputs})
-    case = replace(case, geometry=replace(SMALL, **sizes), padded=False).to("cpu", torch.float16)
+    # Of few bits, so that scores are exact in whatever order a processor adds, and weights are rounded alike.
+    exact = {name: (getattr(case, name) * 16).round() / 16 for name in "qk"}
+    case = replace(case, **exact, geometry=replace(SMALL, **sizes), padded=False).to("cpu", torch.float16)
     actual, grads = run(case)
     chunks = case.run(case.tokens - 70, case.tokens, case.run(0, case.tokens - 70)).out
     votes = 2 if case.q.shape[1] <= 4 * case.k.shape[1] else 0  # a tile has the heads of a query
@@ -105,8 +107,7 @@ def test_roles_change_nothing(
         expected, expected_grads = run(case)
     assert torch.equal(actual.spans, expected.spans)
     assert torch.equal(actual.choices, expected.choices)
-    # Sums in another order have a weight rounded to its other neighbour, by 2⁻¹¹ of it.
-    torch.testing.assert_close(actual.out, expected.out, rtol=2e-3, atol=2**-11)
+    torch.testing.assert_close(actual.out, expected.out, rtol=2e-3, atol=1e-4)
     for found, other in zip(grads, expected_grads, strict=True):
         assert (found.float() - other.float()).norm() < 1e-3 * other.float().norm()
     assert torch.equal(chunks, actual.out[:, :, -70:])
