@@ -54,15 +54,12 @@ def extend_pyramid(
 ) -> list[Tensor]:
     """As :func:`retrofit.kernels.pyramid.blocked.extend_pyramid`."""
     batch, heads, tokens, dim = x.shape
-    room = max(tokens - offset, 0)
-    sizes = list(accumulate(ratios, mul))
-    cells = [x.new_empty(batch, heads, room // size, dim) for size in sizes]
-    children = x if x.stride(-1) == 1 else x.contiguous()
-    taps = tuple(None if weight is None else weight.contiguous() for weight in weights)
+    children, cells, taps = _prepared(x, ratios, offset, weights)
     if levels is None:
         _fill(children, cells, None, taps, start, ratios, offset, pooling)
         return cells
     tuned = settings(x.device).pooling
+    sizes = accumulate(ratios, mul)
     for level, (ratio, size, known, own) in enumerate(zip(ratios, sizes, levels, cells, strict=True)):
         capacity = own.shape[2]
         own[:, :, : known.shape[2]] = known
@@ -89,14 +86,21 @@ def build_with_spreads(
     weights: Sequence[Tensor | None],
 ) -> tuple[list[Tensor], Tensor]:
     """``extend_pyramid`` from nothing, and ``extend_spreads`` of its first level."""
-    batch, heads, tokens, dim = x.shape
-    sizes = list(accumulate(ratios, mul))
-    cells = [x.new_empty(batch, heads, max(tokens - offset, 0) // size, dim) for size in sizes]
+    x, cells, taps = _prepared(x, ratios, offset, weights)
     spreads = x.new_empty(cells[0].shape[:3], dtype=torch.float32)
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    taps = tuple(None if weight is None else weight.contiguous() for weight in weights)
     _fill(x, cells, spreads, taps, start, ratios, offset, pooling)
     return cells, spreads
+
+
+def _prepared(
+    x: Tensor, ratios: Sequence[int], offset: int, weights: Sequence[Tensor | None]
+) -> tuple[Tensor, list[Tensor], tuple[Tensor | None, ...]]:
+    """x and weights as the kernels take them, and room for the cells of all levels."""
+    batch, heads, tokens, dim = x.shape
+    room = max(tokens - offset, 0)
+    cells = [x.new_empty(batch, heads, room // size, dim) for size in accumulate(ratios, mul)]
+    taps = tuple(None if weight is None else weight.contiguous() for weight in weights)
+    return x if x.stride(-1) == 1 else x.contiguous(), cells, taps
 
 
 def _fill(
@@ -113,7 +117,7 @@ def _fill(
     them."""
     batch, heads, _, dim = x.shape
     tuned = settings(x.device).pooling
-    shared = {"OFFSET": offset, "DIM": dim, "DIM_PAD": _padded(dim), "POOLING": pooling}
+    shared = {"OFFSET": offset, "DIM": dim, "POOLING": pooling}
     first, end = 0, sum(level.shape[2] > 0 for level in cells)
     halves = spreads is None and all(ratio == 2 for ratio in ratios)
     while first < end:
@@ -127,14 +131,14 @@ def _fill(
         )  # fmt: skip
         if halves:
             halve_levels[(-(-2 * capacities[0] // tuned.members), batch * heads)](
-                *arguments, FIRST=first == 0, LEVELS=len(out), TILE=tuned.members, **shared,
+                *arguments, FIRST=first == 0, LEVELS=len(out), TILE=tuned.members, DIM_PAD=_padded(dim), **shared,
                 num_warps=tuned.warps, enable_fp_fusion=False,
             )  # fmt: skip
         else:
             span *= max(1, tuned.many // span)
             pool_levels[(-(-capacities[0] // span), batch * heads)](
                 *arguments, spreads, FIRST=first == 0, LEVELS=len(out), RATIOS=tuple(ratios[first:until]), SPAN=span,
-                CELLS=tuned.many, HALVINGS=_padded(dim).bit_length() - 1, **shared,
+                CELLS=tuned.many, **_halved(dim), **shared,
                 num_warps=tuned.many_warps, enable_fp_fusion=False,
             )  # fmt: skip
         x, first, spreads = out[-1], until, None
