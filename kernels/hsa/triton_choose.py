@@ -225,7 +225,7 @@ def choose_whole(
     candidate = tl.arange(0, WIDTH_PAD)
     at = held.to(tl.pointer_type(tl.int32), bitcast=True) + tl.arange(0, WIDTH_PAD // 2)
     taken = pair_up(tl.where(reached > 0, -1, 0))
-    rows_taken = taken * (last + 1 - first)  # so that those that were taken before end at 0
+    rows_taken = taken * tl.maximum(last + 1 - first, 0)  # so that those that were taken before end at 0
     closed = taken
     following = tl.load(at + first * STRIDE)
     for row in range(first, last + 1):
