@@ -30,21 +30,7 @@ def extend_pyramid(
 ) -> list[Tensor]:
     """As :func:`retrofit.kernels.pyramid.blocked.extend_pyramid`."""
     if not torch.compiler.is_exporting():
-        if _on_gpu(x):
-            from retrofit.kernels.pyramid import triton as kernels
-
-            if kernels.unsupported(x, pooling, weights) is None:
-                return kernels.extend_pyramid(
-                    x,
-                    levels,
-                    start,
-                    new=new,
-                    ratios=ratios,
-                    offset=offset,
-                    pooling=pooling,
-                    weights=weights,
-                )
-        return blocked.extend_pyramid(
+        return _pyramid(
             x, levels, start, new=new, ratios=ratios, offset=offset, pooling=pooling, weights=weights
         )
     result: list[Tensor] = _extend_pyramid(
@@ -68,12 +54,7 @@ def extend_spreads(
     if torch.compiler.is_exporting():
         found: Tensor = _extend_spreads(x, x[:, :, x.shape[2] - new :], cells, spreads, start, **options)
         return found
-    if _on_gpu(x):
-        from retrofit.kernels.pyramid import triton as kernels
-
-        if kernels.unsupported(x, "mean", [cells]) is None:
-            return kernels.extend_spreads(x, cells, spreads, start, new=new, **options)
-    return blocked.extend_spreads(x, cells, spreads, start, new=new, **options)
+    return _spreads(x, cells, spreads, start, new=new, **options)
 
 
 def build_with_spreads(
@@ -101,6 +82,40 @@ def build_with_spreads(
     )
 
 
+def _pyramid(
+    x: Tensor,
+    levels: Sequence[Tensor] | None,
+    start: Tensor,
+    *,
+    new: int,
+    ratios: Sequence[int],
+    offset: int,
+    pooling: str,
+    weights: Sequence[Tensor | None],
+) -> list[Tensor]:
+    """``extend_pyramid`` by what does it on this device."""
+    extend = blocked.extend_pyramid
+    if _on_gpu(x):
+        from retrofit.kernels.pyramid import triton as kernels
+
+        if kernels.unsupported(x, pooling, weights) is None:
+            extend = kernels.extend_pyramid
+    return extend(x, levels, start, new=new, ratios=ratios, offset=offset, pooling=pooling, weights=weights)
+
+
+def _spreads(
+    x: Tensor, cells: Tensor, spreads: Tensor | None, start: Tensor, *, new: int, ratio: int, offset: int
+) -> Tensor:
+    """``extend_spreads`` by what does it on this device."""
+    extend = blocked.extend_spreads
+    if _on_gpu(x):
+        from retrofit.kernels.pyramid import triton as kernels
+
+        if kernels.unsupported(x, "mean", [cells]) is None:
+            extend = kernels.extend_spreads
+    return extend(x, cells, spreads, start, new=new, ratio=ratio, offset=offset)
+
+
 def _on_gpu(x: Tensor) -> bool:
     return x.is_cuda and not torch.compiler.is_compiling() and _has_triton()
 
@@ -123,7 +138,7 @@ def _extend_pyramid(
     pooling: str,
 ) -> list[Tensor]:
     """The levels of ``x``, of which ``recent`` [B, H, new, D] are the last tokens; empty lists stand for None."""
-    return blocked.extend_pyramid(
+    found = _pyramid(
         x,
         levels or None,
         start,
@@ -133,6 +148,7 @@ def _extend_pyramid(
         pooling=pooling,
         weights=list(weights) or [None] * len(ratios),
     )
+    return [level.contiguous() for level in found]
 
 
 @_extend_pyramid.register_fake
@@ -166,7 +182,8 @@ def _extend_spreads(
     offset: int,
 ) -> Tensor:
     """The spreads of ``cells``, of which ``recent`` [B, H, new, D] are the last tokens."""
-    return blocked.extend_spreads(x, cells, spreads, start, new=recent.shape[2], ratio=ratio, offset=offset)
+    found = _spreads(x, cells, spreads, start, new=recent.shape[2], ratio=ratio, offset=offset)
+    return found.contiguous()
 
 
 @_extend_spreads.register_fake

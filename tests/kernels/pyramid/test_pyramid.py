@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retrofit.errors import ConfigError
+from retrofit.kernels.pyramid import ops
 from retrofit.kernels.pyramid.blocked import POOLINGS, crop_pyramid, extend_pyramid, extend_spreads
 from retrofit.kernels.pyramid.reference import build_pyramid, spreads
 
@@ -167,6 +168,21 @@ def test_exports_with_dynamic_sizes(offset, pooling):
             cells = (before + after - 1 - offset) // (2, 8)[i]
             assert torch.equal(level[:, :, :cells], whole[i][:, :, :cells])
             assert level.shape == whole[i].shape
+
+
+@pytest.mark.parametrize("new", [None, 7])
+def test_operators_say_what_they_return(new):
+    x, start = torch.randn(2, 3, 101, 8), torch.tensor([0, 5])
+    options = {"ratios": [4, 4], "offset": 5, "pooling": "mean"}
+    levels, past, recent = [], None, x
+    if new is not None:
+        before, recent = x[:, :, :-new], x[:, :, -new:]
+        levels = ops._extend_pyramid(before, before, start, [], [], **options)
+        past = ops._extend_spreads(before, before, levels[0], None, start, ratio=4, offset=5)
+    torch.library.opcheck(ops._extend_pyramid, (x, recent, start, levels, []), options)
+    cells = ops._extend_pyramid(x, recent, start, levels, [], **options)[0]
+    of_spreads = (x, recent, cells, past, start)
+    torch.library.opcheck(ops._extend_spreads, of_spreads, {"ratio": 4, "offset": 5})
 
 
 def test_unknown_pooling_is_refused():
