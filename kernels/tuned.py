@@ -94,6 +94,7 @@ class Settings:
         query_gradients: HSA's kernel of this name.
         key_gradients: HSA's kernel of this name; its keys are those of a tile.
         maha_attend: MAHA's ``attend``.
+        maha_attend_by_roles: As vote_by_roles, for tiles of 128 rows.
         maha_query_gradients: MAHA's kernel of this name.
         maha_key_gradients: MAHA's kernel of this name; its keys are those of a tile.
         pooling: The pyramid.
@@ -112,6 +113,7 @@ class Settings:
     query_gradients: Tiles
     key_gradients: Tiles
     maha_attend: Tiles
+    maha_attend_by_roles: Tiles | None
     maha_query_gradients: Tiles
     maha_key_gradients: Tiles
     pooling: Pooling
@@ -152,7 +154,7 @@ SM_90 = Settings(
     attend_by_roles=Tile(128, 64, 4, 5),
     query_gradients_by_roles=Tile(128, 64, 4, 4),
     key_gradients_by_roles=Tile(64, 64, 4, 4),
-    vote_by_roles=tiles({(2, 64): Tile(128, 128, 4, 8), (2, 128): Tile(128, 128, 4, 6)}),
+    vote_by_roles=tiles({(2, 64): Tile(128, 128, 4, 8), (2, 128): Tile(128, 128, 4, 5)}),
     attend_parts=tiles(
         {
             (2, 128): Tile(16, 64, 4, 3),
@@ -187,6 +189,7 @@ SM_90 = Settings(
             (4, 256): Tile(16, 16, 4, 2),
         }
     ),
+    maha_attend_by_roles=tiles({(2, 64): Tile(128, 64, 4, 6), (2, 128): Tile(128, 64, 4, 5)}),
     maha_query_gradients=tiles(
         {
             (2, 128): Tile(64, 64, 4, 2),
@@ -218,6 +221,7 @@ SM_80 = replace(
     query_gradients_by_roles=None,
     key_gradients_by_roles=None,
     vote_by_roles=None,
+    maha_attend_by_roles=None,
     vote=tiles(
         {
             (2, 128): Tile(128, 64, 8, 2, few=(4, 2)),

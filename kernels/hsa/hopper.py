@@ -133,9 +133,8 @@ def vote(
     by_leaf = nodes[:, :, : leaves * size].view(call.rows, leaves, size, call.dim).transpose(1, 2)
     block = [1, size, g.fanout, SLAB.value]
     vote_by_roles[(min(end - first, processors(q.device)),)](
-        *_of_keys(call, k),
-        _described(by_leaf, block),
-        q, spreads, sinks, spans, votes, shift, todo, *q.stride()[:3], *spreads.stride()[:2],
+        _blocks_of(q, call.heads_per_tile(tile.rows), g.query_block // 2), *_of_keys(call, k), _described(by_leaf, block),
+        spreads, sinks, spans, votes, shift, todo, *spreads.stride()[:2],
         *call.extent, call.total_blocks, leaves, first, end, scale, g.spread,
         KEYS=tile.keys, **_constants(call, tile), **_voting(call),
     )  # fmt: skip

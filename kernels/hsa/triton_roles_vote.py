@@ -1,7 +1,7 @@
 """Votes of queries for leaves on Hopper, where warps have roles.
 
-    supply   spans of a tile                  →  keys of sinks and window, nodes of some spans after others' and their spreads
-    ballot   queries of half a tile, those    →  votes, shift
+    supply   spans of a tile           →  its queries; keys of sinks and window, nodes of some spans after others' and their spreads
+    ballot   half of its rows, those   →  votes, shift
 
 It is ``vote`` of ``triton_vote`` in the way of ``triton_roles``, to the bit. A group of warps has half of the query
 block's places, for all heads of their group: while one of them makes scores into votes, those of the other are computed.
@@ -21,9 +21,11 @@ from retrofit.kernels.hsa.triton_roles import (
     HALF,
     LOG2E,
     SLAB,
+    await_slot,
     begin_scores,
     begin_slot,
     copy,
+    matrices,
     reinterpreted,
     release,
     ring_of,
@@ -50,6 +52,32 @@ def by_leaf(SPANS, FANOUT, PER_LEAF):
     return gl.DistributedLinearLayout(
         held, [*leaves[1:3], alike, alike, alike], [alike, alike], [], [SPANS, FANOUT, PER_LEAF]
     )
+
+
+@gluon.constexpr_function
+def by_head(HEADS, DIM):
+    """How [head and place, dim] of half a tile is spread over threads so that ``in_order`` makes an operand of it.
+
+    Of the rows of an operand a thread has two 8 apart, neighbouring threads have neighbours, and warps 16 each.
+    """
+    places = 64 // HEADS
+    rows = [places << i for i in range(HEADS.bit_length() - 1)] + [
+        1 << i for i in range(places.bit_length() - 1)
+    ]
+    if HEADS > 1:  # the highest bit of the head is that of 8 rows
+        rows.insert(3, rows.pop(HEADS.bit_length() - 2))
+    row = [[step, 0] for step in rows]
+    dim = [[0, 1 << i] for i in range(DIM.bit_length() - 1)]
+    return gl.DistributedLinearLayout(
+        [dim[0], row[3], *dim[3:]], [*dim[1:3], *row[:3]], row[4:], [], [64, DIM]
+    )
+
+
+@gluon.jit
+def in_order(x, LOW: gl.constexpr, HIGH: gl.constexpr, DIM: gl.constexpr):
+    """Rows of half a tile by head and place, [HALF, DIM] → in the order of ``query_at``."""
+    parts = gl.reshape(x, [HIGH, LOW, HALF // (8 * HIGH), 8 // LOW, DIM])
+    return gl.reshape(gl.permute(parts, (2, 0, 3, 1, 4)), [HALF, DIM])
 
 
 @gluon.jit
@@ -83,9 +111,9 @@ def near_block(e, last, right, first, many, beyond, SINK: gl.constexpr, BLOCK: g
 
 
 @gluon.jit
-def spans_kept(kept, BEAM: gl.constexpr, PLACES: gl.constexpr, WARPS: gl.constexpr):
+def spans_kept(kept, BEAM: gl.constexpr, PLACES: gl.constexpr):
     """How many of the BEAM places hold a span."""
-    place = gl.arange(0, PLACES, gl.BlockedLayout([1], [32], [WARPS], [0]))
+    place = gl.arange(0, PLACES, gl.BlockedLayout([1], [32], [1], [0]))
     return gl.sum((gl.load(kept + place, mask=place < BEAM, other=-1) >= 0).to(gl.int32), 0)
 
 
@@ -117,14 +145,14 @@ def spreads_of(
 
 @gluon.jit
 def supply(
-    desc_k, desc_n, ring, apart, spreads, spans, stride_sb, stride_sh,
+    desc_q, desc_k, desc_n, queries, many, ring, apart, spreads, spans, stride_sb, stride_sh,
     slots, tokens, blocks, total_blocks, leaves, first_tile, end,
-    KV_HEADS: gl.constexpr, DIM: gl.constexpr, WINDOW: gl.constexpr, SINK: gl.constexpr, BLOCK: gl.constexpr,
+    KV_HEADS: gl.constexpr, GROUP: gl.constexpr, DIM: gl.constexpr, WINDOW: gl.constexpr, SINK: gl.constexpr, BLOCK: gl.constexpr,
     FANOUT: gl.constexpr, PER_LEAF: gl.constexpr, BEAM: gl.constexpr, QUERY_BLOCK: gl.constexpr,
     DENSE_END: gl.constexpr, WIDTH: gl.constexpr, WIDTH_PAD: gl.constexpr, KEYS: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The role of the warp that brings keys, nodes and spreads."""
+    """The role of the warp that brings queries, keys, nodes and spreads, and says how ``many`` spans a tile has."""
     SPANS: gl.constexpr = KEYS // (FANOUT * PER_LEAF)
     BLOCKS: gl.constexpr = KEYS // BLOCK
     SLABS: gl.constexpr = DIM // SLAB
@@ -136,14 +164,24 @@ def supply(
     memory, full, _empty = ring
     LAYOUT: gl.constexpr = desc_n.layout
     nodes = reinterpreted(memory, [STAGES * SLABS * SPANS, 1, PER_LEAF, FANOUT, SLAB], LAYOUT)
-    n = 0
+    PLACES: gl.constexpr = QUERY_BLOCK // 2
+    n, seen_tiles = 0, 0
     for tile in range(first_tile + gl.program_id(0), end, gl.num_programs(0)):
         bh, number = tile // blocks, (slots - tokens) // QUERY_BLOCK + tile % blocks
         t0 = number * QUERY_BLOCK
         if (t0 < slots) & (t0 + QUERY_BLOCK > DENSE_END):
+            begin_slot(queries, seen_tiles, 2 * HALF * DIM * 2, 1)
+            for u in gl.static_range(2):
+                for d in gl.static_range(SLABS):
+                    at = t0 + u * PLACES - (slots - tokens)
+                    place = [bh // KV_HEADS, bh % KV_HEADS * GROUP, at, d * SLAB]
+                    copy(desc_q, place, queries[1].index(0), queries[0].index(u * SLABS + d))
             # What a step needs is loaded two steps before, its spreads one step before.
             kept = spans + (bh.to(gl.int64) * total_blocks + number) * BEAM
-            used = spans_kept(kept, BEAM, WIDTH_PAD // FANOUT, 1)
+            used = spans_kept(kept, BEAM, WIDTH_PAD // FANOUT)
+            many.index(0).store(gl.full([1], used, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+            mbarrier.arrive(queries[1].index(0))
+            seen_tiles += 1
             edge = first_edge(t0, WINDOW, SINK, BLOCK, FANOUT)
             own = (
                 spreads + (bh // KV_HEADS).to(gl.int64) * stride_sb + (bh % KV_HEADS).to(gl.int64) * stride_sh
@@ -151,12 +189,12 @@ def supply(
             following = spans_at(kept, 0, used, edge, SPANS, OF_SPAN)
             later = spans_at(kept, SPANS, used, edge, SPANS, OF_SPAN)
             next_spreads = spreads_of(own, following, leaves, FANOUT, PER_LEAF, OF_NODE)
-            last, right, first, many = near_keys(t0, WINDOW, SINK, BLOCK, QUERY_BLOCK)
+            last, right, first, near = near_keys(t0, WINDOW, SINK, BLOCK, QUERY_BLOCK)
             for turn in range(0, NEAR_SLOTS):
                 slot = n % STAGES
                 begin_slot(ring, n, KEYS * DIM * 2, STAGES)
                 for u in gl.static_range(BLOCKS):
-                    at = near_block(turn * BLOCKS + u, last, right, first, many, beyond, SINK, BLOCK) * BLOCK
+                    at = near_block(turn * BLOCKS + u, last, right, first, near, beyond, SINK, BLOCK) * BLOCK
                     for d in gl.static_range(SLABS):
                         place = [bh // KV_HEADS, bh % KV_HEADS, at, d * SLAB]
                         copy(desc_k, place, full.index(slot), memory.index((slot * SLABS + d) * BLOCKS + u))
@@ -186,17 +224,6 @@ def query_at(row, begin, low, slots, GROUP: gl.constexpr, LOW: gl.constexpr, HIG
     t = begin + row // (8 * HIGH) * (8 // LOW) + row // LOW % (8 // LOW)
     above = row // 8 % HIGH * LOW + row % LOW
     return t, above, (t >= low) & (t < slots) & (above < GROUP)
-
-
-@gluon.jit
-def load_queries(
-    group, row, dim, begin, low, slots, stride_qh, stride_qt,
-    GROUP: gl.constexpr, LOW: gl.constexpr, HIGH: gl.constexpr,
-):  # fmt: skip
-    """The queries of rows, in the layout of row and dim."""
-    t, above, new = query_at(row, begin, low, slots, GROUP, LOW, HIGH)
-    at = above.to(gl.int64) * stride_qh + (t - low).to(gl.int64) * stride_qt
-    return gl.load(group + at[:, None] + dim[None], mask=new[:, None], other=0.0)
 
 
 @gluon.jit
@@ -280,8 +307,8 @@ def weigh_near(
 
 @gluon.jit
 def ballot(
-    SHARE: gl.constexpr, q, sinks, spans, votes, shift, ring, apart, stride_qb, stride_qh, stride_qt,
-    slots, tokens, blocks, total_blocks, first_tile, end, scale, spread,
+    SHARE: gl.constexpr, sinks, votes, shift, queries, many, ring, apart,
+    slots, tokens, blocks, first_tile, end, scale, spread,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, HEADS: gl.constexpr, DIM: gl.constexpr, WINDOW: gl.constexpr,
     SINK: gl.constexpr, BLOCK: gl.constexpr, FANOUT: gl.constexpr, PER_LEAF: gl.constexpr, BEAM: gl.constexpr,
     QUERY_BLOCK: gl.constexpr, DENSE_END: gl.constexpr, WIDTH: gl.constexpr, WIDTH_PAD: gl.constexpr,
@@ -302,28 +329,25 @@ def ballot(
     COLUMNS: gl.constexpr = gl.SliceLayout(0, SCORES)
     WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
     row = gl.arange(0, HALF, ROWS)
-    row_w = gl.arange(0, HALF, gl.SliceLayout(1, WIDE))
-    dim_w = gl.arange(0, DIM, gl.SliceLayout(0, WIDE))
     column = gl.arange(0, KEYS // 2, gl.SliceLayout(0, NEAR))
     low = slots - tokens
     factor = scale * LOG2E
-    n = 0
+    n, seen_tiles = 0, 0
     for tile in range(first_tile + gl.program_id(0), end, gl.num_programs(0)):
         bh, number = tile // blocks, (slots - tokens) // QUERY_BLOCK + tile % blocks
         t0 = number * QUERY_BLOCK
         if (t0 < slots) & (t0 + QUERY_BLOCK > DENSE_END):
             b, h = (bh // KV_HEADS).to(gl.int64), (bh % KV_HEADS).to(gl.int64)
             begin = t0 + SHARE * PLACES
-            kept = spans + (bh.to(gl.int64) * total_blocks + number) * BEAM
-            used = spans_kept(kept, BEAM, WIDTH_PAD // FANOUT, 4)
             t, above, new = query_at(row, begin, low, slots, GROUP, LOW, HIGH)
             head = h * GROUP + above
-            group = q + b * stride_qb + h * GROUP * stride_qh
-            wide = load_queries(
-                group, row_w, dim_w, begin, low, slots, stride_qh, stride_qt, GROUP, LOW, HIGH
-            )
-            x = gl.convert_layout(wide, OPERAND)
-            wide = wide.to(gl.float32)
+            await_slot(queries, seen_tiles, 1)
+            half = matrices(queries[0], HALF, DIM).index(SHARE)
+            x = gl.convert_layout(in_order(half.load(by_head(HEADS, DIM)), LOW, HIGH, DIM), OPERAND)
+            wide = in_order(half.load(WIDE), LOW, HIGH, DIM).to(gl.float32)
+            used = gl.sum(many.index(0).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+            release(queries, seen_tiles, 1)
+            seen_tiles += 1
             second = gl.convert_layout(gl.sum(wide * wide, 1), ROWS) * (0.5 * spread * scale)
             from_ = gl.maximum(t + 1 - WINDOW, 0) // BLOCK * BLOCK
 
@@ -391,8 +415,7 @@ def ballot(
 @Kernel
 @gluon.jit(do_not_specialize=["slots", "tokens", "blocks", "total_blocks", "leaves", "first", "end"])
 def vote_by_roles(
-    desc_k, desc_n, q, spreads, sinks, spans, votes, shift, todo,
-    stride_qb, stride_qh, stride_qt, stride_sb, stride_sh,
+    desc_q, desc_k, desc_n, spreads, sinks, spans, votes, shift, todo, stride_sb, stride_sh,
     slots, tokens, blocks, total_blocks, leaves, first, end, scale, spread,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, HEADS: gl.constexpr, DIM: gl.constexpr, WINDOW: gl.constexpr,
     SINK: gl.constexpr, BLOCK: gl.constexpr, FANOUT: gl.constexpr, PER_LEAF: gl.constexpr, BEAM: gl.constexpr,
@@ -401,11 +424,13 @@ def vote_by_roles(
 ):  # fmt: skip
     """Votes of the query blocks number ``first`` … ``end`` of [B·Hkv, blocks], as those of ``vote``.
 
-    Rows have all slots, and the queries are the last tokens. The descriptors' blocks are [1, 1, BLOCK, SLAB] of k, and
-    [1, PER_LEAF, FANOUT, SLAB] of the nodes as [B·Hkv, PER_LEAF, leaves, DIM].
+    Rows have all slots, and the queries are the last tokens. The descriptors' blocks are [1, HEADS, QUERY_BLOCK / 2, SLAB]
+    of q, [1, 1, BLOCK, SLAB] of k, and [1, PER_LEAF, FANOUT, SLAB] of the nodes as [B·Hkv, PER_LEAF, leaves, DIM].
     """
-    # Of nodes a slot is filled by copies and by their spreads.
-    ring = ring_of(desc_k, q.dtype.element_ty, STAGES, DIM // SLAB * (KEYS // BLOCK), FILLS=2)
+    # A slot is filled by copies and by what belongs to them: of a tile the number of its spans, of nodes their spreads.
+    queries = ring_of(desc_q, desc_q.dtype, 1, 2 * (DIM // SLAB), FILLS=2)
+    ring = ring_of(desc_k, desc_k.dtype, STAGES, DIM // SLAB * (KEYS // BLOCK), FILLS=2)
+    many = gl.allocate_shared_memory(gl.int32, [1, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
     apart = gl.allocate_shared_memory(
         gl.float32, [STAGES, KEYS // (FANOUT * PER_LEAF), FANOUT, PER_LEAF], PLAIN
@@ -415,21 +440,21 @@ def vote_by_roles(
     gl.warp_specialize(
         [
             (ballot, (
-                gl.constexpr(0), q, sinks, spans, votes, shift, ring, apart, stride_qb, stride_qh, stride_qt,
-                slots, tokens, blocks, total_blocks, first, end, scale, spread,
+                gl.constexpr(0), sinks, votes, shift, queries, many, ring, apart,
+                slots, tokens, blocks, first, end, scale, spread,
                 KV_HEADS, GROUP, HEADS, DIM, WINDOW, SINK, BLOCK, FANOUT, PER_LEAF, BEAM, QUERY_BLOCK, DENSE_END,
                 WIDTH, WIDTH_PAD, KEYS, STEPS, MOST, STAGES,
             )),
             (ballot, (
-                gl.constexpr(1), q, sinks, spans, votes, shift, ring, apart, stride_qb, stride_qh, stride_qt,
-                slots, tokens, blocks, total_blocks, first, end, scale, spread,
+                gl.constexpr(1), sinks, votes, shift, queries, many, ring, apart,
+                slots, tokens, blocks, first, end, scale, spread,
                 KV_HEADS, GROUP, HEADS, DIM, WINDOW, SINK, BLOCK, FANOUT, PER_LEAF, BEAM, QUERY_BLOCK, DENSE_END,
                 WIDTH, WIDTH_PAD, KEYS, STEPS, MOST, STAGES,
             )),
             (supply, (
-                desc_k, desc_n, ring, apart, spreads, spans, stride_sb, stride_sh,
+                desc_q, desc_k, desc_n, queries, many, ring, apart, spreads, spans, stride_sb, stride_sh,
                 slots, tokens, blocks, total_blocks, leaves, first, end,
-                KV_HEADS, DIM, WINDOW, SINK, BLOCK, FANOUT, PER_LEAF, BEAM, QUERY_BLOCK, DENSE_END,
+                KV_HEADS, GROUP, DIM, WINDOW, SINK, BLOCK, FANOUT, PER_LEAF, BEAM, QUERY_BLOCK, DENSE_END,
                 WIDTH, WIDTH_PAD, KEYS, STAGES,
             )),
         ],

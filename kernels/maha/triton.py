@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import log2
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from retrofit.kernels.maha import hopper
 from retrofit.kernels.maha import triton_backward as backward
 from retrofit.kernels.maha import triton_execute as execute
 from retrofit.kernels.maha.bands import Bands
@@ -128,11 +130,22 @@ class _Call:
 
     def attend(self) -> tuple[Tensor, Tensor]:
         """Returns the output and the logarithm to base 2 of each query's mass, −∞ for padding."""
-        tile = self.settings.maha_attend[self.kind]
-        rows = FEW_ROWS if self.tokens * self.group <= FEW_ROWS else tile.rows
-        heads, query_block, blocks, programs = self._tiles(rows)
         out = self.q.new_empty(*self.q.shape[:3], self.v.shape[3])
         lse = self.q.new_empty(self.q.shape[:3], dtype=torch.float32)
+        few = self.tokens * self.group <= FEW_ROWS
+        by_roles = (self.settings.maha_attend_by_roles or {}).get(self.kind)
+        options: dict[str, Any] = {"scale": self.scale, "sizes": self.sizes}
+        operands = (self.q, self.k, self.v, self.keys, self.values)
+        if by_roles is not None and not few and hopper.can_run(*operands, **options):
+            heads, query_block, blocks, programs = self._tiles(by_roles.rows)
+            hopper.attend(
+                by_roles, *self.inputs, out, lse,
+                heads=heads, query_block=query_block, blocks=blocks, programs=programs, **options,
+            )  # fmt: skip
+            return out, lse
+        tile = self.settings.maha_attend[self.kind]
+        rows = FEW_ROWS if few else tile.rows
+        heads, query_block, blocks, programs = self._tiles(rows)
         execute.attend[(blocks, programs)](
             *self.inputs, out, lse, *self.strides, self.slots, self.tokens, blocks, self.scale,
             HEADS=heads, QUERY_BLOCK=query_block, KEYS=tile.keys, **self.sizes, **tile.options(rows),

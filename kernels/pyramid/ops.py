@@ -116,6 +116,12 @@ def _spreads(
     return extend(x, cells, spreads, start, new=new, ratio=ratio, offset=offset)
 
 
+def _apart(x: Tensor) -> Tensor:
+    """``x`` in rows and no part of another tensor, which an operator must not return."""
+    whole = x.untyped_storage().nbytes() == x.numel() * x.element_size()
+    return x.contiguous() if whole else x.clone(memory_format=torch.contiguous_format)
+
+
 def _on_gpu(x: Tensor) -> bool:
     return x.is_cuda and not torch.compiler.is_compiling() and _has_triton()
 
@@ -148,7 +154,7 @@ def _extend_pyramid(
         pooling=pooling,
         weights=list(weights) or [None] * len(ratios),
     )
-    return [level.contiguous() for level in found]
+    return [_apart(level) for level in found]
 
 
 @_extend_pyramid.register_fake

@@ -96,11 +96,18 @@ def _prepared(
     x: Tensor, ratios: Sequence[int], offset: int, weights: Sequence[Tensor | None]
 ) -> tuple[Tensor, list[Tensor], tuple[Tensor | None, ...]]:
     """x and weights as the kernels take them, and room for the cells of all levels."""
-    batch, heads, tokens, dim = x.shape
-    room = max(tokens - offset, 0)
-    cells = [x.new_empty(batch, heads, room // size, dim) for size in accumulate(ratios, mul)]
+    room = max(x.shape[2] - offset, 0)
+    cells = _room_for(x, [room // size for size in accumulate(ratios, mul)])
     taps = tuple(None if weight is None else weight.contiguous() for weight in weights)
     return x if x.stride(-1) == 1 else x.contiguous(), cells, taps
+
+
+def _room_for(x: Tensor, counts: Sequence[int]) -> list[Tensor]:
+    """Levels of so many cells one after another in one tensor, where a kernel reaches all of them from one address."""
+    batch, heads, _, dim = x.shape
+    sizes = [batch * heads * count * dim for count in counts]
+    parts = x.new_empty(sum(sizes)).split(sizes)
+    return [part.view(batch, heads, count, dim) for part, count in zip(parts, counts, strict=True)]
 
 
 def _fill(

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from triton.experimental.gluon._runtime import GluonJITFunction
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.core import constexpr
 
 PATIENCE = 20.0
@@ -86,8 +87,8 @@ class Shared:
     def index(self, i: Any) -> Shared:
         return Shared(self.memory, self.at[int(i)])
 
-    def slice(self, begin: int, length: int) -> Shared:
-        return Shared(self.memory, self.at[begin : begin + length])
+    def slice(self, begin: int, length: int, dim: int = 0) -> Shared:
+        return Shared(self.memory, self.at.narrow(dim, begin, length))
 
     def permute(self, order: Sequence[int]) -> Shared:
         return Shared(self.memory, self.at.permute(*order))
@@ -178,6 +179,9 @@ class Machine:
         def launch(*arguments: Any, **constants: Any) -> None:
             constants = {name: value for name, value in constants.items() if name.isupper()}
             taken = [Pointer(memory_of(x)) if isinstance(x, Tensor) else x for x in arguments]
+            for x in taken:
+                if isinstance(x, TensorDescriptor):
+                    x.dtype = x.base.dtype  # as it has one within a kernel
             self.programs = grid[0]
             for self.program in range(grid[0]):
                 self.kernel(*taken, **constants)
@@ -194,7 +198,8 @@ class Machine:
         if layout is None:
             return SimpleNamespace(index=[Barrier(self) for _ in range(shape[0])].__getitem__)
         at = torch.arange(torch.Size(shape).numel()).view(*shape)
-        return Shared(torch.full((at.numel(),), torch.nan, dtype=dtype), at)
+        nothing = torch.nan if dtype.is_floating_point else -1
+        return Shared(torch.full((at.numel(),), nothing, dtype=dtype), at)
 
     def _atomic_add(self, pointer: Pointer, n: int) -> Tensor:
         with self.changed:

@@ -140,6 +140,8 @@ def test_every_kernel_compiles_and_fits(capability: tuple[int, int], dtype: str,
     expected = dict(KERNELS)
     if tuned.ROWS[capability].vote_by_roles and dim == 64:
         expected["hsa"] = KERNELS["hsa"] | {"vote_by_roles"}  # sliding windows have ``vote``
+    if tuned.ROWS[capability].maha_attend_by_roles and dtype == "bfloat16" and dim in (64, 128):
+        expected["maha"] = KERNELS["maha"] - {"attend"} | {"attend_by_roles"}
     if tuned.ROWS[capability].attend_by_roles and dim == 128:
         expected["hsa"] = KERNELS["hsa"] - {"vote", "attend_listed"} | {"vote_by_roles", "attend_by_roles"}
         by_roles = {"query_gradients_by_roles", "key_gradients_by_roles"}

@@ -2,121 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from maha_case import build
 
 from retrofit.errors import ConfigError
 from retrofit.kernels.maha.bands import Bands
 from retrofit.kernels.maha.ops import maha_attention
-from retrofit.kernels.pyramid.blocked import extend_pyramid
 
 pytest.importorskip("triton")
 
 from retrofit.kernels import tuned
 
-GROWING = Bands((224, 252, 504, 1008), None, 32, 2)
-"""More scales the further back: all but the last hold about 128 cells."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """Inputs over N index slots and how the op is to be called."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    start: Tensor
-    length: Tensor
-    offsets: Tensor
-    bands: Bands
-    implementation: str = "triton"
-
-    def run(self, begin: int = 0, end: int | None = None) -> Tensor:
-        """The op on the queries at index begin … end, with the keys up to end."""
-        end = self.k.shape[2] if end is None else end
-        k, v = self.k[:, :, :end], self.v[:, :, :end]
-        levels = [self.cells(k), self.cells(v)]
-        return self.call(self.q[:, :, begin:end], k, v, *levels, self.offsets)
-
-    def gradients(self) -> list[Tensor]:
-        """Of q, k, v, the cells and the offsets, for a random gradient of the output."""
-        cells = [self.cells(self.k), self.cells(self.v)]
-        q, k, v, offsets = own = [x.clone().requires_grad_() for x in (self.q, self.k, self.v, self.offsets)]
-        keys, values = ([x.clone().requires_grad_() for x in part] for part in cells)
-        out = self.call(q, k, v, keys, values, offsets)
-        above = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
-        return list(torch.autograd.grad(out, [*own, *keys, *values], above))
-
-    def call(
-        self, q: Tensor, k: Tensor, v: Tensor, keys: list[Tensor], values: list[Tensor], offsets: Tensor
-    ) -> Tensor:
-        return maha_attention(
-            q,
-            k,
-            v,
-            self.start,
-            torch.minimum(self.length, k.shape[2] - self.start).clamp(min=0),
-            keys,
-            values,
-            offsets,
-            scale=self.q.shape[3] ** -0.5,
-            widths=self.bands.widths,
-            last_width=self.bands.last_width,
-            sink=self.bands.sink,
-            ratio=self.bands.ratio,
-            implementation=self.implementation,
-        )
-
-    def run_in_chunks(self, cuts: Sequence[int]) -> Tensor:
-        return torch.cat([self.run(*part) for part in pairwise([0, *cuts, self.k.shape[2]])], 2)
-
-    def cells(self, x: Tensor) -> list[Tensor]:
-        count = self.bands.scales - 1
-        return extend_pyramid(
-            x,
-            None,
-            self.start,
-            new=x.shape[2],
-            ratios=(self.bands.ratio,) * count,
-            offset=0,
-            pooling="mean",
-            weights=[None] * count,
-        )
-
-    def on(self, device: str, dtype: torch.dtype) -> Case:
-        names = ("q", "k", "v", "start", "length", "offsets")
-        moved = {name: getattr(self, name).to(device) for name in names}
-        return replace(self, **(moved | {name: moved[name].to(dtype) for name in ("q", "k", "v")}))
-
-
-def build(
-    tokens: int,
-    *,
-    bands: Bands = GROWING,
-    batch: int = 1,
-    heads: int = 2,
-    kv_heads: int = 1,
-    dim: int = 16,
-    value_dim: int | None = None,
-    start: Sequence[int] | None = None,
-    length: Sequence[int] | None = None,
-) -> Case:
-    begin = torch.tensor(start if start is not None else [0] * batch)
-    return Case(
-        q=torch.randn(batch, heads, tokens, dim) * 2,
-        k=torch.randn(batch, kv_heads, tokens, dim),
-        v=torch.randn(batch, kv_heads, tokens, value_dim or dim),
-        start=begin,
-        length=torch.tensor(length) if length is not None else tokens - begin,
-        offsets=torch.randn(heads, bands.scales),
-        bands=bands,
-    )
-
+WIDE = Bands((96, 222, 478, 984, 2000, 4032), None, 64, 2)
+"""Scales of 128 cells for blocks of 32 queries."""
 
 interpreted = pytest.mark.skipif(
     torch.cuda.is_available(), reason="the interpreter is for machines without a GPU"
@@ -251,6 +152,37 @@ def test_on_a_gpu_equals_blocked(shape: dict, dtype: torch.dtype) -> None:
     chunks = case.run_in_chunks([tokens - 37, tokens - 1])
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
     torch.testing.assert_close(chunks, actual, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"tokens": 4096, "heads": 32, "kv_heads": 8, "dim": 128, "bands": WIDE},
+        {"tokens": 16383, "heads": 9, "kv_heads": 3, "dim": 64, "bands": WIDE},
+        {"tokens": 4001, "heads": 16, "kv_heads": 2, "dim": 128, "bands": WIDE, "batch": 2, "start": [0, 77]},
+        {"tokens": 3000, "heads": 2, "kv_heads": 2, "dim": 64, "bands": Bands((250, 250), None, 16, 4)},
+        {"tokens": 2000, "heads": 5, "dim": 128, "bands": Bands((96, 96), 900, 0, 2), "length": [1899]},
+    ],
+    ids=["llama", "smollm2", "group of 8, padded", "group of 1, ratio 4", "group of 5, last width"],
+)
+def test_on_a_gpu_roles_change_nothing(shape: dict, dtype: torch.dtype) -> None:
+    row = tuned.settings(torch.device("cuda", 0))
+    if row.maha_attend_by_roles is None:
+        pytest.skip("this GPU has no such kernel")
+    case = build(**shape).on("cuda", dtype)
+    cut = case.k.shape[2] - 1000
+    actual, continued = case.run(), case.run(cut)
+    with tuned.using(case.q.device, replace(row, maha_attend_by_roles=None)):
+        expected = case.run()
+    exact = replace(case.on("cuda", torch.float32), implementation="blocked").run()
+    error, bound = ((x.float() - exact).norm() / exact.norm() for x in (actual, expected))
+    assert error <= 1.1 * bound
+    assert (actual.float() - expected.float()).norm() <= 2 * bound * exact.norm()
+    torch.testing.assert_close(continued, actual[:, :, cut:], rtol=1e-2, atol=1e-2)
+    for _ in range(20):
+        assert torch.equal(case.run(), actual)
 
 
 @pytest.mark.gpu

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from operator import mul
 
 import pytest
@@ -73,6 +73,22 @@ def test_spreads_built_with_the_pyramid_are_those_measured_after_it(
         for level, wanted in zip(levels, expected, strict=True):
             complete = min(complete, level.shape[2])
             assert torch.equal(level[b, :, :complete], wanted[b, :, :complete])
+
+
+def test_levels_adjoin_but_not_those_that_an_operator_returns(monkeypatch: pytest.MonkeyPatch) -> None:
+    from retrofit.kernels.pyramid import ops
+    from retrofit.kernels.pyramid import triton as kernels
+
+    x, start = torch.randn(2, 3, 50, 16, device=DEVICE), torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    options = {"ratios": [2, 2, 4], "offset": 0, "pooling": "mean"}
+    levels = kernels.extend_pyramid(x, None, start, new=50, weights=[None] * 3, **options)
+    for level, following in pairwise(levels):
+        assert level.is_contiguous()
+        assert level.data_ptr() + level.numel() * level.element_size() == following.data_ptr()
+    monkeypatch.setattr(ops, "_on_gpu", lambda x: True)
+    apart = torch.ops.retrofit.extend_pyramid(x, x, start, [], [], **options)
+    for level, other in zip(levels, apart, strict=True):
+        assert torch.equal(level, other)
 
 
 def test_what_the_kernel_cannot_do_is_named() -> None:
