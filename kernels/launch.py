@@ -14,6 +14,7 @@ import torch
 import triton
 from torch import Tensor
 from triton import knobs
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime import driver
 
 INT32 = 2**31
@@ -76,8 +77,8 @@ def _has_hooks() -> bool:
 def _described(arguments: tuple[Any, ...]) -> tuple[Hashable, list[Any]]:
     """What a kernel is compiled for, and the arguments with addresses in place of tensors.
 
-    It is compiled for a tensor's dtype and whether it is aligned, whether an integer is 1, a multiple of 16, and of how
-    many bits. Where a tensor is counts too, so that Triton itself refuses those of another device.
+    It is compiled for a tensor's dtype and whether it is aligned, for the dtype and the blocks of a descriptor, whether an
+    integer is 1, a multiple of 16, and of how many bits. Where a tensor is counts too, so that Triton itself refuses those of another device.
     """
     kinds: list[Hashable] = []
     values: list[Any] = []
@@ -94,5 +95,7 @@ def _described(arguments: tuple[Any, ...]) -> tuple[Hashable, list[Any]]:
         else:
             own: Any = _described(x)[0] if kind is tuple else kind
             kinds.append(own)
+            if kind is TensorDescriptor:
+                kinds.append((x.base.dtype, *x.block_shape))
             values.append(x)
     return tuple(kinds), values

@@ -10,6 +10,9 @@ import torch
 
 pytest.importorskip("triton")
 
+from triton.experimental.gluon.language import NVMMASharedLayout
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
 from retrofit.kernels import launch
 from retrofit.kernels.launch import Kernel
 
@@ -77,6 +80,19 @@ def test_what_was_compiled_is_launched_with_addresses(kernel: Kernel) -> None:
 def test_what_differs_is_compiled_anew(kernel: Kernel, changed: tuple[Any, ...]) -> None:
     for x, n, size in ((torch.zeros(64), 32, 8), changed):
         kernel[(1,)](x, n, SIZE=size)
+    assert len(kernel.function.compiled) == 2
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [(torch.zeros(8, 64, dtype=torch.bfloat16), [8, 64]), (torch.zeros(8, 64, dtype=torch.float16), [4, 64])],
+    ids=["dtype", "blocks"],
+)
+def test_descriptors_that_differ_are_compiled_for_anew(kernel: Kernel, changed: Any) -> None:
+    layout = NVMMASharedLayout(128, 16, 2)
+    same = torch.zeros(8, 64, dtype=torch.float16), [8, 64]
+    for x, block in (same, same, changed):
+        kernel[(1,)](TensorDescriptor.from_tensor(x, block, layout), 32, SIZE=8)
     assert len(kernel.function.compiled) == 2
 
 
