@@ -7,7 +7,11 @@ hands over addresses, about which the driver has no questions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+import threading
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +23,38 @@ from triton.runtime import driver
 
 INT32 = 2**31
 """Integers from here on are 64 bits wide."""
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A launch that has been made.
+
+    Attributes:
+        run: Does it again for a stream and all arguments, addresses in the place of tensors; None in the interpreter.
+        arguments: What the kernel was given, in the order of its parameters.
+        others: Its constants.
+    """
+
+    run: Callable[[Any, list[Any]], None] | None
+    arguments: tuple[Any, ...]
+    others: tuple[Any, ...]
+
+
+class _Listening(threading.local):
+    listener: Callable[[Launched], None] | None = None
+
+
+_listening = _Listening()
+
+
+@contextmanager
+def listening(listener: Callable[[Launched], None]) -> Iterator[None]:
+    """Has a listener told of every launch of this thread."""
+    before, _listening.listener = _listening.listener, listener
+    try:
+        yield
+    finally:
+        _listening.listener = before
 
 
 class Kernel:
@@ -38,25 +74,40 @@ class Kernel:
         return launch
 
     def _launch(self, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
-        device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+        device = current_device()
         kinds, values = _described(arguments)
         key = device, tuple(constants.values()), kinds
         found = self._compiled.get(key)
+        grid = (*grid, 1, 1)[:3]
         if found is not None:
             compiled, others = found
-            grid = (*grid, 1, 1)[:3]
-            if _has_hooks():
+            if has_hooks():
                 compiled[grid](*arguments, *others)
-                return
-            stream = driver.active.get_current_stream(device)
-            compiled.run(
-                *grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *values, *others
-            )
-            return
-        compiled = self.function[grid](*arguments, **constants)
-        if compiled is not None:  # the interpreter compiles nothing
-            names = self.function.arg_names[len(arguments) :]
-            self._compiled[key] = compiled, tuple([constants[name] for name in names])
+            else:
+                _run(compiled, grid, driver.active.get_current_stream(device), [*values, *others])
+        else:
+            compiled, others = self.function[grid](*arguments, **constants), ()
+            if compiled is not None:  # the interpreter compiles nothing
+                names = self.function.arg_names[len(arguments) :]
+                others = tuple([constants[name] for name in names])
+                self._compiled[key] = compiled, others
+        if _listening.listener is not None:
+            run = None if compiled is None else partial(_run, compiled, grid)
+            _listening.listener(Launched(run, arguments, others))
+
+
+def _run(compiled: Any, grid: tuple[int, ...], stream: Any, values: list[Any]) -> None:
+    compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *values)
+
+
+def current_stream() -> Any:
+    """PyTorch's stream, as launches take it."""
+    return driver.active.get_current_stream(current_device())
+
+
+def current_device() -> int | None:
+    """The current device; None as long as none is in use."""
+    return torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
 
 def kernel(**options: Any) -> Callable[[Any], Kernel]:
@@ -68,7 +119,7 @@ def kernel(**options: Any) -> Callable[[Any], Kernel]:
     return decorate
 
 
-def _has_hooks() -> bool:
+def has_hooks() -> bool:
     """Whether a profiler wants to know of launches."""
     runtime = knobs.runtime
     return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)

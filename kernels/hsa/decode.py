@@ -15,6 +15,7 @@ from retrofit.errors import ConfigError
 from retrofit.kernels.hsa import ops
 from retrofit.kernels.hsa.geometry import Geometry
 from retrofit.kernels.hsa.state import HSAState
+from retrofit.kernels.repeat import has_triton
 
 MOST_TOKENS = 16
 """New tokens of a row from which the kernels for whole sequences are the better ones."""
@@ -55,7 +56,7 @@ torch.library.register_fake("retrofit::hsa_decode", _fake, lib=_LIBRARY)
 
 def can_decode(q: Tensor, v: Tensor, *, causal: bool, gate: Tensor | None, geometry: Geometry) -> bool:
     """Whether ``hsa_decode`` takes queries like these."""
-    if not q.is_cuda or q.shape[2] > MOST_TOKENS or not ops.has_triton():
+    if not q.is_cuda or q.shape[2] > MOST_TOKENS or not has_triton():
         return False
     options = {"causal": causal, "gate": gate, "geometry": geometry}
     return ops.triton_kernels().unsupported(q, v, **options) is None

@@ -8,9 +8,7 @@ backward pass uses it; it is empty from the others.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
-from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -24,6 +22,7 @@ from retrofit.kernels.dense.ops import visible_pairs
 from retrofit.kernels.dense.scores import PLAIN, ScoreRules
 from retrofit.kernels.hsa import account, blocked, reference
 from retrofit.kernels.hsa.geometry import Geometry
+from retrofit.kernels.repeat import PYTHON, has_triton
 
 IMPLEMENTATIONS = ("auto", "reference", "blocked", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -65,6 +64,9 @@ def _hsa_attention(
     return *run(*arguments, **given, rules=rules), q.new_empty(0, dtype=torch.float32)
 
 
+PYTHON[torch.ops.retrofit.hsa_attention.default] = _hsa_attention
+
+
 def _implementation(
     name: str,
     q: Tensor,
@@ -88,12 +90,6 @@ def _implementation(
     raise ConfigError(
         f"implementation='triton' does not do {missing}; use implementation='auto' or 'blocked'"
     )
-
-
-@cache
-def has_triton() -> bool:
-    """Whether Triton is installed."""
-    return importlib.util.find_spec("triton") is not None
 
 
 def triton_kernels() -> ModuleType:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
-from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -17,6 +15,7 @@ from retrofit.errors import ConfigError
 from retrofit.kernels.maha import backward, blocked, reference
 from retrofit.kernels.maha.account import visible_pairs
 from retrofit.kernels.maha.bands import Bands
+from retrofit.kernels.repeat import PYTHON, has_triton
 
 _IMPLEMENTATIONS = ("auto", "reference", "blocked", "triton")
 
@@ -63,12 +62,15 @@ def _maha_attention(
     return out
 
 
+PYTHON[torch.ops.retrofit.maha_attention.default] = _maha_attention
+
+
 def _implementation(name: str, q: Tensor, v: Tensor, aggregation: str, regularizer: str) -> ModuleType:
     """The module of that name; ``auto`` is ``triton`` for what it can do on a GPU, and else ``blocked``.
 
     Gradients of the reference, too, are those of the blocked form.
     """
-    if name in ("reference", "blocked") or (name == "auto" and not (q.is_cuda and _has_triton())):
+    if name in ("reference", "blocked") or (name == "auto" and not (q.is_cuda and has_triton())):
         return blocked
     kernels = _triton()
     missing = kernels.unsupported(q, v, aggregation=aggregation, regularizer=regularizer)
@@ -81,13 +83,8 @@ def _implementation(name: str, q: Tensor, v: Tensor, aggregation: str, regulariz
     )
 
 
-@cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
 def _triton() -> ModuleType:
-    if not _has_triton():
+    if not has_triton():
         raise ConfigError(
             "implementation='triton' needs the package triton; install it with pip install triton"
         )

@@ -6,15 +6,14 @@ kernel where that can do it; otherwise it is plain differentiable PyTorch. So ar
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
-from functools import cache
 from math import prod
 
 import torch
 from torch import Tensor
 
 from retrofit.kernels.pyramid import blocked
+from retrofit.kernels.repeat import has_triton
 
 
 def extend_pyramid(
@@ -123,12 +122,7 @@ def _apart(x: Tensor) -> Tensor:
 
 
 def _on_gpu(x: Tensor) -> bool:
-    return x.is_cuda and not torch.compiler.is_compiling() and _has_triton()
-
-
-@cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return x.is_cuda and not torch.compiler.is_compiling() and has_triton()
 
 
 @torch.library.custom_op("retrofit::extend_pyramid", mutates_args=())

@@ -5,7 +5,8 @@ q, k, v  →  cache  →  pyramid of the keys (and values)  →  retrofit::hsa_a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from retrofit.configs import HSAConfig
 from retrofit.errors import CacheError, ConfigError
+from retrofit.kernels.dense.scores import ScoreRules
 from retrofit.kernels.hsa.account import count
 from retrofit.kernels.hsa.decode import can_decode, hsa_decode
 from retrofit.kernels.hsa.geometry import MAX_POSITIONS, MOST_PLACES, Geometry
@@ -20,12 +22,15 @@ from retrofit.kernels.hsa.ops import hsa_attention
 from retrofit.kernels.hsa.selector import sample_positions, selector_loss
 from retrofit.kernels.hsa.state import HSAState
 from retrofit.kernels.pyramid.ops import build_with_spreads, extend_pyramid, extend_spreads
+from retrofit.kernels.repeat import repeated
 from retrofit.targets.base import TargetAttention
 from retrofit.targets.dense import attend_densely
 
 if TYPE_CHECKING:
     from retrofit.attention_call import AttentionCall
 
+Known = tuple[tuple[Tensor, ...], Tensor | None, tuple[Tensor, ...], Tensor, Tensor]
+"""Nodes, spreads, value nodes, spans and choices."""
 SAMPLES = 64
 """Queries of a row that ``layer_loss`` looks at."""
 
@@ -120,16 +125,44 @@ class HSAAttention(TargetAttention):
             new = k.shape[2]  # what came before attended densely: nothing has been pooled yet
         else:
             state = state.narrowed(k.shape[2] - new)
+        attend = partial(self._attend, new=new, state=state, padded=call.padded)
+        tensors = q, k, v, call.start, call.length, self.rules(call).sinks
+        if state is None:
+            parameters = self.gate, *self.key_pooling, *self.value_pooling
+            out, known = repeated(attend, (*tensors, *parameters), ("hsa", *self._about(call)))
+        else:
+            out, known = attend(*tensors)
+        nodes, spreads, value_nodes, spans, choices = known
+        if layer is not None:
+            layer.state = HSAState(nodes, spreads, value_nodes, spans, choices, g)
+        if self.observer is not None:
+            self.observer(self._counts(spans, choices, q.shape[2], k.shape[2], call))
+        return out
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        start: Tensor,
+        length: Tensor,
+        sinks: Tensor | None,
+        *_parameters: Tensor | None,
+        new: int,
+        state: HSAState | None,
+        padded: bool,
+    ) -> tuple[Tensor, Known]:
+        """The output, and what the next state is made of."""
         # Nothing flows back through a selection; summaries are made of the nodes themselves.
         scored = k.detach() if self.gate is None and k.requires_grad else k
-        nodes, spreads = self._pool_scored(scored, k, call.start, new, state)
-        value_nodes = self._pool_values(v, call.start, new, state)
+        nodes, spreads = self._pool_scored(scored, k, start, new, state)
+        value_nodes = self._pool_values(v, start, new, state)
         out, spans, choices = hsa_attention(
             q,
             k,
             v,
-            start=call.start,
-            length=call.length,
+            start=start,
+            length=length,
             nodes=nodes,
             spreads=spreads,
             value_nodes=value_nodes,
@@ -139,16 +172,17 @@ class HSAAttention(TargetAttention):
             scale=self.scale,
             causal=self.causal,
             sliding_window=self.sliding_window,
-            padded=call.padded,
-            geometry=g,
-            rules=self.rules(call),
+            padded=padded,
+            geometry=self.geometry,
+            rules=ScoreRules(self.softcap, sinks),
             implementation=self.implementation,
         )
-        if layer is not None:
-            layer.state = HSAState(tuple(nodes), spreads, tuple(value_nodes), spans, choices, g)
-        if self.observer is not None:
-            self.observer(self._counts(spans, choices, q.shape[2], k.shape[2], call))
-        return out
+        return out, (tuple(nodes), spreads, tuple(value_nodes), spans, choices)
+
+    def _about(self, call: AttentionCall) -> tuple[Hashable, ...]:
+        """What ``_attend`` goes by besides tensors."""
+        rules = self.scale, self.softcap, self.causal, self.sliding_window, call.padded
+        return self.geometry, self.config.pooling, self.implementation, rules, len(self.value_pooling)
 
     def _needs_no_search(self, k: Tensor, call: AttentionCall) -> bool:
         """Whether every query so far attends densely; then nothing has to be kept but keys and values."""

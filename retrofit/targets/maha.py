@@ -5,6 +5,7 @@ q, k, v  →  cache  →  cells of keys and values  →  retrofit::maha_attentio
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,7 @@ from retrofit.kernels.maha.ops import maha_attention
 from retrofit.kernels.maha.paper import KERNEL, paper_attention
 from retrofit.kernels.maha.state import MAHAState
 from retrofit.kernels.pyramid.ops import extend_pyramid
+from retrofit.kernels.repeat import repeated
 from retrofit.targets.base import TargetAttention
 from retrofit.targets.dense import attend_densely
 
@@ -161,35 +163,56 @@ class MAHAAttention(TargetAttention):
                 regularizer=config.regularizer,
             )
         else:
-            keys = self._pool(k, self.key_weights, call.start, q.shape[2], state.keys if state else None)
-            values = self._pool(
-                v, self.value_weights, call.start, q.shape[2], state.values if state else None
-            )
-            out = maha_attention(
-                q,
-                k,
-                v,
-                call.start,
-                call.length,
-                keys,
-                values,
-                self.offsets,
-                scale=self.scale,
-                causal=self.causal,
-                widths=config.widths,
-                last_width=config.last_width,
-                sink=config.sink,
-                ratio=config.ratio,
-                aggregation=config.aggregation,
-                regularizer=config.regularizer,
-                implementation=self.implementation,
-            )
-            cells = MAHAState(tuple(keys), tuple(values), config.ratio)
+            attend = partial(self._attend_to_scales, state=state)
+            tensors = q, k, v, call.start, call.length, self.offsets
+            if state is None:
+                about = "maha", config, self.scale, self.implementation
+                given = (*tensors, *self.key_weights, *self.value_weights)
+                out, keys, values = repeated(attend, given, about)
+            else:
+                out, keys, values = attend(*tensors)
+            cells = MAHAState(keys, values, config.ratio)
         if self.branch is not None and self.branch_gate is not None:
             own = self._branch(v, q.shape[2], call, self.branch)
             own = own.repeat_interleave(self.heads // self.kv_heads, 1)
             out = out + self.branch_gate[:, None, None].to(own.dtype) * own
         return out, cells
+
+    def _attend_to_scales(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        start: Tensor,
+        length: Tensor,
+        offsets: Tensor,
+        *_weights: Tensor,
+        state: MAHAState | None,
+    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """The output, and the cells of keys and values."""
+        new, config = q.shape[2], self.config
+        keys = self._pool(k, self.key_weights, start, new, state.keys if state else None)
+        values = self._pool(v, self.value_weights, start, new, state.values if state else None)
+        out = maha_attention(
+            q,
+            k,
+            v,
+            start,
+            length,
+            keys,
+            values,
+            offsets,
+            scale=self.scale,
+            causal=self.causal,
+            widths=config.widths,
+            last_width=config.last_width,
+            sink=config.sink,
+            ratio=config.ratio,
+            aggregation=config.aggregation,
+            regularizer=config.regularizer,
+            implementation=self.implementation,
+        )
+        return out, tuple(keys), tuple(values)
 
     def _convolutions(self, heads: int, dim: int, taps: int) -> nn.ParameterList:
         """Parameters with which pooling is the mean."""

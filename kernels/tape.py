@@ -1,0 +1,420 @@
+"""What a function does on a GPU, once more with other tensors, in a fraction of the host's time.
+
+    at first    function(*tensors)
+    then once   the same, and what it allocates, launches and calls is noted: a tape
+    from then   the tape is played
+
+Up to some thousand tokens the host takes longer to find out what to launch than the GPU takes to run it, and it finds
+the same for every layer of a model. A tape knows each launch but for the addresses, and allocates at once whatever only
+kernels use. It is for tensors of the same shapes, strides, dtypes and alignments.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from retrofit.kernels.launch import Launched, current_device, current_stream, has_hooks, listening
+from retrofit.kernels.repeat import PYTHON
+from retrofit.kernels.tuned import settings
+
+MOST_TAPES = 256
+"""Tapes that are kept."""
+PIECE = 512
+"""Bytes that what is allocated at once begins at multiples of."""
+ALLOCATING = {
+    "aten::empty",
+    "aten::empty_like",
+    "aten::empty_strided",
+    "aten::new_empty",
+    "aten::new_empty_strided",
+}
+"""Operators that do nothing else."""
+DEPENDING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+"""Tags of operators whose outputs have other shapes, or are other numbers on the host, for other numbers."""
+_tapes: OrderedDict[Hashable, Tape | str | None] = OrderedDict()
+"""By what they are for. None stands for what was done once, words for what no tape can do."""
+
+
+def repeated(function: Callable[..., Any], tensors: Sequence[Tensor | None], about: Hashable) -> Any:
+    """See :func:`retrofit.kernels.repeat.repeated`; tensors are on a GPU."""
+    if not _is_plain(tensors):
+        return function(*tensors)
+    key = (about, current_device(), settings(_device(tensors)), *map(_kind, tensors))
+    if key not in _tapes:
+        _tapes[key] = None
+        if len(_tapes) > MOST_TAPES:
+            _tapes.popitem(last=False)
+        return function(*tensors)
+    _tapes.move_to_end(key)
+    tape = _tapes[key]
+    if tape is None:
+        result, _tapes[key] = noted(function, tensors)
+        return result
+    return tape.play(tensors) if isinstance(tape, Tape) and tape.fits(tensors) else function(*tensors)
+
+
+def noted(function: Callable[..., Any], tensors: Sequence[Tensor | None]) -> tuple[Any, Tape | str]:
+    """Returns ``function(*tensors)``, and the tape of it, or what it does that a tape cannot."""
+    notes = Notes(tensors)
+    with notes, listening(notes.launched):
+        result = function(*tensors)
+    return result, notes.tape(result)
+
+
+def _device(tensors: Sequence[Tensor | None]) -> torch.device:
+    assert tensors[0] is not None
+    return tensors[0].device
+
+
+def _is_plain(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether the GPU's work is all that is asked for: no gradients, and nobody who watches operators or launches."""
+    if torch._C._len_torch_dispatch_stack() or torch.autograd.profiler._is_profiler_enabled or has_hooks():
+        return False
+    graded = torch.is_grad_enabled()
+    for x in tensors:
+        if x is not None and (type(x) not in (Tensor, nn.Parameter) or (graded and x.requires_grad)):
+            return False
+    return True
+
+
+def _kind(x: Tensor | None) -> Hashable:
+    """What a tape goes by of a tensor."""
+    if x is None:
+        return None
+    return x.shape, x.stride(), x.dtype, x.storage_offset(), x.data_ptr() & 15
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tensor, as the part of a storage that it is.
+
+    Attributes:
+        number: The storage's.
+        shape: The tensor's.
+        stride: The tensor's.
+        begin: The tensor's storage offset.
+    """
+
+    number: int
+    shape: torch.Size
+    stride: tuple[int, ...]
+    begin: int
+
+    def of(self, owner: Tensor) -> Tensor:
+        """The tensor, from another one in its storage."""
+        if (
+            owner.shape == self.shape
+            and owner.stride() == self.stride
+            and owner.storage_offset() == self.begin
+        ):
+            return owner
+        return owner.as_strided(self.shape, self.stride, self.begin)
+
+
+@dataclass
+class Storage:
+    """What an allocation made.
+
+    Attributes:
+        size: Elements.
+        dtype: Of the elements.
+        shared: Whether more than kernels use it.
+    """
+
+    size: int
+    dtype: torch.dtype
+    shared: bool = False
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launch, without addresses.
+
+    Attributes:
+        run: Launches for a stream and arguments.
+        arguments: What has no address.
+        addresses: Which argument is an address: its number, that of the storage, bytes from there.
+        nested: Which argument has addresses, with places for them.
+    """
+
+    run: Callable[..., None]
+    arguments: list[Any]
+    addresses: list[tuple[int, int, int]]
+    nested: list[tuple[int, Any]]
+
+
+@dataclass(frozen=True)
+class Place:
+    """An address.
+
+    Attributes:
+        number: Of the storage.
+        offset: Bytes from its begin.
+    """
+
+    number: int
+    offset: int
+
+    def among(self, begins: Sequence[int]) -> int:
+        """The address, where storages begin at ``begins``."""
+        return begins[self.number] + self.offset
+
+
+@dataclass(frozen=True)
+class Description:
+    """A tensor whose blocks are copied.
+
+    Attributes:
+        place: Where it begins.
+        shape: Its shape.
+        strides: Its strides.
+        padding: What is beyond it.
+    """
+
+    place: Place
+    shape: list[int]
+    strides: list[int]
+    padding: Any
+
+    def among(self, begins: Sequence[int]) -> Described:
+        """The tensor, as launches read it."""
+        return Described(self.place.among(begins), self.shape, self.strides, self.padding)
+
+
+def among(x: Any, begins: Sequence[int]) -> Any:
+    """What has addresses, with those for storages that begin at ``begins``."""
+    if isinstance(x, tuple):
+        return tuple([among(y, begins) for y in x])
+    return x.among(begins) if isinstance(x, (Place, Description)) else x
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A call of an operator.
+
+    Attributes:
+        operator: The operator.
+        arguments: Its arguments and those by name, with pieces for tensors.
+        made: Which of its outputs has which new storage.
+    """
+
+    operator: Any
+    arguments: tuple[Any, Any]
+    made: list[tuple[int, int]]
+
+
+class Notes(TorchDispatchMode):
+    """Takes notes of what is done with tensors.
+
+    Attributes:
+        why: What a tape cannot do of it; None if there is nothing.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor | None]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.why: str | None = None
+        self._numbers: dict[int, int] = {}
+        self._alike: list[tuple[int, int]] = []
+        self._storages: dict[int, Storage] = {}
+        self._steps: list[Launch | Operation] = []
+        self._device = _device(tensors)
+        self._dtypes: dict[int, torch.dtype] = {}
+        self._given = len(tensors)
+        self._next = self._given
+        self._kept: list[Any] = []  # so that no address is one of two tensors
+        for number, x in enumerate(tensors):
+            if x is not None:
+                address = x.untyped_storage().data_ptr()
+                if address in self._numbers:
+                    self._alike.append((self._numbers[address], number))
+                else:
+                    self._numbers[address], self._dtypes[number] = number, x.dtype
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """See :class:`TorchDispatchMode`."""
+        named = kwargs or {}
+        if func in PYTHON:
+            with self:
+                return PYTHON[func](*args, **named)
+        out = func(*args, **named)
+        self._called(func, (args, named), out)
+        return out
+
+    def _called(self, operator: Any, arguments: tuple[Any, Any], out: Any) -> None:
+        self._kept.append(out)
+        outputs = tree_leaves(out)
+        if DEPENDING & {*operator.tags}:
+            self._cannot(f"{operator} returns what depends on numbers")
+            return
+        new = [(i, x) for i, x in enumerate(outputs) if isinstance(x, Tensor) and self._number(x) is None]
+        made = [(i, self._add(x)) for i, x in new]
+        name = operator.name().split(".")[0]
+        if name in ALLOCATING:
+            for (_, x), (_, number) in zip(new, made, strict=True):
+                size = x.untyped_storage().nbytes() // x.element_size()
+                self._storages[number] = Storage(size, x.dtype)
+                if x.device != self._device:
+                    self._cannot(f"memory of {x.device} is allocated")
+        elif made or operator._schema.is_mutable:
+            if any(x.storage_offset() for _, x in new):
+                self._cannot(f"{operator} returns a part of something")
+            self._steps.append(Operation(operator, tree_map(self._piece, arguments), made))
+
+    def launched(self, launch: Launched) -> None:
+        """Notes a launch."""
+        arguments = [*launch.arguments, *launch.others]
+        placed = [(i, self._placed(x)) for i, x in enumerate(launch.arguments)]
+        places = [(i, x) for i, x in placed if x is not launch.arguments[i]]
+        for i, _ in places:
+            arguments[i] = None
+        if launch.run is None:
+            self._cannot("a launch is interpreted")
+            return
+        addresses = [(i, x.number, x.offset) for i, x in places if isinstance(x, Place)]
+        nested = [(i, x) for i, x in places if not isinstance(x, Place)]
+        self._steps.append(Launch(launch.run, arguments, addresses, nested))
+
+    def tape(self, result: Any) -> Tape | str:
+        """The tape of a function that has returned ``result``, or what it cannot do."""
+        pieces = tree_map(self._piece, result)
+        if self.why is not None:
+            return self.why
+        return Tape(self._given, self._next, self._storages, self._steps, pieces, self._alike)
+
+    def _cannot(self, why: str) -> None:
+        self.why = self.why or why
+
+    def _number(self, x: Tensor) -> int | None:
+        return self._numbers.get(x.untyped_storage().data_ptr())
+
+    def _add(self, x: Tensor) -> int:
+        number = self._numbers[x.untyped_storage().data_ptr()] = self._next
+        self._dtypes[number] = x.dtype
+        self._next += 1
+        return number
+
+    def _placed(self, x: Any) -> Any:
+        """An argument of a launch with places for addresses; itself if it has none."""
+        if isinstance(x, tuple):
+            found = tuple([self._placed(y) for y in x])
+            return x if all(y is z for y, z in zip(x, found, strict=True)) else found
+        if isinstance(x, TensorDescriptor):
+            return Description(self._placed(x.base), [*x.shape], [*x.strides], getattr(x, "padding", None))
+        if not isinstance(x, Tensor):
+            return x
+        number = self._number(x)
+        if number is None:
+            self._cannot("a tensor is used that was not given")
+            return None
+        return Place(number, x.data_ptr() - begin_of(x))
+
+    def _piece(self, x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        number = self._number(x)
+        if number is None:
+            self._cannot("a tensor is used that was not given")
+            return None
+        if number in self._storages:
+            self._storages[number].shared = True
+        if self._dtypes[number] != x.dtype:
+            self._cannot("a tensor is seen as another dtype")
+        return Piece(number, x.shape, x.stride(), int(x.storage_offset()))
+
+
+class Tape:
+    """What a function did; numbers of storages are those of the given tensors, and then of the new ones."""
+
+    def __init__(
+        self,
+        given: int,
+        count: int,
+        storages: dict[int, Storage],
+        steps: list[Launch | Operation],
+        result: Any,
+        alike: list[tuple[int, int]],
+    ) -> None:
+        self.given, self.count, self.steps, self.result, self.alike = given, count, steps, result, alike
+        self.shared = [(i, x.size, x.dtype) for i, x in storages.items() if x.shared]
+        self.places: list[tuple[int, int]] = []
+        self.room = 0
+        for i, x in storages.items():
+            if not x.shared:
+                self.places.append((i, self.room))
+                self.room += -(-x.size * x.dtype.itemsize // PIECE) * PIECE
+
+    def fits(self, tensors: Sequence[Any]) -> bool:
+        """Whether those of the given tensors share a storage that did."""
+        return all(begin_of(tensors[i]) == begin_of(tensors[j]) for i, j in self.alike)
+
+    def play(self, tensors: Sequence[Any]) -> Any:
+        """Does it with other tensors."""
+        new = tensors[0].new_empty
+        owners = [*tensors, *[None] * (self.count - self.given)]
+        begins = [0 if x is None else begin_of(x) for x in owners]
+        if self.room:
+            room = new(self.room, dtype=torch.uint8)
+            at = room.data_ptr()
+            for number, place in self.places:
+                begins[number] = at + place
+        for number, size, dtype in self.shared:
+            owners[number] = new(size, dtype=dtype)
+            begins[number] = owners[number].data_ptr()
+
+        stream = current_stream()
+        for step in self.steps:
+            if isinstance(step, Launch):
+                arguments = step.arguments.copy()
+                for i, number, offset in step.addresses:
+                    arguments[i] = begins[number] + offset
+                for i, x in step.nested:
+                    arguments[i] = among(x, begins)
+                step.run(stream, arguments)
+            else:
+                plain, named = put_together(step.arguments, owners)
+                outputs = tree_leaves(step.operator(*plain, **named))
+                for i, number in step.made:
+                    owners[number], begins[number] = outputs[i], begin_of(outputs[i])
+        return put_together(self.result, owners)
+
+
+def put_together(x: Any, owners: Sequence[Any]) -> Any:
+    """Puts tensors in the places of pieces, of which each has an owner by its number."""
+    if isinstance(x, Piece):
+        return x.of(owners[x.number])
+    if isinstance(x, (tuple, list)):
+        return type(x)([put_together(y, owners) for y in x])
+    if isinstance(x, dict):
+        return {name: put_together(y, owners) for name, y in x.items()}
+    return x
+
+
+def begin_of(x: Tensor) -> int:
+    """Address of a tensor's storage."""
+    return x.data_ptr() - int(x.storage_offset()) * x.element_size()
+
+
+class Address(int):
+    """In the place of a tensor that is described."""
+
+    def data_ptr(self) -> int:
+        """The address."""
+        return self
+
+
+class Described:
+    """A tensor whose blocks are copied, as launches read it."""
+
+    __slots__ = ("base", "padding", "shape", "strides")
+
+    def __init__(self, address: int, shape: list[int], strides: list[int], padding: Any) -> None:
+        self.base, self.shape, self.strides, self.padding = Address(address), shape, strides, padding

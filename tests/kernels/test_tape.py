@@ -1,0 +1,359 @@
+"""Functions that are done again from notes: what they return, and what they launch."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+
+import retrofit
+from retrofit.attention_call import unpadded
+from retrofit.cache import RetrofitLayer
+from retrofit.kernels import launch, tape
+from retrofit.kernels.hsa import hopper
+from retrofit.kernels.hsa.triton_roles import gl
+from retrofit.kernels.launch import Kernel, Launched
+from retrofit.kernels.pyramid import ops as pyramid
+from retrofit.targets import hsa, maha
+from retrofit.targets.hsa import HSAAttention
+from retrofit.targets.maha import MAHAAttention
+
+WIDTHS = (96, 160, 320)
+
+
+@pytest.fixture(autouse=True)
+def no_tapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tape, "_tapes", type(tape._tapes)())
+
+
+class Doubling:
+    """Compiled: writes twice the floats at one address to another one."""
+
+    function, packed_metadata = "function", "metadata"
+
+    def run(self, *arguments: Any) -> None:
+        to, source, count, *_ = arguments[9:]
+        floats = ctypes.c_float * count
+        found, wanted = floats.from_address(source), floats.from_address(to)
+        wanted[:] = [2 * x for x in found]
+
+
+@pytest.fixture
+def double(monkeypatch: pytest.MonkeyPatch) -> Callable[[Tensor, Tensor], None]:
+    """A kernel: to, source → to = 2 · source, for what lies in rows."""
+    monkeypatch.setattr(launch.driver, "_active", SimpleNamespace(get_current_stream=lambda device: "stream"))
+    compiled = Doubling()
+
+    class Function:
+        arg_names = ("to", "source", "count", "SIZE")
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            def run(to: Tensor, source: Tensor, count: int, **constants: Any) -> Doubling:
+                compiled.run(*[None] * 9, to.data_ptr(), source.data_ptr(), count)
+                return compiled
+
+            return run
+
+    kernel = Kernel(Function())
+    return lambda to, source: kernel[(1,)](to, source, source.numel(), SIZE=8)
+
+
+def done(function: Callable[..., Any], *tensors: Tensor | None, about: str = "") -> Any:
+    return tape.repeated(function, tensors, about)
+
+
+def kept() -> list[Any]:
+    return [*tape._tapes.values()]
+
+
+def test_a_tape_does_what_the_function_does(double: Callable[[Tensor, Tensor], None]) -> None:
+    calls = []
+
+    def function(x: Tensor, y: Tensor | None) -> Any:
+        calls.append(x)
+        half, out = x.new_empty(3, 4), torch.empty(2, 6, 4)
+        double(half, x[3:])
+        double(out[0, :3], half)
+        out[0, 3:] = x[:3]
+        out[1] = torch.cat([half, half]) + 1
+        levels = x.new_empty(24).split([8, 16])
+        double(levels[1], out[1, :4])
+        double(levels[0], x[1:3])
+        return out.transpose(0, 1), [levels[0].view(2, 4), None, levels[1].view(4, 4)], x
+
+    for i in range(5):
+        x = torch.randn(6, 4)
+        out, (first, nothing, second), same = done(function, x, None)
+        half = 2 * x[3:]
+        expected = torch.stack([torch.cat([2 * half, x[:3]]), torch.cat([half, half]) + 1])
+        assert torch.equal(out.transpose(0, 1), expected), i
+        assert torch.equal(first, 2 * x[1:3])
+        assert torch.equal(second, 2 * expected[1, :4])
+        assert nothing is None
+        assert same is x
+        assert out.stride() == (4, 24, 1)
+        assert first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+    assert len(calls) == 2
+    (only,) = kept()
+    assert [type(step).__name__ for step in only.steps].count("Launch") == 4
+
+
+def test_what_only_kernels_use_is_allocated_at_once(double: Callable[[Tensor, Tensor], None]) -> None:
+    def function(x: Tensor) -> Tensor:
+        one, two, out = torch.empty(200), torch.empty(200), torch.empty(200)
+        double(one, x)
+        double(two, one)
+        double(out, two)
+        return out
+
+    for _ in range(4):
+        x = torch.randn(200)
+        assert torch.equal(done(function, x), 8 * x)
+    (only,) = kept()
+    assert only.room == 2 * 2 * tape.PIECE
+    assert len(only.shared) == 1
+
+
+def test_tensors_of_another_kind_have_their_own_tape(double: Callable[[Tensor, Tensor], None]) -> None:
+    def function(x: Tensor) -> Tensor:
+        out = torch.empty(x.numel())
+        double(out, x)
+        return out
+
+    wide = torch.randn(4, 9)
+    for x in (wide[0, :8], wide[1, :8], wide.t().contiguous()[0], wide[0, 1:], wide[2, :8], wide[3, :8]):
+        for _ in range(3):
+            assert torch.equal(done(function, x), 2 * x)
+    assert torch.equal(done(function, wide[0, :8], about="another"), 2 * wide[0, :8])
+    assert len(kept()) == len({(x.storage_offset(), x.numel()) for x in (wide[0, :8], wide[1, :8])}) + 5
+
+
+def test_tensors_in_one_storage_are_told_from_those_in_two(double: Callable[[Tensor, Tensor], None]) -> None:
+    def function(x: Tensor, y: Tensor) -> Tensor:
+        out = torch.empty(8)
+        double(out[:4], x)
+        double(out[4:], y)
+        return out
+
+    for begin in range(3):
+        both = torch.randn(8)
+        apart = torch.cat([torch.zeros(4), both[4:]])
+        pair = both[:4], (both if begin < 2 else apart)[4:]
+        for _ in range(2):
+            assert torch.equal(done(function, *pair), 2 * both)
+    assert torch.equal(
+        done(function, torch.zeros(8)[:4], both[4:]), torch.cat([torch.zeros(4), 2 * both[4:]])
+    )
+    (only,) = kept()
+    assert only.alike == [(0, 1)]
+
+
+def test_what_a_tape_cannot_do_is_done_by_the_function(double: Callable[[Tensor, Tensor], None]) -> None:
+    known = torch.ones(4)
+
+    def reads(x: Tensor) -> Tensor:
+        return x * x.sum().item()
+
+    def knows(x: Tensor) -> Tensor:
+        out = torch.empty(4)
+        double(out, known)
+        return out + x
+
+    def counts(x: Tensor) -> Tensor:
+        return x[x > 0]
+
+    def turns(x: Tensor) -> Tensor:
+        return x.view(torch.int32) + 1
+
+    for function, why in (
+        (reads, "depends on numbers"),
+        (counts, "depends on numbers"),
+        (turns, "another dtype"),
+        (knows, "that was not given"),
+    ):
+        tape._tapes.clear()
+        for _ in range(4):
+            x = torch.randn(4)
+            assert torch.equal(done(function, x), function(x))
+        (only,) = kept()
+        assert why in only
+
+
+def test_who_watches_sees_the_function(double: Callable[[Tensor, Tensor], None]) -> None:
+    calls = []
+
+    def function(x: Tensor) -> Tensor:
+        calls.append(x)
+        return x + 1
+
+    x = torch.zeros(3)
+    for _ in range(3):
+        done(function, x)
+    assert len(calls) == 2
+    with torch.utils.flop_counter.FlopCounterMode(display=False):
+        done(function, x)
+    with torch.profiler.profile():
+        done(function, x)
+    assert len(calls) == 4
+    assert done(function, x.clone().requires_grad_()).requires_grad
+    assert len(calls) == 5
+    done(function, x)
+    assert len(calls) == 5
+
+
+def test_tapes_that_were_not_played_for_long_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tape, "MOST_TAPES", 2)
+    for about in ("a", "b", "a", "c"):
+        done(lambda x: x + 1, torch.zeros(3), about=about)
+    assert [key[0] for key in tape._tapes] == ["a", "c"]
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """What is launched, on a GPU that does nothing."""
+    log: list[Any] = []
+
+    def launched(kernel: Kernel, grid: tuple[int, ...], arguments: Any, constants: dict[str, Any]) -> None:
+        def run(stream: Any, values: list[Any]) -> None:
+            log.append((kernel.function.fn.__name__, grid, values))
+
+        run(None, [*map(addressed, arguments), *constants.values()])
+        if launch._listening.listener is not None:
+            launch._listening.listener(Launched(run, arguments, tuple(constants.values())))
+
+    monkeypatch.setattr(Kernel, "_launch", launched)
+    monkeypatch.setattr(launch.driver, "_active", SimpleNamespace(get_current_stream=lambda device: None))
+    monkeypatch.setattr(hopper, "INTERPRETED", gl.constexpr(False))
+    monkeypatch.setattr("retrofit.kernels.maha.hopper.INTERPRETED", gl.constexpr(False))
+    monkeypatch.setattr(pyramid, "_on_gpu", lambda x: True)
+    for target in (hsa, maha):
+        monkeypatch.setattr(target, "repeated", tape.repeated)
+    yield log
+
+
+def addressed(x: Any) -> Any:
+    """An argument of a launch with addresses in the places of tensors."""
+    if isinstance(x, tuple):
+        return tuple(map(addressed, x))
+    return x.data_ptr() if isinstance(x, Tensor) else x
+
+
+def told(log: list[Any], tensors: list[Tensor]) -> list[Any]:
+    """Launches with names in the places of addresses."""
+    names = {x.data_ptr(): f"input {i}" for i, x in enumerate(tensors)}
+
+    def name(x: Any) -> Any:
+        if hasattr(x, "base"):
+            return name(x.base.data_ptr()), list(x.shape), list(x.strides)
+        if isinstance(x, int) and abs(x) > 2**32:  # no number of a kernel is as large
+            return names.setdefault(x, f"allocation {len(names)}")
+        if isinstance(x, (tuple, list)):
+            return tuple(map(name, x))
+        return x
+
+    return [(kernel, grid, tuple(map(name, values))) for kernel, grid, values in log]
+
+
+def inputs(tokens: int, seed: int, packed: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    random = torch.Generator().manual_seed(seed)
+    if packed:
+        all_ = torch.randn(1, tokens, 8, 128, generator=random).bfloat16()
+        q, k, v = all_.transpose(1, 2).split([4, 2, 2], 1)
+        return q, k, v
+    q, k, v = (torch.randn(1, heads, tokens, 128, generator=random).bfloat16() for heads in (4, 2, 2))
+    return q, k, v
+
+
+OPTIONS: dict[str, Any] = {
+    **{"heads": 4, "kv_heads": 2, "head_dim": 128, "value_dim": 128, "scale": 0.1, "causal": True},
+    **{"sliding_window": 0, "softcap": 0.0, "sinks": False},
+}
+TARGETS: dict[str, Callable[[], Any]] = {
+    "hsa": lambda: HSAAttention(retrofit.HSAConfig(dense_until=0), **OPTIONS),
+    "hsa, learned pooling": lambda: HSAAttention(
+        retrofit.HSAConfig(dense_until=0, pooling="learned"), **OPTIONS
+    ),
+    "maha": lambda: MAHAAttention(retrofit.MAHAConfig(scales=4, widths=WIDTHS), **OPTIONS),
+}
+
+
+def target_of(name: str, device: str, implementation: str) -> Any:
+    target = TARGETS[name]().to(device, torch.bfloat16).eval()
+    target.implementation = implementation
+    return target
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU that does something")
+@pytest.mark.parametrize("packed", [False, True], ids=["apart", "packed"])
+@pytest.mark.parametrize("name", TARGETS)
+@torch.no_grad()
+def test_targets_launch_the_same_from_a_tape(launches: list[Any], name: str, packed: bool) -> None:
+    target = target_of(name, "cpu", "triton")
+    found = []
+    for seed in range(4):
+        q, k, v = inputs(2100, seed, packed)
+        call, parameters = unpadded(q), [*target.parameters()]
+        launches.clear()
+        out = target(q, k, v, call)
+        assert out.shape == q.shape
+        found.append(told(launches, [q, k, v, call.start, call.length, *parameters]))
+    assert len(found[0]) >= 3
+    assert [x[:2] for x in found[0]] == [x[:2] for x in found[1]]
+    assert found[2] == found[1]
+    assert found[3] == found[1]
+    assert [type(x) for x in kept()] == [tape.Tape]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU that does something")
+@torch.no_grad()
+def test_a_state_from_a_tape_is_as_large(launches: list[Any]) -> None:
+    target, shapes = target_of("hsa", "cpu", "triton"), []
+    for seed in range(3):
+        q, k, v = inputs(2100, seed)
+        layer = RetrofitLayer()
+        target(q, k, v, unpadded(q, layer))
+        state = layer.state
+        tensors = [*state.nodes, state.spreads, state.spans, state.choices]
+        shapes.append([(x.shape, x.stride(), x.dtype) for x in tensors])
+        assert len({x.untyped_storage().data_ptr() for x in tensors[-3:]}) == 3
+    assert shapes[0] == shapes[1] == shapes[2]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dense_until", [0, 4096])
+@pytest.mark.parametrize("packed", [False, True], ids=["apart", "packed"])
+@pytest.mark.parametrize("name", TARGETS)
+@torch.no_grad()
+def test_on_a_gpu_tapes_change_nothing(name: str, packed: bool, dense_until: int) -> None:
+    target = target_of(name, "cuda", "auto")
+    if isinstance(target, HSAAttention):
+        target = HSAAttention(
+            retrofit.HSAConfig(dense_until=dense_until, pooling=target.config.pooling), **OPTIONS
+        ).to("cuda", torch.bfloat16)
+    for seed in range(5):
+        q, k, v = (x.cuda() for x in inputs(9001, seed, packed))
+        layers, call = (RetrofitLayer(), RetrofitLayer()), unpadded(q)
+        out = target(q, k, v, unpadded(q, layers[0]))
+        with pytest.MonkeyPatch.context() as patch:
+            for module in (hsa, maha):
+                patch.setattr(module, "repeated", lambda function, tensors, about: function(*tensors))
+            expected = target(q, k, v, unpadded(q, layers[1]))
+        assert torch.equal(out, expected), seed
+        for own, other in zip(*(tensors_of(layer.state) for layer in layers), strict=True):
+            assert torch.equal(own, other), seed
+        assert call.start.shape == (1,)
+    assert [type(x) for x in kept()] == [tape.Tape]
+
+
+def tensors_of(state: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    state.map(lambda x: found.append(x) or x)
+    return found
