@@ -96,11 +96,11 @@ class RetrofitLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             )
 
     @property
-    def room(self) -> Tensor:
-        """The buffer of the keys [B, Hkv, N, D], with N slots of which the first hold tokens."""
+    def room(self) -> tuple[Tensor, Tensor]:
+        """The buffers of keys [B, Hkv, N, D] and values [B, Hkv, N, Dv], of whose N slots the first hold tokens."""
         if self._buffers is None:
             raise CacheError("an empty RetrofitLayer has no room; call update first")
-        return self._buffers[0]
+        return self._buffers
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Takes dtype and device from the first keys."""

@@ -15,7 +15,7 @@ from retrofit.errors import ConfigError
 from retrofit.kernels.hsa import ops
 from retrofit.kernels.hsa.geometry import Geometry
 from retrofit.kernels.hsa.state import HSAState
-from retrofit.kernels.repeat import has_triton
+from retrofit.kernels.repeat import PYTHON, has_triton
 
 MOST_TOKENS = 16
 """New tokens of a row from which the kernels for whole sequences are the better ones."""
@@ -45,6 +45,9 @@ def _hsa_decode(
         ending=ending,
         geometry=Geometry.of_options(sizes),
     )
+
+
+PYTHON[torch.ops.retrofit.hsa_decode.default] = _hsa_decode
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:

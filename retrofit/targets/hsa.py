@@ -214,27 +214,51 @@ class HSAAttention(TargetAttention):
         )
 
     def _decode(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, state: HSAState) -> Tensor:
-        """Attention of a few new tokens."""
+        """Attention of a few new tokens.
+
+        Where every row has all slots, the kernels are told of the room, which stays the same from token to token.
+        """
         assert call.layer is not None
-        state = call.layer.state = state.with_room(call.layer.room)
-        out = hsa_decode(
-            q,
-            k,
-            v,
-            state,
-            start=call.start,
-            length=call.length,
-            weights=list(self.key_pooling),
-            sinks=self.rules(call).sinks,
-            scale=self.scale,
-            pooling=self.config.pooling,
-            sliding_window=self.sliding_window,
-            padded=call.padded,
-        )
+        keys, values = call.layer.room if not call.padded else (k, v)
+        state = call.layer.state = state.with_room(call.layer.room[0])
+        kept = *state.nodes, state.spreads, state.spans, state.choices
+        tensors = q, keys, values, call.start, call.length, self.rules(call).sinks
+        decode = partial(self._attend_in_place, state=state, padded=call.padded)
+        about = "hsa, decoding", *self._about(call)
+        out: Tensor = repeated(decode, (*tensors, *kept, *self.key_pooling), about)
         if self.observer is not None:
             known = state.narrowed(k.shape[2])
             self.observer(self._counts(known.spans, known.choices, q.shape[2], k.shape[2], call))
         return out
+
+    def _attend_in_place(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        start: Tensor,
+        length: Tensor,
+        sinks: Tensor | None,
+        *_kept: Tensor | None,
+        state: HSAState,
+        padded: bool,
+    ) -> Tensor:
+        """The output; brings the state up to date."""
+        return hsa_decode(
+            q,
+            k,
+            v,
+            state,
+            start=start,
+            length=length,
+            weights=list(self.key_pooling),
+            sinks=sinks,
+            scale=self.scale,
+            pooling=self.config.pooling,
+            sliding_window=self.sliding_window,
+            padded=padded,
+            ending=not padded,
+        )
 
     def layer_loss(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
         """Divergence of what the search would find from where the dense model's attention lies.

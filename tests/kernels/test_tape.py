@@ -234,6 +234,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     monkeypatch.setattr(hopper, "INTERPRETED", gl.constexpr(False))
     monkeypatch.setattr("retrofit.kernels.maha.hopper.INTERPRETED", gl.constexpr(False))
     monkeypatch.setattr(pyramid, "_on_gpu", lambda x: True)
+    monkeypatch.setattr(hsa, "can_decode", lambda *_, **__: True)
     for target in (hsa, maha):
         monkeypatch.setattr(target, "repeated", tape.repeated)
     yield log
@@ -325,6 +326,48 @@ def test_a_state_from_a_tape_is_as_large(launches: list[Any]) -> None:
         shapes.append([(x.shape, x.stride(), x.dtype) for x in tensors])
         assert len({x.untyped_storage().data_ptr() for x in tensors[-3:]}) == 3
     assert shapes[0] == shapes[1] == shapes[2]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU that does something")
+@torch.no_grad()
+def test_tokens_launch_the_same_from_a_tape(launches: list[Any]) -> None:
+    target, layer, found = target_of("hsa", "cpu", "triton"), RetrofitLayer(), []
+    q, k, v = inputs(2100, 0)
+    target(*(x[:, :, :2080] for x in (q, k, v)), unpadded(q[:, :, :2080], layer))
+    for at in range(2080, 2086):
+        own, call = q[:, :, at : at + 1].clone(), unpadded(q[:, :, : at + 1], layer)
+        launches.clear()
+        out = target(own, k[:, :, at : at + 1], v[:, :, at : at + 1], call)
+        assert out.shape == own.shape
+        state = layer.state
+        kept_ = [*state.nodes, state.spreads, state.spans, state.choices]
+        found.append(told(launches, [own, *layer.room, call.start, call.length, *kept_]))
+    assert len(found[0]) == 7
+    assert [x[:2] for x in found[0]] == [x[:2] for x in found[1]]
+    assert all(x == found[1] for x in found[2:])
+    assert [type(x) for x in kept()] == [type(None), tape.Tape]
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_on_a_gpu_tokens_from_a_tape_are_the_same() -> None:
+    target, layers = target_of("hsa", "cuda", "auto"), (RetrofitLayer(), RetrofitLayer())
+    q, k, v = (x.cuda() for x in inputs(3000, 0))
+    for layer in layers:
+        target(*(x[:, :, :2900] for x in (q, k, v)), unpadded(q[:, :, :2900], layer))
+    for at in range(2900, 3000):
+        outs = []
+        for layer in layers:
+            with pytest.MonkeyPatch.context() as patch:
+                if layer is layers[0]:
+                    patch.setattr(hsa, "repeated", lambda function, tensors, about: function(*tensors))
+                new = (x[:, :, at : at + 1].clone() for x in (q, k, v))
+                outs.append(target(*new, unpadded(q[:, :, : at + 1], layer)))
+        assert torch.equal(*outs), at
+    states = [tensors_of(layer.state.narrowed(3000)) for layer in layers]
+    for own, other in zip(*(x[-2:] for x in states), strict=True):
+        assert torch.equal(own, other)
+    assert tape.Tape in [type(x) for x in kept()]
 
 
 @pytest.mark.gpu

@@ -33,18 +33,25 @@ def after(case: Any, tokens: int) -> tuple[Tensor, HSAState]:
     return done.out, HSAState(tuple(nodes), spreads, (), done.spans, done.choices, g)
 
 
-def decoded(case: Any, begin: int, steps: list[int]) -> tuple[Tensor, HSAState]:
-    """The output of the tokens from ``begin`` on, so many in each call, and the state after them."""
+def decoded(case: Any, begin: int, steps: list[int], *, ending: bool = False) -> tuple[Tensor, HSAState]:
+    """The output of the tokens from ``begin`` on, so many in each call, and the state after them.
+
+    With ``ending`` there are slots behind the tokens, which nobody may read.
+    """
     _, state = after(case, begin)
     state = state.with_room(case.k)
     outs = []
     for step in steps:
         end = begin + step
+        k, v = case.k[:, :, :end], case.v[:, :, :end]
+        if ending:
+            behind = torch.full_like(case.k[:, :, end:], torch.nan)
+            k, v = (torch.cat([x, behind], 2) for x in (k, v))
         outs.append(
             hsa_decode(
                 case.q[:, :, begin:end],
-                case.k[:, :, :end],
-                case.v[:, :, :end],
+                k,
+                v,
                 state,
                 start=case.start,
                 length=torch.minimum(case.length, end - case.start).clamp(min=0),
@@ -52,6 +59,7 @@ def decoded(case: Any, begin: int, steps: list[int]) -> tuple[Tensor, HSAState]:
                 scale=case.scale,
                 sliding_window=case.sliding_window,
                 padded=case.padded,
+                ending=ending,
             )
         )
         begin = end
@@ -94,11 +102,14 @@ def same_state(case: Any, actual: HSAState, expected: HSAState) -> None:
     ],
     ids=["plain", "levels", "padded", "sinks", "sliding window", "wide query blocks"],
 )
-def test_interpreted_tokens_equal_the_whole(build: Callable[..., Any], inputs: dict[str, Any]) -> None:
+@pytest.mark.parametrize("ending", [False, True], ids=["slots", "room"])
+def test_interpreted_tokens_equal_the_whole(
+    build: Callable[..., Any], inputs: dict[str, Any], ending: bool
+) -> None:
     case = build(**{"heads": 2, "kv_heads": 1, **inputs})
     steps = [1, 1, 3, 8, 1]
     begin = case.tokens - sum(steps)
-    out, state = decoded(case, begin, steps)
+    out, state = decoded(case, begin, steps, ending=ending and not case.padded)
     expected, whole = after(replace(case, implementation="blocked"), case.tokens)
     torch.testing.assert_close(out, expected[:, :, begin:], rtol=1e-5, atol=1e-5)
     same_state(case, state, whole)
@@ -153,7 +164,7 @@ def test_on_a_gpu_tokens_equal_the_whole(
     case = on_gpu(build(**inputs), dtype)
     steps = [1] * 40 + [7, 16, 1]
     begin = case.tokens - sum(steps)
-    out, state = decoded(case, begin, steps)
+    out, state = decoded(case, begin, steps, ending=not case.padded)
     expected, whole = after(case, case.tokens)
     tolerance = 5e-5 if dtype == torch.float32 else 1e-2
     torch.testing.assert_close(out, expected[:, :, begin:], rtol=tolerance, atol=tolerance)
