@@ -86,15 +86,16 @@ class Settings:
         coarse: HSA's ``top_scores`` (rows) and ``refine``.
         vote: HSA's ``vote`` and ``vote_parts``, which have to see the same numbers.
         attend: ``attend_listed`` and ``attend_run``.
-        attend_by_roles: The kernel of this name, for heads of 128 dims in half precision; None if this is not for it.
+        attend_by_roles: The kernel of this name, for heads of 64 or 128 dims in half precision that are listed; None if
+            this is not for it. Its stages are slots of a ring.
         query_gradients_by_roles: As attend_by_roles, with tiles of as many rows.
-        key_gradients_by_roles: As attend_by_roles, for heads of 64 or 128 dims, with tiles of 64 rows and 64 keys.
-        vote_by_roles: As attend_by_roles, for heads of 64 or 128 dims; its stages are slots of a ring.
+        key_gradients_by_roles: As attend_by_roles, with tiles of 64 rows and 64 keys.
+        vote_by_roles: As attend_by_roles.
         attend_parts: Attention of decoding; the rows are its least.
         query_gradients: HSA's kernel of this name.
         key_gradients: HSA's kernel of this name; its keys are those of a tile.
         maha_attend: MAHA's ``attend``.
-        maha_attend_by_roles: As vote_by_roles, for tiles of 128 rows.
+        maha_attend_by_roles: As attend_by_roles, for tiles of 128 rows.
         maha_query_gradients: MAHA's kernel of this name.
         maha_key_gradients: MAHA's kernel of this name; its keys are those of a tile.
         pooling: The pyramid.
@@ -105,9 +106,9 @@ class Settings:
     coarse: Tiles
     vote: Tiles
     attend: Tiles
-    attend_by_roles: Tile | None
-    query_gradients_by_roles: Tile | None
-    key_gradients_by_roles: Tile | None
+    attend_by_roles: Tiles | None
+    query_gradients_by_roles: Tiles | None
+    key_gradients_by_roles: Tiles | None
     vote_by_roles: Tiles | None
     attend_parts: Tiles
     query_gradients: Tiles
@@ -151,10 +152,10 @@ SM_90 = Settings(
             (4, 256): Tile(64, 32, 8, 2, 128, few=(4, 2)),
         }
     ),
-    attend_by_roles=Tile(128, 64, 4, 5),
-    query_gradients_by_roles=Tile(128, 64, 4, 4),
-    key_gradients_by_roles=Tile(64, 64, 4, 4),
-    vote_by_roles=tiles({(2, 64): Tile(128, 128, 4, 8), (2, 128): Tile(128, 128, 4, 5)}),
+    attend_by_roles={(2, 128): Tile(128, 64, 4, 5)},
+    query_gradients_by_roles={(2, 128): Tile(128, 64, 4, 4)},
+    key_gradients_by_roles={(2, 64): Tile(64, 64, 4, 4), (2, 128): Tile(64, 64, 4, 4)},
+    vote_by_roles={(2, 64): Tile(128, 128, 4, 8), (2, 128): Tile(128, 128, 4, 5)},
     attend_parts=tiles(
         {
             (2, 128): Tile(16, 64, 4, 3),
@@ -189,7 +190,7 @@ SM_90 = Settings(
             (4, 256): Tile(16, 16, 4, 2),
         }
     ),
-    maha_attend_by_roles=tiles({(2, 64): Tile(128, 64, 4, 6), (2, 128): Tile(128, 64, 4, 5)}),
+    maha_attend_by_roles={(2, 64): Tile(128, 64, 4, 6), (2, 128): Tile(128, 64, 4, 5)},
     maha_query_gradients=tiles(
         {
             (2, 128): Tile(64, 64, 4, 2),

@@ -135,7 +135,7 @@ class Call:
     def key_gradients_by_roles(self) -> Tile | None:
         """As ``attend_by_roles``."""
         tile, g = self._by_roles(self.settings.key_gradients_by_roles, rows=64), self.geometry
-        if tile is None or (self.dim, self.value_dim) not in ((64, 64), (128, 128)):
+        if tile is None or self.dim != self.value_dim:
             return None
         leaves = tile.keys // g.block  # whose rows an entry has bits for
         fits = leaves <= min(4, g.fanout) and g.query_block < 1 << 32 // leaves
@@ -144,9 +144,8 @@ class Call:
     @cached_property
     def vote_by_roles(self) -> Tile | None:
         """As ``attend_by_roles``."""
-        tiles, g = self.settings.vote_by_roles or {}, self.geometry
-        tile = self._by_roles(tiles.get((self.bytes, self.dim)))
-        if tile is None or self.dim not in (64, 128) or self.group > self.heads_per_tile(tile.rows):
+        tile, g = self._by_roles(self.settings.vote_by_roles), self.geometry
+        if tile is None or self.group > self.heads_per_tile(tile.rows):
             return None
         if tile.keys % (2 * g.fanout * g.nodes_in_span(0)) or g.nodes_in_span(0) < 2:
             return None
@@ -155,17 +154,18 @@ class Call:
         # Those that decode add up in steps of so many keys.
         return tile if tile.keys == 2 * self.settings.vote[self.bytes, padded(self.dim)].keys else None
 
-    def _attending_by_roles(self, tile: Tile | None) -> Tile | None:
-        tile = self._by_roles(tile)
-        if tile is None or (self.dim, self.value_dim) != (128, 128):
+    def _attending_by_roles(self, tiles: Tiles | None) -> Tile | None:
+        tile = self._by_roles(tiles)
+        if tile is None or self.dim != self.value_dim:
             return None
         # Tiles that are done again by ``attend_run`` are its own.
         alike = self.heads_per_tile(tile.rows) == self.heads_per_tile(self.tile(self.settings.attend).rows)
         return tile if alike else None
 
-    def _by_roles(self, tile: Tile | None, rows: int = 128) -> Tile | None:
-        """``tile``, of so many rows, if it fits."""
-        if tile is None or self.bytes != 2 or self.layout != WHOLE.value or self.sliding_window:
+    def _by_roles(self, tiles: Tiles | None, rows: int = 128) -> Tile | None:
+        """The tile for these heads, of so many rows, if it fits."""
+        tile = (tiles or {}).get((self.bytes, self.dim))
+        if tile is None or self.dim not in (64, 128) or self.layout != WHOLE.value or self.sliding_window:
             return None
         if (
             (tile.rows, tile.warps) != (rows, 4)
