@@ -74,9 +74,13 @@ class Kernel:
         return launch
 
     def _launch(self, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
-        device = current_device()
+        device, needed = current_device(), next(map(_device_of, arguments), None)
+        if device is not None and needed is not None and needed != device:
+            with torch.cuda.device(needed):
+                self._launch(grid, arguments, constants)
+            return
         kinds, values = _described(arguments)
-        key = device, tuple(constants.values()), kinds
+        key = device, tuple(constants.items()), kinds
         found = self._compiled.get(key)
         grid = (*grid, 1, 1)[:3]
         if found is not None:
@@ -103,6 +107,12 @@ def _run(compiled: Any, grid: tuple[int, ...], stream: Any, values: list[Any]) -
 def current_stream() -> Any:
     """PyTorch's stream, as launches take it."""
     return driver.active.get_current_stream(current_device())
+
+
+def _device_of(x: Any) -> int | None:
+    """Number of the device of a tensor, or of one that is described; None for what has none."""
+    x = x.base if isinstance(x, TensorDescriptor) else x
+    return x.get_device() if isinstance(x, Tensor) else None
 
 
 def current_device() -> int | None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -40,26 +41,29 @@ ALLOCATING = {
 """Operators that do nothing else."""
 DEPENDING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 """Tags of operators whose outputs have other shapes, or are other numbers on the host, for other numbers."""
-_tapes: OrderedDict[Hashable, Tape | str | None] = OrderedDict()
-"""By what they are for. None stands for what was done once, words for what no tape can do."""
+ONCE = "it was done once"
+_tapes: OrderedDict[Hashable, Tape | str] = OrderedDict()
+"""By what they are for, those that were played last behind the others; or why there is none."""
 
 
 def repeated(function: Callable[..., Any], tensors: Sequence[Tensor | None], about: Hashable) -> Any:
     """See :func:`retrofit.kernels.repeat.repeated`; tensors are on a GPU."""
     if not _is_plain(tensors):
         return function(*tensors)
-    key = (about, current_device(), settings(_device(tensors)), *map(_kind, tensors))
-    if key not in _tapes:
-        _tapes[key] = None
-        if len(_tapes) > MOST_TAPES:
-            _tapes.popitem(last=False)
+    device = _device(tensors)
+    key = (about, device, settings(device), *map(_kind, tensors))
+    found = _tapes.pop(key, None)
+    if isinstance(found, Tape):
+        _tapes[key] = found
+        return found.play(tensors) if found.fits(tensors) else function(*tensors)
+    _tapes[key] = found or ONCE
+    if len(_tapes) > MOST_TAPES:
+        _tapes.popitem(last=False)
+    if found != ONCE:
         return function(*tensors)
-    _tapes.move_to_end(key)
-    tape = _tapes[key]
-    if tape is None:
-        result, _tapes[key] = noted(function, tensors)
-        return result
-    return tape.play(tensors) if isinstance(tape, Tape) and tape.fits(tensors) else function(*tensors)
+    _tapes[key] = "it was not finished"
+    result, _tapes[key] = noted(function, tensors)
+    return result
 
 
 def noted(function: Callable[..., Any], tensors: Sequence[Tensor | None]) -> tuple[Any, Tape | str]:
@@ -76,8 +80,13 @@ def _device(tensors: Sequence[Tensor | None]) -> torch.device:
 
 
 def _is_plain(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether the GPU's work is all that is asked for: no gradients, and nobody who watches operators or launches."""
+    """Whether the current GPU's work is all that is asked for: no gradients, no transforms of functions, and nobody who
+    watches operators or launches."""
     if torch._C._len_torch_dispatch_stack() or torch.autograd.profiler._is_profiler_enabled or has_hooks():
+        return False
+    if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    if _device(tensors).index != current_device():
         return False
     graded = torch.is_grad_enabled()
     for x in tensors:
@@ -175,19 +184,17 @@ class Description:
 
     Attributes:
         place: Where it begins.
-        shape: Its shape.
-        strides: Its strides.
-        padding: What is beyond it.
+        others: What else its descriptor has.
     """
 
     place: Place
-    shape: list[int]
-    strides: list[int]
-    padding: Any
+    others: dict[str, Any]
 
-    def among(self, begins: Sequence[int]) -> Described:
-        """The tensor, as launches read it."""
-        return Described(self.place.among(begins), self.shape, self.strides, self.padding)
+    def among(self, begins: Sequence[int]) -> TensorDescriptor:
+        """The descriptor, which launches read."""
+        found: TensorDescriptor = object.__new__(TensorDescriptor)
+        vars(found).update(self.others, base=Address(self.place.among(begins)))
+        return found
 
 
 def among(x: Any, begins: Sequence[int]) -> Any:
@@ -250,27 +257,33 @@ class Notes(TorchDispatchMode):
         return out
 
     def _called(self, operator: Any, arguments: tuple[Any, Any], out: Any) -> None:
+        if self.why is not None:
+            return
         self._kept.append(out)
-        outputs = tree_leaves(out)
+        outputs = [(i, x) for i, x in enumerate(tree_leaves(out)) if isinstance(x, Tensor)]
         if DEPENDING & {*operator.tags}:
             self._cannot(f"{operator} returns what depends on numbers")
             return
-        new = [(i, x) for i, x in enumerate(outputs) if isinstance(x, Tensor) and self._number(x) is None]
-        made = [(i, self._add(x)) for i, x in new]
-        name = operator.name().split(".")[0]
-        if name in ALLOCATING:
-            for (_, x), (_, number) in zip(new, made, strict=True):
+        for _, x in outputs:
+            if x.device != self._device:
+                self._cannot(f"{operator} returns a tensor on {x.device}")
+                return
+        new = [(i, x) for i, x in outputs if self._number(x) is None]
+        if operator.name().split(".")[0] in ALLOCATING:
+            for _, x in new:
                 size = x.untyped_storage().nbytes() // x.element_size()
-                self._storages[number] = Storage(size, x.dtype)
-                if x.device != self._device:
-                    self._cannot(f"memory of {x.device} is allocated")
-        elif made or operator._schema.is_mutable:
+                self._storages[self._add(x)] = Storage(size, x.dtype)
+        elif new or operator._schema.is_mutable:
             if any(x.storage_offset() for _, x in new):
                 self._cannot(f"{operator} returns a part of something")
-            self._steps.append(Operation(operator, tree_map(self._piece, arguments), made))
+                return
+            pieces = tree_map(self._piece, arguments)
+            self._steps.append(Operation(operator, pieces, [(i, self._add(x)) for i, x in new]))
 
     def launched(self, launch: Launched) -> None:
         """Notes a launch."""
+        if self.why is not None:
+            return
         arguments = [*launch.arguments, *launch.others]
         placed = [(i, self._placed(x)) for i, x in enumerate(launch.arguments)]
         places = [(i, x) for i, x in placed if x is not launch.arguments[i]]
@@ -291,7 +304,10 @@ class Notes(TorchDispatchMode):
         return Tape(self._given, self._next, self._storages, self._steps, pieces, self._alike)
 
     def _cannot(self, why: str) -> None:
-        self.why = self.why or why
+        if self.why is None:
+            self.why = why
+            self._kept.clear()
+            self._steps.clear()
 
     def _number(self, x: Tensor) -> int | None:
         return self._numbers.get(x.untyped_storage().data_ptr())
@@ -308,7 +324,8 @@ class Notes(TorchDispatchMode):
             found = tuple([self._placed(y) for y in x])
             return x if all(y is z for y, z in zip(x, found, strict=True)) else found
         if isinstance(x, TensorDescriptor):
-            return Description(self._placed(x.base), [*x.shape], [*x.strides], getattr(x, "padding", None))
+            others = {name: value for name, value in vars(x).items() if name != "base"}
+            return Description(self._placed(x.base), others)
         if not isinstance(x, Tensor):
             return x
         number = self._number(x)
@@ -409,12 +426,3 @@ class Address(int):
     def data_ptr(self) -> int:
         """The address."""
         return self
-
-
-class Described:
-    """A tensor whose blocks are copied, as launches read it."""
-
-    __slots__ = ("base", "padding", "shape", "strides")
-
-    def __init__(self, address: int, shape: list[int], strides: list[int], padding: Any) -> None:
-        self.base, self.shape, self.strides, self.padding = Address(address), shape, strides, padding

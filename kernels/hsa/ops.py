@@ -54,7 +54,7 @@ def _hsa_attention(
         "sliding_window": sliding_window,
         "geometry": geometry,
     }
-    name = _implementation(options["implementation"], q, v, gate, causal, geometry, softcap)
+    name = implementation_of(options["implementation"], q, v, gate, causal, geometry, softcap)
     if name == "triton":
         given["padded"] = options["padded"]
         return _repeated(triton_kernels().hsa_attention, tensors, given)
@@ -72,7 +72,7 @@ def _repeated(kernels: Callable[..., Any], tensors: Sequence[Any], options: dict
     return repeated(lambda *_: kernels(*tensors, **options), [y for x in listed for y in x], about)
 
 
-def _implementation(
+def implementation_of(
     name: str,
     q: Tensor,
     v: Tensor,
@@ -113,7 +113,7 @@ def _fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     q, k, v, gate, g = *tensors[:3], tensors[8], Geometry.of_options(options)
     shape = (k.shape[0], k.shape[1], g.blocks(k.shape[2]))
-    name = _implementation(options["implementation"], q, v, gate, causal, g, softcap)
+    name = implementation_of(options["implementation"], q, v, gate, causal, g, softcap)
     batch, heads, tokens, _ = q.shape
     if name == "triton":
         out = q.new_empty(batch, tokens, heads, v.shape[3]).transpose(1, 2)

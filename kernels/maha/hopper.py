@@ -28,10 +28,11 @@ def can_run(
     keys: Sequence[Tensor],
     values: Sequence[Tensor],
     *,
+    width: int,
     scale: float,
     sizes: Mapping[str, Any],
 ) -> bool:
-    """Whether the kernel can do a call; arguments as in ``attend``."""
+    """Whether the kernel can do a call, steps of ``width`` cells; other arguments as in ``attend``."""
     if INTERPRETED.value or scale <= 0:
         return False
     if not sizes["DIM"] == sizes["DIM_PAD"] == sizes["VALUE_DIM"] or sizes["DIM"] % SLAB.value:
@@ -41,6 +42,10 @@ def can_run(
         return False
     cells = [k.shape[2] >> level * log for level in range(1, scales)]
     if any([x.shape[2] for x in levels] != cells for levels in (keys, values)):
+        return False
+    # A step of fewer cells than it has room for would read another head's; scales that no token reaches are not read.
+    reached = [count for level, count in enumerate(cells, 1) if sizes["REACHES"][level] < k.shape[2]]
+    if min(reached, default=width) < width:
         return False
     if any(x.dtype != q.dtype for x in (k, v, *keys, *values)) or k.shape[:3].numel() >= 2**31:
         return False

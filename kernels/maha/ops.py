@@ -55,7 +55,7 @@ def _maha_attention(
         run: Any = reference.maha_attention
         found: Tensor = run(*tensors, **options, **sizes).contiguous()
         return found
-    kernels = _implementation(implementation, tensors[0], tensors[2], aggregation, regularizer)
+    kernels = implementation_of(implementation, tensors[0], tensors[2], aggregation, regularizer)
     out: Tensor = kernels.maha_attention(
         *tensors, **options, bands=Bands(tuple(widths), last_width, sink, ratio)
     )
@@ -65,7 +65,7 @@ def _maha_attention(
 PYTHON[torch.ops.retrofit.maha_attention.default] = _maha_attention
 
 
-def _implementation(name: str, q: Tensor, v: Tensor, aggregation: str, regularizer: str) -> ModuleType:
+def implementation_of(name: str, q: Tensor, v: Tensor, aggregation: str, regularizer: str) -> ModuleType:
     """The module of that name; ``auto`` is ``triton`` for what it can do on a GPU, and else ``blocked``.
 
     Gradients of the reference, too, are those of the blocked form.
@@ -112,7 +112,7 @@ def _maha_attention_backward(
     regularizer: str,
     implementation: str,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
-    kernels = _implementation(implementation, tensors[1], tensors[3], aggregation, regularizer)
+    kernels = implementation_of(implementation, tensors[1], tensors[3], aggregation, regularizer)
     run = backward if kernels is blocked else kernels
     grads: tuple[Tensor, list[Tensor], list[Tensor], Tensor] = run.maha_attention_backward(
         *tensors,

@@ -136,7 +136,7 @@ class _Call:
         by_roles = (self.settings.maha_attend_by_roles or {}).get(self.kind)
         options: dict[str, Any] = {"scale": self.scale, "sizes": self.sizes}
         operands = (self.q, self.k, self.v, self.keys, self.values)
-        if by_roles is not None and not few and hopper.can_run(*operands, **options):
+        if by_roles is not None and not few and hopper.can_run(*operands, width=by_roles.keys, **options):
             heads, query_block, blocks, programs = self._tiles(by_roles.rows)
             hopper.attend(
                 by_roles, *self.inputs, out, lse,

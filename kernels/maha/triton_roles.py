@@ -12,7 +12,8 @@ The cells that some row of a tile sees are one run for each range. Its steps are
 copy is as large as a step; which of them a row sees are bits that the fetching warp leaves beside the keys. That warp has
 a lane for each range, and the sinks are number SCALES.
 
-The cells of all scales but the first are rows of one tensor: scale after scale, those of each kv head after another.
+The cells of all scales but the first are rows of one tensor: scale after scale, those of each kv head after another. A
+step of a run that is shorter than it reads on behind the run, within the same head. That has to be finite numbers.
 """
 
 from __future__ import annotations
@@ -169,34 +170,39 @@ def fetch(
             )
             to = end_cell(begin + place, of_lane(near, lane, of), own_shift, of_lane(most, lane, of))
             from_, to = from_ - own_low, to - own_low
+            left = of_lane(cells, lane, of)
             for _step in range(0, of_lane(steps, lane, of)):
                 slot = n % STAGES
+                # The last copy ends where the run does: what lies behind is nobody's, or another head's.
+                back = gl.minimum(gl.maximum(KEYS - left, 0), own_low)
                 begin_slot(keys, n, KEYS * DIM * 2, STAGES)
                 if level == 0:
                     for d in gl.static_range(SLABS):
-                        at = [b, h, first + own_low, d * SLAB]
+                        at = [b, h, first + own_low - back, d * SLAB]
                         copy(desc_k, at, keys[1].index(slot), keys[0].index(slot * SLABS + d))
                 else:
                     for d in gl.static_range(SLABS):
-                        at = [0, 0, row, d * SLAB]
+                        at = [0, 0, row - back, d * SLAB]
                         copy(desc_keys, at, keys[1].index(slot), keys[0].index(slot * SLABS + d))
-                seen = ones(to[None] - word[:, None]) & ~ones(from_[None] - word[:, None])
+                seen = ones(to[None] + back - word[:, None])
+                seen = seen & ~ones(gl.maximum(from_, 0)[None] + back - word[:, None])
                 leave(words.index(slot), seen.to(gl.int32), HEADS, QUERY_BLOCK, WIDTH)
                 leave(levels.index(slot), (place * 0 + level)[None].to(gl.int32), HEADS, QUERY_BLOCK, WIDTH)
                 mbarrier.arrive(keys[1].index(slot))
                 begin_slot(values, n, KEYS * DIM * 2, STAGES)
                 if level == 0:
                     for d in gl.static_range(SLABS):
-                        at = [b, h, first + own_low, d * SLAB]
+                        at = [b, h, first + own_low - back, d * SLAB]
                         copy(desc_v, at, values[1].index(slot), values[0].index(slot * SLABS + d))
                 else:
                     for d in gl.static_range(SLABS):
-                        at = [0, 0, row, d * SLAB]
+                        at = [0, 0, row - back, d * SLAB]
                         copy(desc_values, at, values[1].index(slot), values[0].index(slot * SLABS + d))
                 own_low += KEYS
                 row += KEYS
                 from_ -= KEYS
                 to -= KEYS
+                left -= KEYS
                 n += 1
 
 
@@ -296,8 +302,10 @@ def attend(
         sums = gl.where(real, gl.convert_layout(gl.sum(total, 1), ROWS), 1.0)
         mass = gl.where(real, top + gl.log2(sums), -float("inf"))
         gl.store(lse + (row_b + head) * tokens + t - p0, mass, mask=new)
-        share = gl.convert_layout(gl.where(real, 1.0 / sums, 0.0), gl.SliceLayout(1, SUMS))
-        result = gl.convert_layout((acc * share[:, None]).to(dtype), WIDE)
+        # Padding has zeros, whatever it attended to.
+        share = gl.convert_layout(gl.where(real, 1.0 / sums, -1.0), gl.SliceLayout(1, SUMS))[:, None]
+        acc = gl.where(share < 0.0, 0.0, acc * share)
+        result = gl.convert_layout(acc.to(dtype), WIDE)
         head, t, new = rows_at(
             SHARE, h, head0, begin, p0, p0 + tokens, GROUP, QUERY_BLOCK, gl.SliceLayout(1, WIDE)
         )

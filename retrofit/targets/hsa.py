@@ -18,7 +18,7 @@ from retrofit.kernels.dense.scores import ScoreRules
 from retrofit.kernels.hsa.account import count
 from retrofit.kernels.hsa.decode import can_decode, hsa_decode
 from retrofit.kernels.hsa.geometry import MAX_POSITIONS, MOST_PLACES, Geometry
-from retrofit.kernels.hsa.ops import hsa_attention
+from retrofit.kernels.hsa.ops import hsa_attention, implementation_of
 from retrofit.kernels.hsa.selector import sample_positions, selector_loss
 from retrofit.kernels.hsa.state import HSAState
 from retrofit.kernels.pyramid.ops import build_with_spreads, extend_pyramid, extend_spreads
@@ -127,9 +127,8 @@ class HSAAttention(TargetAttention):
             state = state.narrowed(k.shape[2] - new)
         attend = partial(self._attend, new=new, state=state, padded=call.padded)
         tensors = q, k, v, call.start, call.length, self.rules(call).sinks
-        if state is None:
-            parameters = self.gate, *self.key_pooling, *self.value_pooling
-            out, known = repeated(attend, (*tensors, *parameters), ("hsa", *self._about(call)))
+        if state is None and self._by_kernels(q, v):
+            out, known = repeated(attend, (*tensors, *self.key_pooling), ("hsa", *self._about(call)))
         else:
             out, known = attend(*tensors)
         nodes, spreads, value_nodes, spans, choices = known
@@ -179,10 +178,16 @@ class HSAAttention(TargetAttention):
         )
         return out, (tuple(nodes), spreads, tuple(value_nodes), spans, choices)
 
+    def _by_kernels(self, q: Tensor, v: Tensor) -> bool:
+        """Whether Triton's kernels do all of it."""
+        if not q.is_cuda or self.config.pooling == "attention":
+            return False
+        options = self.gate, self.causal, self.geometry, self.softcap
+        return implementation_of(self.implementation, q, v, *options) == "triton"
+
     def _about(self, call: AttentionCall) -> tuple[Hashable, ...]:
-        """What ``_attend`` goes by besides tensors."""
-        rules = self.scale, self.softcap, self.causal, self.sliding_window, call.padded
-        return self.geometry, self.config.pooling, self.implementation, rules, len(self.value_pooling)
+        """What kernels go by besides tensors."""
+        return self.geometry, self.config.pooling, self.scale, self.causal, self.sliding_window, call.padded
 
     def _needs_no_search(self, k: Tensor, call: AttentionCall) -> bool:
         """Whether every query so far attends densely; then nothing has to be kept but keys and values."""

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from retrofit.configs import MAHAConfig
 from retrofit.errors import CacheError, ConfigError
 from retrofit.kernels.dense.ops import dense_attention
+from retrofit.kernels.maha import blocked
 from retrofit.kernels.maha.account import keys_per_query
 from retrofit.kernels.maha.bands import Bands
-from retrofit.kernels.maha.ops import maha_attention
+from retrofit.kernels.maha.ops import implementation_of, maha_attention
 from retrofit.kernels.maha.paper import KERNEL, paper_attention
 from retrofit.kernels.maha.state import MAHAState
 from retrofit.kernels.pyramid.ops import extend_pyramid
@@ -165,8 +166,8 @@ class MAHAAttention(TargetAttention):
         else:
             attend = partial(self._attend_to_scales, state=state)
             tensors = q, k, v, call.start, call.length, self.offsets
-            if state is None:
-                about = "maha", config, self.scale, self.implementation
+            if state is None and self._by_kernels(q, v):
+                about = "maha", config, self.scale
                 given = (*tensors, *self.key_weights, *self.value_weights)
                 out, keys, values = repeated(attend, given, about)
             else:
@@ -177,6 +178,11 @@ class MAHAAttention(TargetAttention):
             own = own.repeat_interleave(self.heads // self.kv_heads, 1)
             out = out + self.branch_gate[:, None, None].to(own.dtype) * own
         return out, cells
+
+    def _by_kernels(self, q: Tensor, v: Tensor) -> bool:
+        """Whether Triton's kernels do all of it."""
+        rules = self.config.aggregation, self.config.regularizer
+        return q.is_cuda and implementation_of(self.implementation, q, v, *rules) is not blocked
 
     def _attend_to_scales(
         self,

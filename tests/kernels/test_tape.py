@@ -72,7 +72,7 @@ def done(function: Callable[..., Any], *tensors: Tensor | None, about: str = "")
 
 def kept() -> list[Any]:
     """Tapes, and why there are none."""
-    return [x for x in tape._tapes.values() if x is not None]
+    return [x for x in tape._tapes.values() if x != tape.ONCE]
 
 
 def test_a_tape_does_what_the_function_does(double: Callable[[Tensor, Tensor], None]) -> None:
@@ -237,6 +237,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     monkeypatch.setattr("retrofit.kernels.maha.hopper.INTERPRETED", gl.constexpr(False))
     monkeypatch.setattr(pyramid, "_on_gpu", lambda x: True)
     monkeypatch.setattr(hsa, "can_decode", lambda *_, **__: True)
+    for target in (HSAAttention, MAHAAttention):
+        monkeypatch.setattr(target, "_by_kernels", lambda *_: True)
     for module in (hsa, maha, ops):
         monkeypatch.setattr(module, "repeated", tape.repeated)
     yield log
@@ -439,6 +441,22 @@ def test_on_a_gpu_tapes_change_nothing(name: str, packed: bool, dense_until: int
             assert torch.equal(own, other), seed
         assert call.start.shape == (1,)
     assert [type(x) for x in kept()] == [tape.Tape]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["hsa", "maha"])
+@torch.no_grad()
+def test_on_another_gpu_than_the_current_one(name: str) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    found = []
+    for device in ("cuda:0", "cuda:1"):
+        target = target_of(name, device, "auto")
+        for _ in range(4):
+            q, k, v = (x.to(device) for x in inputs(3000, 0))
+            out = target(q, k, v, unpadded(q))
+        found.append(out.cpu())
+    assert torch.equal(*found)
 
 
 def tensors_of(state: Any) -> list[Tensor]:

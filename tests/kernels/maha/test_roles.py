@@ -54,29 +54,36 @@ def call_of(case: Case, begin: int = 0) -> maha._Call:
 @pytest.mark.parametrize(
     ("case", "begin"),
     [
-        ({"tokens": 333, "bands": Bands((96, 60, 40), None, 64, 2), "heads": 4, "dim": 128}, 0),
-        ({"tokens": 301, "bands": Bands((40, 50), None, 16, 4), "heads": 3, "batch": 2, "kv_heads": 1}, 0),
+        ({"tokens": 333, "bands": Bands((96, 60), None, 64, 2), "heads": 4, "dim": 128}, 0),
+        ({"tokens": 530, "bands": Bands((96, 60, 40), None, 64, 2), "heads": 4, "kv_heads": 2}, 360),
+        ({"tokens": 301, "bands": Bands((40,), None, 16, 4), "heads": 3, "batch": 2, "kv_heads": 1}, 0),
         ({"tokens": 270, "bands": Bands((33, 30), 70, 0, 2), "heads": 16, "kv_heads": 2}, 0),
         ({"tokens": 290, "bands": Bands((100,), None, 0, 2), "heads": 2, "kv_heads": 2}, 131),
         ({"tokens": 210, "bands": Bands((), None, 0, 2), "heads": 5}, 77),
         (
             {
-                "tokens": 200,
-                "bands": Bands((32, 16, 16), None, 8, 2),
+                "tokens": 260,
+                "bands": Bands((32, 16), None, 8, 2),
                 "batch": 3,
                 "heads": 4,
-                "start": [0, 53, 190],
-                "length": [150, 147, 0],
+                "start": [0, 53, 250],
+                "length": [190, 207, 0],
             },
             0,
         ),
         (
-            {"tokens": 180, "bands": Bands((20, 24), None, 8, 2), "batch": 2, "heads": 8, "start": [0, 170]},
-            150,
+            {"tokens": 258, "bands": Bands((20, 24), None, 8, 2), "batch": 2, "heads": 8, "start": [0, 248]},
+            228,
         ),
     ],
     ids=[
-        *("group of 4", "group of 3, ratio 4, batch", "group of 8, last width", "group of 1, continued"),
+        *(
+            "group of 4",
+            "four scales, continued",
+            "group of 3, ratio 4, batch",
+            "group of 8, last width",
+            "group of 1, continued",
+        ),
         *("one scale, group of 5", "padded", "starts among the new tokens"),
     ],
 )
@@ -96,13 +103,37 @@ def test_roles_change_nothing(machine: Machine, case: dict[str, Any], begin: int
 
 
 def test_what_lies_elsewhere_is_not_read(machine: Machine) -> None:
-    """Neither other rows' padding nor what is behind the last token."""
-    case = build(150, bands=Bands((32, 16), None, 8, 2), heads=4, dim=64, batch=2, start=[0, 20])
-    case = case.on("cpu", torch.float16)
+    """Neither padding nor other rows nor other heads. Numbers behind a row's tokens have to be finite."""
+    case = build(
+        270,
+        bands=Bands((32, 16), None, 8, 2),
+        heads=4,
+        kv_heads=2,
+        dim=64,
+        batch=2,
+        start=[0, 20],
+        length=[270, 240],
+    ).on("cpu", torch.float16)
     out = call_of(case).attend()[0]
+    assert machine.programs
     for x in (case.q, case.k, case.v):
-        x[1, :, :20] = torch.randn_like(x[1, :, :20])
-    assert torch.equal(call_of(case).attend()[0], out)
+        x[1, :, :20] = torch.nan
+        x[1, :, 260:] = torch.nan if x is case.q else 1e4
+    padded = call_of(case).attend()[0]
+    assert torch.equal(padded, out)
+    assert not padded[1, :, :20].any()
+    assert not padded[1, :, 260:].any()
+    for x in (case.k, case.v):
+        x[0, 1], x[1, :] = torch.nan, torch.inf
+    alone = call_of(case).attend()[0]
+    assert torch.equal(alone[0, :2], out[0, :2])
+    assert alone[0, 2:].isnan().all()
+
+
+def test_a_step_that_would_reach_into_another_head_is_not_taken(machine: Machine) -> None:
+    case = build(200, bands=Bands((32, 16), None, 8, 2), heads=4, dim=64).on("cpu", torch.float16)
+    call_of(case).attend()
+    assert not machine.programs
 
 
 def test_few_rows_and_other_dims_have_the_other_kernel(machine: Machine) -> None:
