@@ -16,11 +16,13 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from triton import knobs
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime import driver
 
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 INT32 = 2**31
 """Integers from here on are 64 bits wide."""
 

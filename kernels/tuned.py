@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 import triton
@@ -315,6 +316,14 @@ def using(device: torch.device, row: Settings) -> Iterator[None]:
             del _by_device[device]
         else:
             _by_device[device] = before
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; a few for the interpreter."""
+    if device.type != "cuda":
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def settings_for(capability: tuple[int, int]) -> Settings:

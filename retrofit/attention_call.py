@@ -63,6 +63,13 @@ def call_of(
     """
     past = layer.get_seq_length() if layer is not None else 0
     slots = past + k.shape[2]
+    if mask is None and (layer is None or not layer.padded):
+        start = None if layer is None else layer.start
+        if start is None:
+            start = torch.zeros(q.shape[0], dtype=torch.int64, device=q.device)
+        if layer is not None:
+            layer.start = start
+        return AttentionCall(start, torch.full_like(start, slots), layer, padded=False)
     if mask is not None and mask.dim() == 4 and mask.shape[2] == 1 < q.shape[2]:
         mask = _as_padding(mask, q.shape[0])
     if mask is not None and mask.dim() != 2:

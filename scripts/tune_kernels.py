@@ -249,12 +249,17 @@ def operations(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Operation]:
 
 
 def printed(name: str, row: Settings) -> str:
-    """The row as Python; of heads that have the same tile only the widest is listed."""
+    """The row as Python; of heads that have the same tile only the widest is listed, where all have one."""
     lines = [f"{name} = Settings("]
     for field in fields(row):
         value = getattr(row, field.name)
         if not isinstance(value, Mapping):
-            lines.append(f"    {field.name}={_as_python(value) if isinstance(value, Tile) else repr(value)},")
+            lines.append(f"    {field.name}={value!r},")
+            continue
+        if field.name in ROLES:
+            lines.append(f"    {field.name}={{")
+            lines += [f"        {kind}: {_as_python(value[kind])}," for kind in value]
+            lines.append("    },")
             continue
         kinds = [(size, dim) for size, dim in sorted(value) if value.get((size, 2 * dim)) != value[size, dim]]
         lines += [f"    {field.name}=tiles(", "        {"]

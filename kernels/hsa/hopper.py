@@ -2,37 +2,30 @@
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
+from functools import lru_cache
 from math import prod
 from typing import Any
 
 from torch import Tensor
-from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from retrofit.kernels.hsa.triton_call import CALLS, Call, processors
-from retrofit.kernels.hsa.triton_execute import INTERPRETED
-from retrofit.kernels.hsa.triton_roles import SLAB, attend_by_roles
+from retrofit.kernels.descriptors import can_describe, described
+from retrofit.kernels.hsa.triton_call import CALLS, Call
+from retrofit.kernels.hsa.triton_roles import attend_by_roles
 from retrofit.kernels.hsa.triton_roles_gradients import query_gradients_by_roles
 from retrofit.kernels.hsa.triton_roles_keys import key_gradients_by_roles
 from retrofit.kernels.hsa.triton_roles_vote import vote_by_roles
-from retrofit.kernels.tuned import Tile
+from retrofit.kernels.launch import INTERPRETED
+from retrofit.kernels.roles import SLAB
+from retrofit.kernels.tuned import Tile, processors
 
-ALIGNED = 16
-"""Bytes that addresses are multiples of where blocks can be copied."""
-STEP = 32
-"""Bytes that strides are multiples of: 16 for copies, and 16 elements for Triton to read them as Gluon is told to."""
 GROUPS = 2
 """Groups of warps that attend, each to its rows of a tile."""
 
 
 def can_run(call: Call, tile: Tile | None, *inputs: Tensor) -> bool:
     """Whether a kernel whose warps have roles can do this call on these inputs, if that is its tile."""
-    if tile is None or INTERPRETED.value:
-        return False
-    steps = [step * call.bytes for x in inputs for step in x.stride()[:3]]
-    aligned = not any(x.data_ptr() % ALIGNED for x in inputs)
-    return aligned and min(steps) > 0 and not any(step % STEP for step in steps)
+    return tile is not None and not INTERPRETED.value and can_describe(*inputs)
 
 
 def attend_listed(
@@ -133,7 +126,7 @@ def vote(
     by_leaf = nodes[:, :, : leaves * size].view(call.rows, leaves, size, call.dim).transpose(1, 2)
     block = [1, size, g.fanout, SLAB.value]
     vote_by_roles[(min(end - first, processors(q.device)),)](
-        _blocks_of(q, call.heads_per_tile(tile.rows), g.query_block // 2), *_of_keys(call, k), _described(by_leaf, block),
+        _blocks_of(q, call.heads_per_tile(tile.rows), g.query_block // 2), *_of_keys(call, k), described(by_leaf, block),
         spreads, sinks, spans, votes, shift, todo, *spreads.stride()[:2],
         *call.extent, call.total_blocks, leaves, first, end, scale, g.spread,
         KEYS=tile.keys, **_constants(call, tile), **_voting(call),
@@ -164,21 +157,7 @@ def _of_keys(call: Call, *inputs: Tensor) -> list[TensorDescriptor]:
 
 
 def _blocks_of(x: Tensor, heads: int, tokens: int) -> TensorDescriptor:
-    return _described(x, [1, heads, tokens, SLAB.value])
-
-
-def _described(x: Tensor, block: list[int]) -> TensorDescriptor:
-    """``TensorDescriptor(x, …)`` without its checks, which take longer than a launch: ``can_run`` has made them."""
-    found = object.__new__(TensorDescriptor)
-    found.base, found.shape, found.strides = x, list(x.shape), list(x.stride())
-    found.block_shape, found.layout = block, _swizzled()
-    return found
-
-
-@cache
-def _swizzled() -> NVMMASharedLayout:
-    """How a block lies in shared memory."""
-    return NVMMASharedLayout(128, 16, 4)
+    return described(x, [1, heads, tokens, SLAB.value])
 
 
 @lru_cache(CALLS)

@@ -25,10 +25,10 @@ from retrofit.kernels.hsa import triton_execute as execute
 from retrofit.kernels.hsa import triton_select as select
 from retrofit.kernels.hsa.geometry import Geometry
 from retrofit.kernels.hsa.triton_backward import hsa_attention_backward
-from retrofit.kernels.hsa.triton_call import CALLS, Call, padded, power, processors
+from retrofit.kernels.hsa.triton_call import CALLS, Call, padded, power
 from retrofit.kernels.hsa.triton_choose import settle
 from retrofit.kernels.hsa.triton_vote import vote
-from retrofit.kernels.tuned import settings
+from retrofit.kernels.tuned import processors, settings
 
 __all__ = ["hsa_attention", "hsa_attention_backward", "unsupported"]
 

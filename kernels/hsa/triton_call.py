@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache, cached_property, lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -21,14 +21,6 @@ CALLS = 256
 def power(n: int) -> int:
     """The smallest power of two that is at least n."""
     return 1 << (n - 1).bit_length()
-
-
-@cache
-def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; a few for the interpreter."""
-    if device.type != "cuda":
-        return 2
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def padded(dim: int) -> int:

@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 
 from retrofit.kernels.hsa.geometry import FADE, RISE_BITS, UNUSED
-from retrofit.kernels.hsa.triton_execute import INTERPRETED, near_edges
+from retrofit.kernels.hsa.triton_execute import near_edges
 from retrofit.kernels.hsa.triton_select import covered_leaves, in_reach, row_range
 from retrofit.kernels.hsa.triton_vote import spans_kept
-from retrofit.kernels.launch import kernel
+from retrofit.kernels.launch import INTERPRETED, kernel
 
 WHOLE, NONE = tl.constexpr(FADE), tl.constexpr(UNUSED)
 SHIFT, RISES = tl.constexpr(RISE_BITS), tl.constexpr(2**RISE_BITS - 1)

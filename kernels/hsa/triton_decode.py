@@ -27,11 +27,12 @@ from retrofit.kernels.hsa.triton import (
     spread_strides,
     strides,
 )
-from retrofit.kernels.hsa.triton_call import CALLS, Call, padded, power, processors
+from retrofit.kernels.hsa.triton_call import CALLS, Call, padded, power
 from retrofit.kernels.hsa.triton_choose import settle
 from retrofit.kernels.hsa.triton_select import WHOLE
 from retrofit.kernels.hsa.triton_vote import vote_parts
 from retrofit.kernels.pyramid import triton as pyramid
+from retrofit.kernels.tuned import processors
 
 FEWEST_ROWS = 64
 """Queries times heads in a product, at least."""

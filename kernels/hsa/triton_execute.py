@@ -19,9 +19,7 @@ import triton
 import triton.language as tl
 
 from retrofit.kernels.hsa.triton_select import LOG2E, in_reach, row_range
-from retrofit.kernels.launch import kernel
-
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+from retrofit.kernels.launch import INTERPRETED, kernel
 
 
 @triton.jit

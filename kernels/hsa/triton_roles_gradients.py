@@ -14,24 +14,26 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 
 from retrofit.kernels.hsa.triton_roles import (
-    HALF,
-    LOG2E,
-    SLAB,
-    await_slot,
-    begin_scores,
-    begin_values,
     fetch,
-    finish,
-    half_tile,
-    release,
-    ring_of,
-    rows_at,
     tile_at,
     weigh_edge,
     weigh_listed,
     window_ends,
 )
 from retrofit.kernels.launch import Kernel
+from retrofit.kernels.roles import (
+    HALF,
+    LOG2E,
+    SLAB,
+    await_slot,
+    begin_scores,
+    begin_values,
+    finish,
+    half_tile,
+    release,
+    ring_of,
+    rows_at,
+)
 
 
 @gluon.jit

@@ -17,7 +17,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from retrofit.kernels.hsa.triton_roles import (
+from retrofit.kernels.launch import Kernel
+from retrofit.kernels.roles import (
     HALF,
     LOG2E,
     SLAB,
@@ -32,7 +33,6 @@ from retrofit.kernels.hsa.triton_roles import (
     release,
     ring_of,
 )
-from retrofit.kernels.launch import Kernel
 
 KEYS = HALF
 """Keys of a tile."""

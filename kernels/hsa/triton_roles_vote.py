@@ -17,7 +17,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from retrofit.kernels.hsa.triton_roles import (
+from retrofit.kernels.hsa.triton_roles import window_begins
+from retrofit.kernels.launch import Kernel
+from retrofit.kernels.roles import (
     HALF,
     LOG2E,
     SLAB,
@@ -25,19 +27,12 @@ from retrofit.kernels.hsa.triton_roles import (
     begin_scores,
     begin_slot,
     copy,
+    layout_of,
     matrices,
     reinterpreted,
     release,
     ring_of,
-    window_begins,
 )
-from retrofit.kernels.launch import Kernel
-
-
-@gluon.constexpr_function
-def layout_of(x):
-    """How a tensor is spread over threads."""
-    return x.type.layout
 
 
 @gluon.constexpr_function

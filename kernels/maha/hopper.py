@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retrofit.kernels.hsa.hopper import ALIGNED, STEP, _described
-from retrofit.kernels.hsa.triton_call import processors
-from retrofit.kernels.hsa.triton_execute import INTERPRETED
-from retrofit.kernels.hsa.triton_roles import SLAB
+from retrofit.kernels.descriptors import can_describe, described
+from retrofit.kernels.launch import INTERPRETED
 from retrofit.kernels.maha.triton_roles import RANGES, attend_by_roles
-from retrofit.kernels.tuned import Tile
+from retrofit.kernels.roles import SLAB
+from retrofit.kernels.tuned import Tile, processors
 
 MOST_BITS = 30
 """Of the tokens in a cell of the scale behind the last one."""
@@ -49,9 +48,7 @@ def can_run(
         return False
     if any(x.dtype != q.dtype for x in (k, v, *keys, *values)) or k.shape[:3].numel() >= 2**31:
         return False
-    steps = [step * q.element_size() for x in (q, k, v) for step in x.stride()[:3]]
-    aligned = not any(x.data_ptr() % ALIGNED for x in (q, k, v, *keys, *values))
-    return aligned and min(steps) > 0 and not any(step % STEP for step in steps)
+    return can_describe(q, k, v, *keys, *values)
 
 
 def attend(
@@ -79,7 +76,7 @@ def attend(
     cells = [joined(levels) if levels else x for levels, x in ((keys, k), (values, v))]
     tiles = blocks * programs
     attend_by_roles[(min(tiles, processors(q.device)),)](
-        _described(q, [1, heads, query_block, SLAB.value]), *(_described(x, block) for x in (k, v, *cells)),
+        described(q, [1, heads, query_block, SLAB.value]), *(described(x, block) for x in (k, v, *cells)),
         start, length, offsets, out, lse, k.shape[2], q.shape[2], blocks, tiles, scale,
         HEADS=heads, QUERY_BLOCK=query_block, **{name: sizes[name] for name in SHARED},
         KEYS=tile.keys, STAGES=tile.stages, num_warps=tile.warps,

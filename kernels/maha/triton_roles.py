@@ -23,7 +23,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from retrofit.kernels.hsa.triton_roles import (
+from retrofit.kernels.launch import Kernel
+from retrofit.kernels.roles import (
     HALF,
     LOG2E,
     SLAB,
@@ -35,13 +36,12 @@ from retrofit.kernels.hsa.triton_roles import (
     copy,
     finish,
     half_tile,
+    layout_of,
     partial_sums,
     release,
     ring_of,
     rows_at,
 )
-from retrofit.kernels.hsa.triton_roles_vote import layout_of
-from retrofit.kernels.launch import Kernel
 
 RANGES = gl.constexpr(32)
 """Lanes of the fetching warp, one for each range."""
