@@ -121,6 +121,17 @@ def leave(memory, value, HEADS: gl.constexpr, QUERY_BLOCK: gl.constexpr, WIDTH: 
 
 
 @gluon.jit
+def copy_cells(desc, desc_cells, ring, slot, level, b, h, token, row, SLABS: gl.constexpr):
+    """Copies the cells of a step to a slot of a ring: tokens, or rows of the cells of all other scales."""
+    for d in gl.static_range(SLABS):
+        memory, full = ring[0].index(slot * SLABS + d), ring[1].index(slot)
+        if level == 0:
+            copy(desc, [b, h, token, d * SLAB], full, memory)
+        else:
+            copy(desc_cells, [0, 0, row, d * SLAB], full, memory)
+
+
+@gluon.jit
 def fetch(
     desc_q, desc_k, desc_v, desc_keys, desc_values, start, length, queries, keys, values, words, levels, counts,
     slots, tokens, blocks, tiles,
@@ -175,29 +186,16 @@ def fetch(
                 slot = n % STAGES
                 # The last copy ends where the run does: what lies behind is nobody's, or another head's.
                 back = gl.minimum(gl.maximum(KEYS - left, 0), own_low)
+                token = first + own_low - back
                 begin_slot(keys, n, KEYS * DIM * 2, STAGES)
-                if level == 0:
-                    for d in gl.static_range(SLABS):
-                        at = [b, h, first + own_low - back, d * SLAB]
-                        copy(desc_k, at, keys[1].index(slot), keys[0].index(slot * SLABS + d))
-                else:
-                    for d in gl.static_range(SLABS):
-                        at = [0, 0, row - back, d * SLAB]
-                        copy(desc_keys, at, keys[1].index(slot), keys[0].index(slot * SLABS + d))
+                copy_cells(desc_k, desc_keys, keys, slot, level, b, h, token, row - back, SLABS)
                 seen = ones(to[None] + back - word[:, None])
                 seen = seen & ~ones(gl.maximum(from_, 0)[None] + back - word[:, None])
                 leave(words.index(slot), seen.to(gl.int32), HEADS, QUERY_BLOCK, WIDTH)
                 leave(levels.index(slot), (place * 0 + level)[None].to(gl.int32), HEADS, QUERY_BLOCK, WIDTH)
                 mbarrier.arrive(keys[1].index(slot))
                 begin_slot(values, n, KEYS * DIM * 2, STAGES)
-                if level == 0:
-                    for d in gl.static_range(SLABS):
-                        at = [b, h, first + own_low - back, d * SLAB]
-                        copy(desc_v, at, values[1].index(slot), values[0].index(slot * SLABS + d))
-                else:
-                    for d in gl.static_range(SLABS):
-                        at = [0, 0, row - back, d * SLAB]
-                        copy(desc_values, at, values[1].index(slot), values[0].index(slot * SLABS + d))
+                copy_cells(desc_v, desc_values, values, slot, level, b, h, token, row - back, SLABS)
                 own_low += KEYS
                 row += KEYS
                 from_ -= KEYS

@@ -433,7 +433,7 @@ def test_on_a_gpu_tapes_change_nothing(name: str, packed: bool, dense_until: int
         layers, call = (RetrofitLayer(), RetrofitLayer()), unpadded(q)
         out = target(q, k, v, unpadded(q, layers[0]))
         with pytest.MonkeyPatch.context() as patch:
-            for module in (hsa, maha):
+            for module in (hsa, maha, ops):
                 patch.setattr(module, "repeated", lambda function, tensors, about: function(*tensors))
             expected = target(q, k, v, unpadded(q, layers[1]))
         assert torch.equal(out, expected), seed
