@@ -430,7 +430,7 @@ def test_on_a_gpu_tapes_change_nothing(name: str, packed: bool, dense_until: int
         ).to("cuda", torch.bfloat16)
     for seed in range(5):
         q, k, v = (x.cuda() for x in inputs(9001, seed, packed))
-        layers, call = (RetrofitLayer(), RetrofitLayer()), unpadded(q)
+        layers = RetrofitLayer(), RetrofitLayer()
         out = target(q, k, v, unpadded(q, layers[0]))
         with pytest.MonkeyPatch.context() as patch:
             for module in (hsa, maha, ops):
@@ -439,7 +439,6 @@ def test_on_a_gpu_tapes_change_nothing(name: str, packed: bool, dense_until: int
         assert torch.equal(out, expected), seed
         for own, other in zip(*(tensors_of(layer.state) for layer in layers), strict=True):
             assert torch.equal(own, other), seed
-        assert call.start.shape == (1,)
     assert [type(x) for x in kept()] == [tape.Tape]
 
 
