@@ -180,7 +180,7 @@ class HSAAttention(TargetAttention):
 
     def _by_kernels(self, q: Tensor, v: Tensor) -> bool:
         """Whether Triton's kernels do all of it."""
-        if not q.is_cuda or self.config.pooling == "attention":
+        if not q.is_cuda or torch.compiler.is_compiling() or self.config.pooling == "attention":
             return False
         options = self.gate, self.causal, self.geometry, self.softcap
         return implementation_of(self.implementation, q, v, *options) == "triton"

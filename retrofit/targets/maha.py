@@ -181,8 +181,10 @@ class MAHAAttention(TargetAttention):
 
     def _by_kernels(self, q: Tensor, v: Tensor) -> bool:
         """Whether Triton's kernels do all of it."""
+        if not q.is_cuda or torch.compiler.is_compiling():
+            return False
         rules = self.config.aggregation, self.config.regularizer
-        return q.is_cuda and implementation_of(self.implementation, q, v, *rules) is not blocked
+        return implementation_of(self.implementation, q, v, *rules) is not blocked
 
     def _attend_to_scales(
         self,
