@@ -141,7 +141,8 @@ def _described(arguments: tuple[Any, ...]) -> tuple[Hashable, list[Any]]:
     """What a kernel is compiled for, and the arguments with addresses in place of tensors.
 
     It is compiled for a tensor's dtype and whether it is aligned, for the dtype and the blocks of a descriptor, whether an
-    integer is 1, a multiple of 16, and of how many bits. Where a tensor is counts too, so that Triton itself refuses those of another device.
+    integer is 1, a multiple of 16, and of how many bits. Where a tensor is counts too, so that Triton itself refuses those
+    of another device.
     """
     kinds: list[Hashable] = []
     values: list[Any] = []

@@ -42,8 +42,8 @@ class AttentionCall:
 
 def unpadded(k: Tensor, layer: RetrofitLayer | None = None) -> AttentionCall:
     """A call in which every row of the keys k [B, Hkv, N, D], the cached ones included, has all N slots."""
-    zero = torch.zeros(k.shape[0], dtype=torch.int64, device=k.device)
-    return AttentionCall(start=zero, length=zero + k.shape[2], layer=layer, padded=False)
+    start, length = to_start_length(None, k.shape[0], k.shape[2], k.shape[2], k.device)
+    return AttentionCall(start, length, layer, padded=False)
 
 
 def call_of(
@@ -64,12 +64,12 @@ def call_of(
     past = layer.get_seq_length() if layer is not None else 0
     slots = past + k.shape[2]
     if mask is None and (layer is None or not layer.padded):
-        start = None if layer is None else layer.start
-        if start is None:
-            start = torch.zeros(q.shape[0], dtype=torch.int64, device=q.device)
+        if layer is not None and layer.start is not None:
+            return AttentionCall(layer.start, torch.full_like(layer.start, slots), layer, padded=False)
+        start, length = to_start_length(None, q.shape[0], slots, q.shape[2], q.device)
         if layer is not None:
             layer.start = start
-        return AttentionCall(start, torch.full_like(start, slots), layer, padded=False)
+        return AttentionCall(start, length, layer, padded=False)
     if mask is not None and mask.dim() == 4 and mask.shape[2] == 1 < q.shape[2]:
         mask = _as_padding(mask, q.shape[0])
     if mask is not None and mask.dim() != 2:

@@ -23,8 +23,8 @@ GROUPS = 2
 """Groups of warps that attend, each to its rows of a tile."""
 
 
-def can_run(call: Call, tile: Tile | None, *inputs: Tensor) -> bool:
-    """Whether a kernel whose warps have roles can do this call on these inputs, if that is its tile."""
+def can_run(tile: Tile | None, *inputs: Tensor) -> bool:
+    """Whether a kernel whose warps have roles can do a call on these inputs, if that is its tile."""
     return tile is not None and not INTERPRETED.value and can_describe(*inputs)
 
 

@@ -130,7 +130,7 @@ def hsa_attention(
             call, q, k, nodes[0], spreads, sinks, start, length, spans, choices, todo, scale, fresh=fresh
         )
         limit = LARGEST_SUM[q.dtype]
-        if hopper.can_run(call, call.attend_by_roles, q, k, v):
+        if hopper.can_run(call.attend_by_roles, q, k, v):
             ordered, _shares, counts = lists
             hopper.attend_listed(call, q, k, v, sinks, ordered, counts, shift, todo, out, lse, scale, limit)
         else:
@@ -225,7 +225,7 @@ def _choose_leaves(
     votes = call.empty_votes(at_once, q.device)
     shift = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     lists = call.empty_lists(q.device)
-    by_roles = hopper.can_run(call, call.vote_by_roles, q, k, nodes)
+    by_roles = hopper.can_run(call.vote_by_roles, q, k, nodes)
     for first in range(0, tiles, at_once):
         end = min(first + at_once, tiles)
         if by_roles and spreads is not None:

@@ -80,7 +80,7 @@ def hsa_attention_backward(
     delta = make(lse)
     lists = call.list_blocks(start, length, spans, choices)
     blocks = call.blocks
-    if not call.is_dense and hopper.can_run(call, call.query_gradients_by_roles, q, k, v, grad):
+    if not call.is_dense and hopper.can_run(call.query_gradients_by_roles, q, k, v, grad):
         ordered, _shares, counts = lists
         hopper.query_gradients(call, q, k, v, out, grad, lse, ordered, counts, grad_q, delta, scale)
         blocks = call.dense_blocks
@@ -95,7 +95,7 @@ def hsa_attention_backward(
             **call.options(tile),
         )  # fmt: skip
 
-    can_run = hopper.can_run(call, call.key_gradients_by_roles, q, k, v, grad)
+    can_run = hopper.can_run(call.key_gradients_by_roles, q, k, v, grad)
     by_roles = call.key_gradients_by_roles if can_run else None
     tile = by_roles or call.tile(call.settings.key_gradients)
     leaves = min(4 if geometry.query_block <= 128 else 2, geometry.fanout)  # what an entry has bits for

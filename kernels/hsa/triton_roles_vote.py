@@ -230,14 +230,6 @@ def weigh(top, total, s, factor):
 
 
 @gluon.jit
-def finish(s, ring, n, STAGES: gl.constexpr):
-    """The scores of place n of the ring, whose slot is free then."""
-    s = hopper.warpgroup_mma_wait(0, deps=[s])
-    release(ring, n, STAGES)
-    return s
-
-
-@gluon.jit
 def cast(
     s, apart, second, near, held, index, used, factor,
     FANOUT: gl.constexpr, PER_LEAF: gl.constexpr, BEAM: gl.constexpr, PLACES: gl.constexpr, LOW: gl.constexpr,
@@ -272,7 +264,9 @@ def taken(
     """(the scores of place n, the spreads [KEYS] of their columns), whose slot is free then."""
     found = apart.index(n % STAGES).load(LAYOUT)
     found = gl.convert_layout(gl.reshape(gl.permute(found, (0, 2, 1)), [KEYS]), COLUMNS)
-    return finish(s, ring, n, STAGES), found
+    s = hopper.warpgroup_mma_wait(0, deps=[s])
+    release(ring, n, STAGES)
+    return s, found
 
 
 @gluon.jit

@@ -98,13 +98,6 @@ def span_at(kept, index, used, edge):
 
 
 @triton.jit
-def node_rows(span, leaf, node, leaves, FANOUT: tl.constexpr, PER_LEAF: tl.constexpr):
-    """Rows of the nodes of spans' leaves. Leaves that are not complete are nobody's candidates; the last one stands for
-    them."""
-    return tl.minimum(span * FANOUT + leaf % FANOUT, leaves - 1) * PER_LEAF + node
-
-
-@triton.jit
 def vote_spans(
     q, k, nodes, spreads, sinks, shift, kept, held, b, h, t0, begin_place, low, high, offset, begin, from_pair, to_pair,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_nb, stride_nh, stride_sb, stride_sh,

@@ -100,4 +100,4 @@ def _adjoin(levels: Sequence[Tensor]) -> bool:
         if x.storage_offset() != at or not x.is_contiguous():
             return False
         at += x.numel()
-    return len({x.untyped_storage()._cdata for x in levels}) == 1
+    return len({x.untyped_storage().data_ptr() for x in levels}) == 1

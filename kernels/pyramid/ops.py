@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -28,11 +29,13 @@ def extend_pyramid(
     weights: Sequence[Tensor | None],
 ) -> list[Tensor]:
     """As :func:`retrofit.kernels.pyramid.blocked.extend_pyramid`."""
+    result: list[Tensor]
     if not torch.compiler.is_exporting():
-        return _pyramid(
+        result = _implementation(x, pooling, weights).extend_pyramid(
             x, levels, start, new=new, ratios=ratios, offset=offset, pooling=pooling, weights=weights
         )
-    result: list[Tensor] = _extend_pyramid(
+        return result
+    result = _extend_pyramid(
         x,
         x[:, :, x.shape[2] - new :],
         start,
@@ -50,10 +53,12 @@ def extend_spreads(
 ) -> Tensor:
     """As :func:`retrofit.kernels.pyramid.blocked.extend_spreads`."""
     options = {"ratio": ratio, "offset": offset}
+    found: Tensor
     if torch.compiler.is_exporting():
-        found: Tensor = _extend_spreads(x, x[:, :, x.shape[2] - new :], cells, spreads, start, **options)
+        found = _extend_spreads(x, x[:, :, x.shape[2] - new :], cells, spreads, start, **options)
         return found
-    return _spreads(x, cells, spreads, start, new=new, **options)
+    found = _implementation(x, "mean", [cells]).extend_spreads(x, cells, spreads, start, new=new, **options)
+    return found
 
 
 def build_with_spreads(
@@ -70,49 +75,23 @@ def build_with_spreads(
     Returns:
         What ``extend_pyramid`` and ``extend_spreads`` do; None where only these two can do it.
     """
-    if torch.compiler.is_exporting() or not _on_gpu(x):
+    kernels = _implementation(x, pooling, weights)
+    if torch.compiler.is_exporting() or kernels is blocked:
         return None
-    from retrofit.kernels.pyramid import triton as kernels
-
-    if kernels.unsupported(x, pooling, weights) is not None:
-        return None
-    return kernels.build_with_spreads(
+    built: tuple[list[Tensor], Tensor] = kernels.build_with_spreads(
         x, start, ratios=ratios, offset=offset, pooling=pooling, weights=weights
     )
+    return built
 
 
-def _pyramid(
-    x: Tensor,
-    levels: Sequence[Tensor] | None,
-    start: Tensor,
-    *,
-    new: int,
-    ratios: Sequence[int],
-    offset: int,
-    pooling: str,
-    weights: Sequence[Tensor | None],
-) -> list[Tensor]:
-    """``extend_pyramid`` by what does it on this device."""
-    extend = blocked.extend_pyramid
+def _implementation(x: Tensor, pooling: str, weights: Sequence[Tensor | None]) -> ModuleType:
+    """The module that pools ``x`` so: that of the kernels where they can do it, and else ``blocked``."""
     if _on_gpu(x):
         from retrofit.kernels.pyramid import triton as kernels
 
         if kernels.unsupported(x, pooling, weights) is None:
-            extend = kernels.extend_pyramid
-    return extend(x, levels, start, new=new, ratios=ratios, offset=offset, pooling=pooling, weights=weights)
-
-
-def _spreads(
-    x: Tensor, cells: Tensor, spreads: Tensor | None, start: Tensor, *, new: int, ratio: int, offset: int
-) -> Tensor:
-    """``extend_spreads`` by what does it on this device."""
-    extend = blocked.extend_spreads
-    if _on_gpu(x):
-        from retrofit.kernels.pyramid import triton as kernels
-
-        if kernels.unsupported(x, "mean", [cells]) is None:
-            extend = kernels.extend_spreads
-    return extend(x, cells, spreads, start, new=new, ratio=ratio, offset=offset)
+            return kernels
+    return blocked
 
 
 def _apart(x: Tensor) -> Tensor:
@@ -138,7 +117,8 @@ def _extend_pyramid(
     pooling: str,
 ) -> list[Tensor]:
     """The levels of ``x``, of which ``recent`` [B, H, new, D] are the last tokens; empty lists stand for None."""
-    found = _pyramid(
+    taps: list[Tensor | None] = [*weights] or [None] * len(ratios)
+    found = _implementation(x, pooling, taps).extend_pyramid(
         x,
         levels or None,
         start,
@@ -146,7 +126,7 @@ def _extend_pyramid(
         ratios=ratios,
         offset=offset,
         pooling=pooling,
-        weights=list(weights) or [None] * len(ratios),
+        weights=taps,
     )
     return [_apart(level) for level in found]
 
@@ -182,7 +162,8 @@ def _extend_spreads(
     offset: int,
 ) -> Tensor:
     """The spreads of ``cells``, of which ``recent`` [B, H, new, D] are the last tokens."""
-    found = _spreads(x, cells, spreads, start, new=recent.shape[2], ratio=ratio, offset=offset)
+    new, kernels = recent.shape[2], _implementation(x, "mean", [cells])
+    found: Tensor = kernels.extend_spreads(x, cells, spreads, start, new=new, ratio=ratio, offset=offset)
     return found.contiguous()
 
 

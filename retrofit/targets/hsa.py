@@ -126,7 +126,7 @@ class HSAAttention(TargetAttention):
         else:
             state = state.narrowed(k.shape[2] - new)
         attend = partial(self._attend, new=new, state=state, padded=call.padded)
-        tensors = q, k, v, call.start, call.length, self.rules(call).sinks
+        tensors = q, k, v, call.start, call.length, call.sinks
         if state is None and self._by_kernels(q, v):
             out, known = repeated(attend, (*tensors, *self.key_pooling), ("hsa", *self._about(call)))
         else:
@@ -207,7 +207,7 @@ class HSAAttention(TargetAttention):
         if torch.compiler.is_compiling() or self.config.pooling == "attention":
             return False
         if torch.is_grad_enabled() and any(
-            x is not None and x.requires_grad for x in (q, k, v, self.rules(call).sinks, *self.key_pooling)
+            x is not None and x.requires_grad for x in (q, k, v, call.sinks, *self.key_pooling)
         ):
             return False
         return can_decode(
@@ -227,7 +227,7 @@ class HSAAttention(TargetAttention):
         keys, values = call.layer.room if not call.padded else (k, v)
         state = call.layer.state = state.with_room(call.layer.room[0])
         kept = *state.nodes, state.spreads, state.spans, state.choices
-        tensors = q, keys, values, call.start, call.length, self.rules(call).sinks
+        tensors = q, keys, values, call.start, call.length, call.sinks
         decode = partial(self._attend_in_place, state=state, padded=call.padded)
         about = "hsa, decoding", *self._about(call)
         out: Tensor = repeated(decode, (*tensors, *kept, *self.key_pooling), about)

@@ -244,7 +244,7 @@ def test_roles_on_a_gpu_change_a_rounding_at_most(
         pytest.skip("is for Hopper")
     for varied in (case, replace(case, **by_token), outweighed(case)):
         call = Call.of(varied.q, varied.k, varied.v, varied.geometry, sliding_window=0, padded=False)
-        assert hopper.can_run(call, call.attend_by_roles, varied.q, varied.k, varied.v)
+        assert hopper.can_run(call.attend_by_roles, varied.q, varied.k, varied.v)
         found = []
         for row in (own, replace(own, attend_by_roles=None)):
             with tuned.using(case.q.device, row):
