@@ -14,6 +14,9 @@ from retrofit.errors import ConfigError
 POOLINGS = ("mean", "max", "attention", "learned")
 AGGREGATIONS = ("convex", "nash")
 REGULARIZERS = ("entropy", "euclidean")
+SMALLEST_QUERY_BLOCK, LARGEST_QUERY_BLOCK = 32, 128
+"""Of sites whose configuration leaves it to the heads. Larger ones execute more keys, of smaller ones fewer rows share
+each key."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +41,12 @@ class HSAConfig:
         fanout: Spans of level j hold ``block * fanout**j`` tokens.
         nodes_per_span: Nodes by which a coarse span is scored.
         beam: Spans kept at each coarse step.
-        query_block: Consecutive queries that share the coarse steps and the executed leaves.
+        query_block: Consecutive queries that share the coarse steps and the executed leaves. None means as many as
+            make up 128 rows with the query heads of a kv head, between 32 and 128: those that a GPU multiplies at once.
         pooling: How a level is pooled from the one below: ``mean``, ``max``, ``attention`` or ``learned``.
         summaries: Whether what is not executed takes part as gated summaries.
-        dense_until: Queries at positions before it attend densely; a multiple of ``query_block``.
-            None means ``sink + window + budget``.
+        dense_until: Queries at positions before it attend densely; a multiple of ``query_block``, of 128 where that is
+            None. None means ``sink + window + budget``.
         threshold: A query selects the leaves of which a token is estimated to weigh at least this much of what
             sinks and window weigh together, for some head of the group; 0 selects by ``budget`` alone. In float32
             leaves that weigh about as much as the best one for which the budget has no room count in part.
@@ -63,7 +67,7 @@ class HSAConfig:
     fanout: int = 8
     nodes_per_span: int = 16
     beam: int = 31
-    query_block: int = 32
+    query_block: int | None = None
     pooling: str = "mean"
     summaries: bool = False
     dense_until: int | None = None
@@ -75,7 +79,7 @@ class HSAConfig:
         for name in ("threshold", "spread"):
             if not 0 <= (value := getattr(self, name)) < float("inf"):
                 raise ConfigError(f"{name} must be a number of at least 0, got {value}")
-        for name in ("window", "budget", "block", "node", "nodes_per_span", "beam", "query_block"):
+        for name in ("window", "budget", "block", "node", "nodes_per_span", "beam"):
             at_least(self, name, 1)
         at_least(self, "sink", 0)
         at_least(self, "fanout", 2)
@@ -89,13 +93,25 @@ class HSAConfig:
                 f"node={self.node}, got {self.nodes_per_span}"
             )
         one_of(self, "pooling", POOLINGS)
-        if self.query_block > 255:
-            raise ConfigError(f"query_block must be at most 255, got {self.query_block}")
-        if self.dense_until is not None and (self.dense_until < 0 or self.dense_until % self.query_block):
+        if self.query_block is not None and not 1 <= self.query_block <= 255:
+            raise ConfigError(f"query_block must be between 1 and 255, got {self.query_block}")
+        step = self.largest_query_block
+        if self.dense_until is not None and (self.dense_until < 0 or self.dense_until % step):
             raise ConfigError(
-                f"dense_until must be a multiple of query_block={self.query_block} and at least 0, "
-                f"got {self.dense_until}"
+                f"dense_until must be a multiple of query_block={step} and at least 0, got {self.dense_until}"
             )
+
+    @property
+    def largest_query_block(self) -> int:
+        """``query_block``, or the largest that a site may have where that is None."""
+        return self.query_block or LARGEST_QUERY_BLOCK
+
+    def query_block_of(self, group: int) -> int:
+        """``query_block`` of a site that has so many query heads to a kv head."""
+        if self.query_block is not None:
+            return self.query_block
+        queries = max(LARGEST_QUERY_BLOCK // group, SMALLEST_QUERY_BLOCK)
+        return 1 << queries.bit_length() - 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -194,7 +194,7 @@ def neighbours(value: Value) -> Iterator[Value]:
 
 def operations(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Operation]:
     """What the kernels are timed in, with the default sizes of HSA and MAHA, on one row."""
-    g, bands = geometry_of(HSAConfig()), bands_of(MAHAConfig())
+    g, bands = geometry_of(HSAConfig(), q.shape[1] // k.shape[1]), bands_of(MAHAConfig())
     tokens, scale = q.shape[2], q.shape[3] ** -0.5
     start = torch.zeros(1, dtype=torch.int64, device=q.device)
     length = start + tokens

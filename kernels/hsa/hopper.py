@@ -44,12 +44,12 @@ def attend_listed(
     limit: float,
 ) -> None:
     """Writes ``out`` and ``lse`` of all sparse tiles; arguments are those of ``attend_by_roles``."""
-    tile = _known(call.attend_by_roles)
+    tile, queries = _known(call.attend_by_roles), call.geometry.query_block
     tiles = prod(call.tiles)
     attend_by_roles[(min(tiles, processors(q.device)),)](
-        *_of_queries(call, tile, q), *_of_keys(call, k, v),
+        *_of_queries(call, tile, queries, q), *_of_keys(call, k, v),
         sinks, ordered, counts, shift, todo, out, lse, *call.extent, tiles, scale, limit,
-        LIST=call.list_width, KEYS=tile.keys, **_constants(call, tile),
+        LIST=call.list_width, KEYS=tile.keys, **_constants(call, tile, queries),
     )  # fmt: skip
 
 
@@ -68,12 +68,12 @@ def query_gradients(
     scale: float,
 ) -> None:
     """Writes ``grad_q`` and ``delta`` of all sparse tiles; arguments are those of ``query_gradients_by_roles``."""
-    tile = _known(call.query_gradients_by_roles)
+    tile, queries = _known(call.query_gradients_by_roles), call.geometry.query_block
     tiles = prod(call.tiles)
     query_gradients_by_roles[(min(tiles, processors(q.device)),)](
-        *_of_queries(call, tile, q, grad), *_of_keys(call, k, v), ordered, counts, lse, out, delta, grad_q,
+        *_of_queries(call, tile, queries, q, grad), *_of_keys(call, k, v), ordered, counts, lse, out, delta, grad_q,
         *out.stride()[:3], *grad_q.stride()[:3], *call.extent, tiles, scale,
-        LIST=call.list_width, KEYS=tile.keys, **_constants(call, tile),
+        LIST=call.list_width, KEYS=tile.keys, **_constants(call, tile, queries),
     )  # fmt: skip
 
 
@@ -95,12 +95,12 @@ def key_gradients(
 ) -> None:
     """Writes ``grad_k`` and ``grad_v``, or parts of them; arguments are those of ``key_gradients_by_roles``, ``lists`` its
     entries and all about them."""
-    tile = _known(call.key_gradients_by_roles)
+    tile, queries = _known(call.key_gradients_by_roles), call.queries_of_entry
     all_tiles, all_parts = call.rows * tiles, held.shape[0]
     key_gradients_by_roles[(all_parts + all_tiles,)](
-        *_of_queries(call, tile, q, grad), *_of_keys(call, k, v), lse, delta, *lists, grad_k, grad_v, held,
+        *_of_queries(call, tile, queries, q, grad), *_of_keys(call, k, v), lse, delta, *lists, grad_k, grad_v, held,
         *grad_k.stride()[:3], *grad_v.stride()[:3], call.slots, call.tokens, tiles, chunks, all_tiles, all_parts, scale,
-        **_constants(call, tile),
+        TWICE=tile.registers is not None, **_constants(call, tile, queries),
     )  # fmt: skip
 
 
@@ -129,7 +129,7 @@ def vote(
         _blocks_of(q, call.heads_per_tile(tile.rows), g.query_block // 2), *_of_keys(call, k), described(by_leaf, block),
         spreads, sinks, spans, votes, shift, todo, *spreads.stride()[:2],
         *call.extent, call.total_blocks, leaves, first, end, scale, g.spread,
-        KEYS=tile.keys, **_constants(call, tile), **_voting(call),
+        KEYS=tile.keys, **_constants(call, tile, g.query_block), **_voting(call),
     )  # fmt: skip
 
 
@@ -146,9 +146,9 @@ def _known(tile: Tile | None) -> Tile:
     return tile
 
 
-def _of_queries(call: Call, tile: Tile, *inputs: Tensor) -> list[TensorDescriptor]:
-    """Describes [B, Hq, T, D] by tiles."""
-    return [_blocks_of(x, call.heads_per_tile(tile.rows), call.geometry.query_block) for x in inputs]
+def _of_queries(call: Call, tile: Tile, queries: int, *inputs: Tensor) -> list[TensorDescriptor]:
+    """Describes [B, Hq, T, D] by tiles of so many queries."""
+    return [_blocks_of(x, call.heads_per_tile(tile.rows, queries), queries) for x in inputs]
 
 
 def _of_keys(call: Call, *inputs: Tensor) -> list[TensorDescriptor]:
@@ -161,14 +161,15 @@ def _blocks_of(x: Tensor, heads: int, tokens: int) -> TensorDescriptor:
 
 
 @lru_cache(CALLS)
-def _constants(call: Call, tile: Tile) -> dict[str, Any]:
-    """Constants of all these kernels."""
+def _constants(call: Call, tile: Tile, queries: int) -> dict[str, Any]:
+    """Constants of all these kernels, of tiles of so many queries."""
     shared = {name: value for name, value in call.shared.items() if name != "LAYOUT"}
     return {
         **shared,
         "GROUP": call.group,
-        "HEADS": call.heads_per_tile(tile.rows),
+        "HEADS": call.heads_per_tile(tile.rows, queries),
+        "QUERY_BLOCK": queries,
         "DIM": call.dim,
         "STAGES": tile.stages,
-        "num_warps": tile.warps,
+        **{name: value for name, value in tile.options(tile.rows).items() if name != "num_stages"},
     }

@@ -98,12 +98,12 @@ def hsa_attention_backward(
     can_run = hopper.can_run(call.key_gradients_by_roles, q, k, v, grad)
     by_roles = call.key_gradients_by_roles if can_run else None
     tile = by_roles or call.tile(call.settings.key_gradients)
-    leaves = min(4 if geometry.query_block <= 128 else 2, geometry.fanout)  # what an entry has bits for
+    leaves, queries = min(4, geometry.fanout), call.queries_of_entry  # an entry has bits for 4 leaves
     keys = max(geometry.block, min(tile.keys, leaves * geometry.block))
     whole = call.votes.parts == FADE
     tiles = -(-geometry.sink // keys) + -(-max(0, call.slots - geometry.sink) // keys)
     entries, ends, steps = _entries(call, keys, tiles, start, length, spans, choices, whole=whole)
-    parts, part_ends, owners, size = _parts(steps, 4 * call.blocks)
+    parts, part_ends, owners, size = _parts(steps, 4 * call.blocks * (geometry.query_block // queries))
     inverted = (entries, ends, steps, parts, part_ends, owners, size)
     held = torch.empty(owners.shape[0], keys, call.dim + call.value_dim, dtype=torch.float32, device=q.device)
     if by_roles:
@@ -114,8 +114,9 @@ def hsa_attention_backward(
         gradients.key_gradients[(owners.shape[0] + steps.shape[0],)](
             q, k, v, grad, lse, delta, start, length, *inverted, grad_k, grad_v, held,
             *_strides(q, k, v, grad, grad_k, grad_v), *call.extent, tiles, CHUNKS, steps.shape[0], owners.shape[0], scale,
-            GROUP=call.group, HEADS=call.heads_per_tile(tile.rows), KEYS=keys, WHOLE_LEAVES=whole,
-            **call.product, **call.values, **call.shared, **call.reach, **call.options(tile),
+            GROUP=call.group, HEADS=call.heads_per_tile(tile.rows, queries), KEYS=keys, WHOLE_LEAVES=whole,
+            **call.product, **call.values, **{**call.shared, "QUERY_BLOCK": queries}, **call.reach,
+            **call.options(tile, queries),
         )  # fmt: skip
     gradients.join_gradients[(steps.shape[0],)](
         held, start, length, parts, part_ends, grad_k, grad_v, *_strides(grad_k, grad_v), tiles,
@@ -148,7 +149,8 @@ def _entries(
     g, device = call.geometry, choices.device
     leaves = keys // g.block
     per_chunk = -(-call.blocks // CHUNKS)
-    constants = {**call.shared, **call.leaves, "LEAVES": leaves, "WHOLE_LEAVES": whole}
+    queries = call.queries_of_entry
+    constants = {**call.shared, **call.leaves, "LEAVES": leaves, "WHOLE_LEAVES": whole, "QUERIES": queries}
     extent = (*call.extent, call.total_blocks, tiles, CHUNKS, per_chunk)
     counts = torch.zeros(call.rows, tiles, CHUNKS, dtype=torch.int32, device=device)
     room = (call.rows, call.blocks, constants["WIDTH_PAD"]) if whole else (0,)
@@ -158,7 +160,9 @@ def _entries(
     )
     ends = counts.flatten().cumsum(0)
     places = ends - counts.flatten()
-    most = min(g.choices, constants["WIDTH_PAD"] // leaves) if whole else g.choices
+    most = g.choices
+    if whole:
+        most = min(most, constants["WIDTH_PAD"] // leaves) * (g.query_block // queries)
     entries = torch.empty(call.rows * call.blocks * most, dtype=torch.int64, device=device)
     inverse.write_entries[(CHUNKS, call.rows)](
         start, length, spans, choices, choosers, places, entries, *extent, **constants, num_warps=1
@@ -172,7 +176,7 @@ def _entries(
         *call.extent,
         tiles,
         CHUNKS,
-        **call.shared,
+        **{**call.shared, "QUERY_BLOCK": queries},
         KEYS=keys,
         TILE=128,
         num_warps=4,

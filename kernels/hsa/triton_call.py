@@ -126,12 +126,15 @@ class Call:
     @cached_property
     def key_gradients_by_roles(self) -> Tile | None:
         """As ``attend_by_roles``."""
-        tile, g = self._by_roles(self.settings.key_gradients_by_roles, rows=64), self.geometry
+        if self.votes.parts != FADE:
+            return None
+        tile, g = (
+            self._by_roles(self.settings.key_gradients_by_roles, 64, self.queries_of_entry),
+            self.geometry,
+        )
         if tile is None or self.dim != self.value_dim:
             return None
-        leaves = tile.keys // g.block  # whose rows an entry has bits for
-        fits = leaves <= min(4, g.fanout) and g.query_block < 1 << 32 // leaves
-        return tile if fits and self.votes.parts == FADE else None
+        return tile if tile.keys <= min(4, g.fanout) * g.block else None  # an entry has bits for 4 leaves
 
     @cached_property
     def vote_by_roles(self) -> Tile | None:
@@ -154,8 +157,8 @@ class Call:
         alike = self.heads_per_tile(tile.rows) == self.heads_per_tile(self.tile(self.settings.attend).rows)
         return tile if alike else None
 
-    def _by_roles(self, tiles: Tiles | None, rows: int = 128) -> Tile | None:
-        """The tile for these heads, of so many rows, if it fits."""
+    def _by_roles(self, tiles: Tiles | None, rows: int = 128, queries: int | None = None) -> Tile | None:
+        """The tile for these heads, of so many rows, if it fits; for so many queries of a block, all by default."""
         tile = (tiles or {}).get((self.bytes, self.dim))
         if tile is None or self.dim not in (64, 128) or self.layout != WHOLE.value or self.sliding_window:
             return None
@@ -165,7 +168,8 @@ class Call:
             or self.geometry.block < 16
         ):
             return None
-        return tile if self.heads_per_tile(tile.rows) * self.geometry.query_block == tile.rows else None
+        queries = queries or self.geometry.query_block
+        return tile if self.heads_per_tile(tile.rows, queries) * queries == tile.rows else None
 
     @cached_property
     def votes(self) -> Votes:
@@ -249,13 +253,20 @@ class Call:
         """The tile of a kernel that reads keys and values."""
         return tiles[self.bytes, padded(max(self.dim, self.value_dim))]
 
-    def options(self, tile: Tile) -> dict[str, int]:
-        """What the compiler is told of a kernel whose tiles are of query blocks."""
-        return tile.options(self.heads_per_tile(tile.rows) * self.geometry.query_block)
+    def options(self, tile: Tile, queries: int | None = None) -> dict[str, int]:
+        """What the compiler is told of a kernel whose tiles are of so many queries, those of a block by default."""
+        queries = queries or self.geometry.query_block
+        return tile.options(self.heads_per_tile(tile.rows, queries) * queries)
 
-    def heads_per_tile(self, rows: int) -> int:
-        """Heads of a group in a tile of about so many rows."""
-        return max(1, min(power(self.group), rows // self.geometry.query_block))
+    def heads_per_tile(self, rows: int, queries: int | None = None) -> int:
+        """Heads of a group in a tile of about so many rows; of so many queries, those of a block by default."""
+        return max(1, min(power(self.group), rows // (queries or self.geometry.query_block)))
+
+    @cached_property
+    def queries_of_entry(self) -> int:
+        """Queries of an entry of the backward pass, as ``triton_inverse`` says."""
+        size = self.geometry.query_block
+        return min(size, 64) if self.votes.parts == FADE else size
 
     @cached_property
     def list_width(self) -> int:

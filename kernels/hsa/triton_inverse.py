@@ -12,9 +12,10 @@ blocks; their choices of leaves in it are its entries, in ascending order:
     count_steps     near blocks and entries     →  steps of each tile
     split_tiles     steps                       →  parts of each tile, of so many steps
 
-Where leaves are chosen whole, a block has one entry in a tile: block · 2³² + the rows that chose its leaves, one after
-another in 32 / LEAVES bits each, all of which are ones for a leaf that none has chosen. ``choosers`` has these rows by
-candidate. Where leaves fade in, each choice is an entry, block · 2³² + leaf of the tile · 2²⁴ + rise · 2⁸ + row.
+Where leaves are chosen whole, an entry stands for QUERIES of a block, number · 2³² + the rows from which on they see the
+tile's leaves, one after another in 32 / LEAVES bits each, all of which are ones for a leaf that none sees; numbers count
+blocks of QUERIES. ``choosers`` has the rows that chose each candidate. Where leaves fade in, each choice is an entry, block
+· 2³² + leaf of the tile · 2²⁴ + rise · 2⁸ + row. Near blocks are of as many queries as entries.
 
 One program writes a chunk, block after block, and counts which of a tile's entries comes first, so the order never
 depends on timing.
@@ -82,19 +83,22 @@ def write_choosers(
 
 @triton.jit
 def whole_entries(
-    kept, choosers, number,
+    kept, choosers, number, part,
     WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr, FANOUT: tl.constexpr, BEAM: tl.constexpr,
-    QUERY_BLOCK: tl.constexpr, WIDTH_PAD: tl.constexpr, LEAVES: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr, WIDTH_PAD: tl.constexpr, LEAVES: tl.constexpr, QUERIES: tl.constexpr,
 ):  # fmt: skip
-    """(whether it is one, tile, entry) for LEAVES candidates at a time of a block; no two are of one tile."""
+    """(whether it is one, tile, entry) for LEAVES candidates at a time of QUERIES of a block, the part-th ones; no two are
+    of one tile."""
     SINKS: tl.constexpr = (SINK + LEAVES * BLOCK - 1) // (LEAVES * BLOCK)
     BITS: tl.constexpr = 32 // LEAVES
     candidate = tl.arange(0, WIDTH_PAD // LEAVES) * LEAVES
     leaf = tl.arange(0, LEAVES)
     row = tl.load(choosers + candidate[:, None] + leaf[None]).to(tl.int64)
+    row = tl.where((row >= 0) & (row < (part + 1) * QUERIES), tl.maximum(row - part * QUERIES, 0), -1)
     rows = tl.sum((row & ((1 << BITS) - 1)) << BITS * leaf[None], 1)
     first = chosen_leaf(kept, candidate, number * QUERY_BLOCK, WINDOW, SINK, BLOCK, FANOUT, BEAM)
-    return tl.max(row, 1) >= 0, SINKS + first // LEAVES, (number.to(tl.int64) << 32) + rows
+    own = number.to(tl.int64) * (QUERY_BLOCK // QUERIES) + part
+    return tl.max(row, 1) >= 0, SINKS + first // LEAVES, (own << 32) + rows
 
 
 @triton.jit
@@ -120,7 +124,7 @@ def count_entries(
     KV_HEADS: tl.constexpr, WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr,
     FANOUT: tl.constexpr, BEAM: tl.constexpr, QUERY_BLOCK: tl.constexpr, DENSE_END: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, CHOICES: tl.constexpr, LEAVES: tl.constexpr,
-    WHOLE_LEAVES: tl.constexpr, LAYOUT: tl.constexpr,
+    WHOLE_LEAVES: tl.constexpr, QUERIES: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Adds to ``counts`` [B·Hkv, tiles, chunks], and writes ``choosers`` [B·Hkv, blocks, WIDTH_PAD] if leaves are whole."""
     i = tl.program_id(0)
@@ -134,11 +138,12 @@ def count_entries(
         if WHOLE_LEAVES:
             own = choosers + (bh * blocks + i) * WIDTH_PAD
             write_choosers(own, choices + at * CHOICES, QUERY_BLOCK, WIDTH, WIDTH_PAD, CHOICES)
-            known, tile, _entry = whole_entries(
-                spans + at * BEAM, own, number,
-                WINDOW, SINK, BLOCK, FANOUT, BEAM, QUERY_BLOCK, WIDTH_PAD, LEAVES,
-            )  # fmt: skip
-            tl.atomic_add(to + tile.to(tl.int64) * chunks, 1, mask=known, sem="relaxed")
+            for part in tl.static_range(QUERY_BLOCK // QUERIES):
+                known, tile, _entry = whole_entries(
+                    spans + at * BEAM, own, number, part,
+                    WINDOW, SINK, BLOCK, FANOUT, BEAM, QUERY_BLOCK, WIDTH_PAD, LEAVES, QUERIES,
+                )  # fmt: skip
+                tl.atomic_add(to + tile.to(tl.int64) * chunks, 1, mask=known, sem="relaxed")
         else:
             n, more = i * 0, i * 0 + 1
             while more > 0:
@@ -158,7 +163,7 @@ def write_entries(
     KV_HEADS: tl.constexpr, WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr,
     FANOUT: tl.constexpr, BEAM: tl.constexpr, QUERY_BLOCK: tl.constexpr, DENSE_END: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, CHOICES: tl.constexpr, LEAVES: tl.constexpr,
-    WHOLE_LEAVES: tl.constexpr, LAYOUT: tl.constexpr,
+    WHOLE_LEAVES: tl.constexpr, QUERIES: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Writes ``entries`` from ``places`` [B·Hkv, tiles, chunks] on, which moves on with them."""
     chunk = tl.program_id(0)
@@ -170,15 +175,16 @@ def write_entries(
         if (t0 + QUERY_BLOCK > DENSE_END) & (t0 < high):
             at = bh * total_blocks + number
             if WHOLE_LEAVES:
-                known, tile, entry = whole_entries(
-                    spans + at * BEAM, choosers + (bh * blocks + i) * WIDTH_PAD, number,
-                    WINDOW, SINK, BLOCK, FANOUT, BEAM, QUERY_BLOCK, WIDTH_PAD, LEAVES,
-                )  # fmt: skip
-                place = places + (bh * tiles + tile) * chunks + chunk
-                to = tl.load(place, mask=known, other=0)
-                tl.store(entries + to, entry, mask=known)
-                tl.store(place, to + 1, mask=known)
-                tl.debug_barrier()  # the next block goes on from there
+                for part in tl.static_range(QUERY_BLOCK // QUERIES):
+                    known, tile, entry = whole_entries(
+                        spans + at * BEAM, choosers + (bh * blocks + i) * WIDTH_PAD, number, part,
+                        WINDOW, SINK, BLOCK, FANOUT, BEAM, QUERY_BLOCK, WIDTH_PAD, LEAVES, QUERIES,
+                    )  # fmt: skip
+                    place = places + (bh * tiles + tile) * chunks + chunk
+                    to = tl.load(place, mask=known, other=0)
+                    tl.store(entries + to, entry, mask=known)
+                    tl.store(place, to + 1, mask=known)
+                    tl.debug_barrier()  # the next one goes on from there
             else:
                 n, more = i * 0, i * 0 + 1
                 while more > 0:

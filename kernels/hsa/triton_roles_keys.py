@@ -160,6 +160,17 @@ def taken(weights, n, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
+def own_rows(ring, TWICE: gl.constexpr, DIM: gl.constexpr, LAYOUT: gl.constexpr):
+    """The tile's keys or values as the left operand of products: in registers if there are enough of them."""
+    await_slot(ring, 0, 1)
+    rows = matrices(ring[0], KEYS, DIM).index(0)
+    if TWICE:
+        return rows
+    else:
+        return rows.load(gl.DotOperandLayout(0, LAYOUT, 2))
+
+
+@gluon.jit
 def put(
     acc, grad, held, w, all_parts, b, h, begin, end, slots, stride_b, stride_h, stride_t,
     DIM: gl.constexpr, LAYOUT: gl.constexpr,
@@ -184,7 +195,7 @@ def weigh(
     stride_yb, stride_yh, stride_yt, slots, tokens, tiles, chunks, all_tiles, all_parts, scale,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, HEADS: gl.constexpr, DIM: gl.constexpr, WINDOW: gl.constexpr,
     SINK: gl.constexpr, BLOCK: gl.constexpr, QUERY_BLOCK: gl.constexpr, DENSE_END: gl.constexpr,
-    STAGES: gl.constexpr,
+    STAGES: gl.constexpr, TWICE: gl.constexpr,
 ):  # fmt: skip
     """The role of the warps that weigh keys, and add up the gradients of values."""
     PARTS: gl.constexpr = (GROUP + HEADS - 1) // HEADS
@@ -212,8 +223,7 @@ def weigh(
         entry = entry_at(entries, listed, first, near, last)
         number = block_of(entry, first, near, from_)
         top = of_rows(sums, head, number * QUERY_BLOCK + beside, low, slots, tokens, group_end, inf)
-        await_slot(keys, 0, 1)
-        own = matrices(keys[0], KEYS, DIM).index(0).load(gl.DotOperandLayout(0, SCORES, 2))
+        own = own_rows(keys, TWICE, DIM, SCORES)
 
         # The first step has no weights to add meanwhile. What a step needs of its rows is loaded in the one before.
         s = begin_scores(own, gl.zeros([KEYS, HALF], gl.float32, SCORES), queries, 0, DIM, HALF, STAGES)
@@ -262,6 +272,7 @@ def descend(
     stride_xb, stride_xh, stride_xt, slots, tokens, tiles, chunks, all_tiles, all_parts, scale,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, HEADS: gl.constexpr, DIM: gl.constexpr, WINDOW: gl.constexpr,
     SINK: gl.constexpr, QUERY_BLOCK: gl.constexpr, DENSE_END: gl.constexpr, STAGES: gl.constexpr,
+    TWICE: gl.constexpr,
 ):  # fmt: skip
     """The role of the warps that take weights, and add up the gradients of keys."""
     PARTS: gl.constexpr = (GROUP + HEADS - 1) // HEADS
@@ -285,8 +296,7 @@ def descend(
         entry = entry_at(entries, listed, first, near, last)
         t = block_of(entry, first, near, from_) * QUERY_BLOCK + beside
         mean = of_rows(sums, head, t, low, slots, tokens, group_end, 0.0)
-        await_slot(values, 0, 1)
-        own = matrices(values[0], KEYS, DIM).index(0).load(gl.DotOperandLayout(0, SCORES, 2))
+        own = own_rows(values, TWICE, DIM, SCORES)
 
         # As in ``weigh``.
         s = begin_scores(own, gl.zeros([KEYS, HALF], gl.float32, SCORES), grads, 0, DIM, HALF, STAGES)
@@ -326,12 +336,12 @@ def key_gradients_by_roles(
     slots, tokens, tiles, chunks, all_tiles, all_parts, scale,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, HEADS: gl.constexpr, DIM: gl.constexpr, WINDOW: gl.constexpr,
     SINK: gl.constexpr, BLOCK: gl.constexpr, QUERY_BLOCK: gl.constexpr, DENSE_END: gl.constexpr,
-    STAGES: gl.constexpr,
+    STAGES: gl.constexpr, TWICE: gl.constexpr,
 ):  # fmt: skip
     """Writes ``grad_k`` and ``grad_v`` as k and v, or a part to ``held`` [parts, KEYS, 2·DIM], as ``key_gradients`` does.
 
     Rows have all slots, and the queries are the last tokens. The descriptors' blocks are [1, HEADS, QUERY_BLOCK, SLAB] of q
-    and of the output's gradient, HALF rows, and [1, 1, BLOCK, SLAB] of k and v.
+    and of the output's gradient, HALF rows, and [1, 1, BLOCK, SLAB] of k and v. TWICE is for two programs to a multiprocessor.
     """
     SLABS: gl.constexpr = DIM // SLAB
     dtype: gl.constexpr = grad_k.dtype.element_ty
@@ -346,12 +356,12 @@ def key_gradients_by_roles(
             (weigh, (
                 lse, grad_v, held, queries, grads, keys, weights, entries, ends, steps, parts, part_ends, owners, size,
                 stride_yb, stride_yh, stride_yt, slots, tokens, tiles, chunks, all_tiles, all_parts, scale,
-                KV_HEADS, GROUP, HEADS, DIM, WINDOW, SINK, BLOCK, QUERY_BLOCK, DENSE_END, STAGES,
+                KV_HEADS, GROUP, HEADS, DIM, WINDOW, SINK, BLOCK, QUERY_BLOCK, DENSE_END, STAGES, TWICE,
             )),
             (descend, (
                 delta, grad_k, held, queries, grads, values, weights, entries, ends, steps, parts, part_ends, owners, size,
                 stride_xb, stride_xh, stride_xt, slots, tokens, tiles, chunks, all_tiles, all_parts, scale,
-                KV_HEADS, GROUP, HEADS, DIM, WINDOW, SINK, QUERY_BLOCK, DENSE_END, STAGES,
+                KV_HEADS, GROUP, HEADS, DIM, WINDOW, SINK, QUERY_BLOCK, DENSE_END, STAGES, TWICE,
             )),
             (recall, (
                 desc_q, desc_g, desc_k, desc_v, queries, grads, keys, values,
@@ -361,5 +371,5 @@ def key_gradients_by_roles(
             )),
         ],
         [4, 1],
-        [240, 24],
+        [104 if TWICE else 240, 24],
     )  # fmt: skip

@@ -108,8 +108,8 @@ def tune(
         assert isinstance(target, HSAAttention)
         inputs = record(model, middle, tokenizer, source, longest, target.scale)
         dense_ms, hsa_ms = _times(target, inputs, _lengths(longest), repeats)
-        size = target.config.query_block
-        end = geometry_of(replace(target.config, dense_until=None)).dense_end
+        size = target.config.largest_query_block
+        end = geometry_of(replace(target.config, dense_until=None), target.heads // target.kv_heads).dense_end
         until = max(end, ceil(overtaking(dense_ms, hsa_ms) / size) * size)
         for path in paths:
             target = found[path].retrofit

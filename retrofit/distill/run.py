@@ -124,9 +124,7 @@ def _check_length(model: nn.Module, found: Sites, config: DistillConfig) -> None
         raise DataError(
             f"length must be at most the model's {positions} positions, got {config.length}; pass a smaller length"
         )
-    begins = min(
-        dense_until(site.retrofit.config) for _, site in found if site.retrofit.config.target != "dense"
-    )
+    begins = min(dense_until(site.retrofit) for _, site in found if site.retrofit.config.target != "dense")
     if config.length <= begins:
         raise DataError(
             f"length={config.length} leaves no query sparse, as the sites are dense up to position {begins}; "

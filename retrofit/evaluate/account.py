@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from retrofit.configs import HSAConfig
+from retrofit.targets.hsa import HSAAttention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,11 +90,6 @@ def counting(model: nn.Module, first: int = 0) -> Iterator[Counts]:
             target.observer = observer
 
 
-def dense_until(config: Any) -> int:
-    """The position before which a site of ``config`` is dense by its settings."""
-    if isinstance(config, HSAConfig):
-        if config.dense_until is not None:
-            return config.dense_until
-        reach = config.sink + config.window + config.budget
-        return -(-reach // config.query_block) * config.query_block
-    return 0
+def dense_until(target: Any) -> int:
+    """The position before which a site's target is dense by its settings."""
+    return target.geometry.dense_until if isinstance(target, HSAAttention) else 0

@@ -143,7 +143,7 @@ def evaluate(
             "perplexity needs a causal model, got sites that are not causal; compare outputs instead"
         )
     if start is None:
-        start = max((dense_until(site.retrofit.config) for _, site in found), default=0)
+        start = max((dense_until(site.retrofit) for _, site in found), default=0)
     scored = torch.ones(windows.shape[0], length - 1, dtype=torch.bool)
     scored[1:, : max(0, length - 1 - stride)] = False
     warnings = []

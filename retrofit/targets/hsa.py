@@ -35,12 +35,12 @@ SAMPLES = 64
 """Queries of a row that ``layer_loss`` looks at."""
 
 
-def geometry_of(config: HSAConfig) -> Geometry:
-    """Returns the sizes that ``config`` stands for, ``dense_until`` resolved."""
-    dense_until = config.dense_until
+def geometry_of(config: HSAConfig, group: int = 1) -> Geometry:
+    """Returns the sizes that ``config`` stands for at a site with so many query heads to a kv head."""
+    query_block, dense_until = config.query_block_of(group), config.dense_until
     if dense_until is None:
         reach = config.sink + config.window + config.budget
-        dense_until = -(-reach // config.query_block) * config.query_block
+        dense_until = -(-reach // query_block) * query_block
     geometry = Geometry(
         window=config.window,
         sink=config.sink,
@@ -50,7 +50,7 @@ def geometry_of(config: HSAConfig) -> Geometry:
         fanout=config.fanout,
         nodes_per_span=config.nodes_per_span,
         beam=config.beam,
-        query_block=config.query_block,
+        query_block=query_block,
         dense_until=dense_until,
         threshold=config.threshold,
         spread=config.spread,
@@ -81,7 +81,7 @@ class HSAAttention(TargetAttention):
 
     def __init__(self, config: HSAConfig, *, heads: int, **options: Any) -> None:
         super().__init__(config, heads=heads, **options)
-        self.geometry = geometry_of(config)
+        self.geometry = geometry_of(config, heads // self.kv_heads)
         self.key_pooling = self._pooling_parameters(self.head_dim)
         self.value_pooling = nn.ParameterList()
         self.gate: nn.Parameter | None = None

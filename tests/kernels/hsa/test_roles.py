@@ -82,10 +82,19 @@ def run(case: Any) -> tuple[Any, tuple[Tensor, ...]]:
         ({"tokens": 210, "heads": 3, "kv_heads": 1, "sinks": 0.5}, {}),
         ({"tokens": 180, "kv_heads": 1, "batch": 2}, {"block": 32, "node": 4, "sink": 32}),
         ({"tokens": 250, "heads": 2, "kv_heads": 1}, {"query_block": 64, "window": 128}),
+        ({"tokens": 262, "heads": 2}, {"query_block": 128, "window": 64}),
         ({"tokens": 170, "heads": 8, "kv_heads": 1}, {}),
         ({"tokens": 180, "kv_heads": 1, "sharpness": 9.0}, {"budget": 16}),
     ],
-    ids=["groups of 4", "group of 3, sinks", "batch, leaves of 32", "blocks of 64", "group of 8", "sharp"],
+    ids=[
+        "groups of 4",
+        "group of 3, sinks",
+        "batch, leaves of 32",
+        "blocks of 64",
+        "heads alone",
+        "group of 8",
+        "sharp",
+    ],
 )
 @pytest.mark.parametrize("dim", [64, 128])
 def test_roles_change_nothing(

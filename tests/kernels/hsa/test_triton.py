@@ -164,6 +164,7 @@ def test_what_the_kernels_cannot_do_is_refused(build: Callable[..., Any]) -> Non
         {"tokens": 2500, "heads": 8, "kv_heads": 2, "dim": 128, "geometry": DEFAULT},
         {"tokens": 2049, "heads": 16, "kv_heads": 1, "dim": 80, "geometry": DEFAULT},
         {"tokens": 1800, "heads": 2, "kv_heads": 2, "dim": 256, "geometry": DEFAULT},
+        {"tokens": 2900, "heads": 4, "kv_heads": 4, "dim": 64, "geometry": replace(DEFAULT, query_block=128)},
         {
             "tokens": 2300,
             "batch": 2,
@@ -182,6 +183,7 @@ def test_what_the_kernels_cannot_do_is_refused(build: Callable[..., Any]) -> Non
         "llama",
         "wide group",
         "wide heads",
+        "heads alone",
         "padded",
         "sinks",
         "sliding window",
@@ -228,10 +230,19 @@ def test_on_a_gpu_rows_beyond_the_range_are_done_again(build: Callable[..., Any]
         ({"heads": 3, "kv_heads": 1, "tokens": 2049, "sinks": 1.0}, {}),
         ({"heads": 8, "kv_heads": 1, "batch": 2}, {"block": 16}),
         ({"heads": 4}, {"query_block": 64, "block": 64, "node": 8, "sink": 64}),
+        ({"heads": 2}, {"query_block": 128}),
         ({"heads": 16, "tokens": 1801}, {"query_block": 16}),
         ({"heads": 4, "kv_heads": 1}, {"window": 64, "budget": 512}),
     ],
-    ids=["llama", "group of 3, sinks", "group of 8, small leaves", "group of 2", "small blocks", "window"],
+    ids=[
+        "llama",
+        "group of 3, sinks",
+        "group of 8, small leaves",
+        "group of 2",
+        "heads alone",
+        "small blocks",
+        "window",
+    ],
 )
 def test_roles_on_a_gpu_change_a_rounding_at_most(
     build: Callable[..., Any], inputs: dict[str, Any], sizes: dict[str, int], dtype: torch.dtype
@@ -258,21 +269,21 @@ def test_roles_on_a_gpu_change_a_rounding_at_most(
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    "inputs",
+    ("inputs", "sizes"),
     [
-        {"heads": 8, "dim": 128},
-        {"heads": 9, "kv_heads": 3, "dim": 64, "tokens": 2049, "sinks": 1.0},
-        {"heads": 4, "kv_heads": 1, "dim": 64, "batch": 2, "sharpness": 8.0},
-        {"heads": 8, "dim": 128, "node": 8},
+        ({"heads": 8, "dim": 128}, {}),
+        ({"heads": 9, "kv_heads": 3, "dim": 64, "tokens": 2049, "sinks": 1.0}, {}),
+        ({"heads": 4, "kv_heads": 1, "dim": 64, "batch": 2, "sharpness": 8.0}, {}),
+        ({"heads": 8, "dim": 128}, {"node": 8}),
+        ({"heads": 2, "dim": 64}, {"query_block": 128}),
     ],
-    ids=["llama", "smollm2, sinks", "batch", "larger nodes"],
+    ids=["llama", "smollm2, sinks", "batch", "larger nodes", "heads alone"],
 )
 def test_votes_by_roles_on_a_gpu_are_the_same_bits(
-    build: Callable[..., Any], inputs: dict[str, Any], dtype: torch.dtype
+    build: Callable[..., Any], inputs: dict[str, Any], sizes: dict[str, int], dtype: torch.dtype
 ) -> None:
-    node = inputs.get("node", DEFAULT.node)
-    case = build(**{"tokens": 3000, **{name: size for name, size in inputs.items() if name != "node"}})
-    case = replace(case, geometry=replace(DEFAULT, node=node), padded=False).to("cuda", dtype)
+    case = build(**{"tokens": 3000, **inputs})
+    case = replace(case, geometry=replace(DEFAULT, **sizes), padded=False).to("cuda", dtype)
     own = tuned.settings(case.q.device)
     if own.vote_by_roles is None:
         pytest.skip("is for Hopper")

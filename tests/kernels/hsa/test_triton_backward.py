@@ -227,12 +227,23 @@ def differentiate(case: Any) -> tuple[Tensor, ...]:
         {"tokens": 2500, "heads": 8, "kv_heads": 2, "dim": 128, "geometry": DEFAULT},
         {"tokens": 2049, "heads": 16, "kv_heads": 1, "dim": 80, "geometry": DEFAULT},
         {"tokens": 1800, "heads": 2, "kv_heads": 2, "dim": 256, "geometry": DEFAULT},
+        {"tokens": 2900, "heads": 4, "kv_heads": 4, "dim": 64, "geometry": replace(DEFAULT, query_block=128)},
         {"tokens": 2300, "batch": 2, "start": [0, 333], "length": [2200, 1960], "geometry": DEFAULT},
         {"tokens": 3000, "heads": 8, "kv_heads": 2, "dim": 128, "sliding_window": 1500, "geometry": DEFAULT},
         {"tokens": 1000},
         {"tokens": 700, "batch": 2, "start": [0, 40], "length": [690, 660], "beam": 2, "fanout": 2},
     ],
-    ids=["smollm2", "llama", "wide group", "wide heads", "padded", "sliding window", "tiny", "levels"],
+    ids=[
+        "smollm2",
+        "llama",
+        "wide group",
+        "wide heads",
+        "heads alone",
+        "padded",
+        "sliding window",
+        "tiny",
+        "levels",
+    ],
 )
 def test_gradients_on_a_gpu(build: Callable[..., Any], inputs: dict[str, Any], dtype: torch.dtype) -> None:
     inputs = dict(inputs)
@@ -259,8 +270,10 @@ def test_gradients_on_a_gpu(build: Callable[..., Any], inputs: dict[str, Any], d
         ({"heads": 9, "kv_heads": 3, "tokens": 2049, "dim": 64}, {}),
         ({"heads": 8, "kv_heads": 1, "batch": 2}, {"block": 16}),
         ({"heads": 4}, {"query_block": 64, "block": 64, "node": 8, "sink": 64}),
+        ({"heads": 2}, {"query_block": 128}),
+        ({"heads": 2, "dim": 64}, {"query_block": 128}),
     ],
-    ids=["llama", "group of 3", "small leaves", "group of 2"],
+    ids=["llama", "group of 3", "small leaves", "group of 2", "heads alone", "heads alone, narrow"],
 )
 def test_roles_on_a_gpu_change_roundings_of_gradients(
     build: Callable[..., Any], inputs: dict[str, Any], sizes: dict[str, int], dtype: torch.dtype
