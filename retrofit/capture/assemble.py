@@ -21,6 +21,7 @@ from retrofit.passes.attention.added import added
 from retrofit.passes.attention.bias import HIDDEN
 from retrofit.passes.attention.masks import MaskClass
 from retrofit.passes.attention.rewrite import target_call
+from retrofit.passes.attention.rotary import fuse_rotary
 from retrofit.passes.attention.rule import remove_dead
 from retrofit.passes.attention.scores import HIDDEN as HIDDEN_SCORE
 
@@ -67,6 +68,7 @@ def assembled(
             _checked(graph, attention, same_slopes, mask.slopes)
         _as_visible(graph, attention, floor)
     target_call(graph, attention, keep_mask=keep_mask, keep_keys=kind == "self", bias=bias)
+    fuse_rotary(graph)
     returned = _output(graph).args[0]
     assert isinstance(returned, tuple)
     source = _source(graph, returned)
