@@ -32,10 +32,10 @@ CONFIGS: dict[str, TargetConfig] = {
     "hsa": retrofit.HSAConfig(),
     "maha": retrofit.MAHAConfig(scales=7, widths=(96, 222, 478, 984, 2000, 4032)),
 }
-LLAMA, NSA = (32, 8, 128), (64, 4, 128)
-"""Heads, kv heads and dims."""
+LLAMA, LLAMA_2, NSA = (32, 8, 128), (32, 32, 128), (64, 4, 128)
+"""Heads, kv heads and dims: of Llama 3 8B, Llama 2 7B, and the paper on native sparse attention."""
 LENGTHS = (4096, 8192, 16384, 32768, 65536)
-LONG = ("hsa-128k", "hsa-smollm2-forward", "hsa-scaling", "hsa-nsa", "hsa-decode", "maha-128k")
+LONG = ("hsa-128k", "hsa-smollm2-forward", "hsa-scaling", "hsa-nsa-32k", "hsa-nsa-64k", "hsa-decode", "maha-128k")
 """Tables of --text."""
 TABLES: dict[str, dict[str, Any]] = {
     "hsa-32x8x128-forward": {"shape": LLAMA, "lengths": LENGTHS, "dense_until": 4096, "graph": True},
@@ -61,13 +61,17 @@ TABLES: dict[str, dict[str, Any]] = {
         "graph": True,
     },
     "hsa-flex": {"shape": LLAMA, "lengths": LENGTHS[2:], "dense_until": 0, "rivals": ("flex",)},
-    "hsa-nsa": {
-        "shape": NSA,
-        "lengths": LENGTHS[3:],
-        "dense_until": 0,
-        "rivals": ("nsa",),
-        "backward": True,
-        "repeats": 1,
+    "hsa-32x32x128": {"shape": LLAMA_2, "lengths": LENGTHS[2:], "dense_until": 4096, "backward": True},
+    **{
+        f"hsa-nsa-{length // 1024}k": {
+            "shape": NSA,
+            "lengths": (length,),
+            "dense_until": 0,
+            "rivals": ("nsa",),
+            "backward": True,
+            "repeats": 1,
+        }
+        for length in LENGTHS[3:]
     },
     "maha-32x8x128-forward": {"shape": LLAMA, "lengths": LENGTHS, "graph": True},
     "maha-32x8x128": {"shape": LLAMA, "lengths": LENGTHS, "backward": True},

@@ -234,8 +234,8 @@ class Notes(TorchDispatchMode):
         self._storages: dict[int, Storage] = {}
         self._steps: list[Launch | Operation] = []
         self._device = _device(tensors)
-        self._given = len(tensors)
-        self._next = self._given
+        self._offsets = [0 if x is None else int(x.storage_offset()) * x.element_size() for x in tensors]
+        self._next = len(tensors)
         self._kept: list[Any] = []  # so that no address is one of two tensors
         for number, x in enumerate(tensors):
             if x is not None:
@@ -299,7 +299,7 @@ class Notes(TorchDispatchMode):
         pieces = tree_map(self._piece, result)
         if self.why is not None:
             return self.why
-        return Tape(self._given, self._next, self._storages, self._steps, pieces, self._alike)
+        return Tape(self._offsets, self._next, self._storages, self._steps, pieces, self._alike)
 
     def _cannot(self, why: str) -> None:
         if self.why is None:
@@ -351,14 +351,15 @@ class Tape:
 
     def __init__(
         self,
-        given: int,
+        offsets: list[int],
         count: int,
         storages: dict[int, Storage],
         steps: list[Launch | Operation],
         result: Any,
         alike: list[tuple[int, int]],
     ) -> None:
-        self.given, self.count, self.steps, self.result, self.alike = given, count, steps, result, alike
+        self.offsets, self.new = offsets, count - len(offsets)
+        self.steps, self.result, self.alike = steps, result, alike
         self.shared: list[tuple[int, int, torch.dtype]] = []
         self.places: list[tuple[int, int]] = []
         self.room = 0
@@ -378,8 +379,9 @@ class Tape:
     def play(self, tensors: Sequence[Any]) -> Any:
         """Does it with other tensors."""
         new = tensors[0].new_empty
-        owners = [*tensors, *[None] * (self.count - self.given)]
-        begins = [0 if x is None else begin_of(x) for x in owners]
+        owners = [*tensors, *[None] * self.new]
+        begins = [0 if x is None else x.data_ptr() - at for x, at in zip(tensors, self.offsets, strict=True)]
+        begins += [0] * self.new
         if self.room:
             room = new(self.room, dtype=torch.uint8)
             at = room.data_ptr()

@@ -153,9 +153,9 @@ SM_90 = Settings(
             (4, 256): Tile(64, 32, 8, 2, 128, few=(4, 2)),
         }
     ),
-    attend_by_roles={(2, 128): Tile(128, 64, 4, 5)},
+    attend_by_roles={(2, 64): Tile(128, 64, 4, 8), (2, 128): Tile(128, 64, 4, 5)},
     query_gradients_by_roles={(2, 64): Tile(128, 64, 4, 6), (2, 128): Tile(128, 64, 4, 4)},
-    key_gradients_by_roles={(2, 64): Tile(64, 64, 4, 4), (2, 128): Tile(64, 64, 4, 4)},
+    key_gradients_by_roles={(2, 64): Tile(64, 64, 4, 3, 80), (2, 128): Tile(64, 64, 4, 4)},
     vote_by_roles={(2, 64): Tile(128, 128, 4, 8), (2, 128): Tile(128, 128, 4, 5)},
     attend_parts=tiles(
         {

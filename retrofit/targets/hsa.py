@@ -125,12 +125,15 @@ class HSAAttention(TargetAttention):
             new = k.shape[2]  # what came before attended densely: nothing has been pooled yet
         else:
             state = state.narrowed(k.shape[2] - new)
-        attend = partial(self._attend, new=new, state=state, padded=call.padded)
+        keeps = layer is not None or self.observer is not None
+        attend = partial(self._attend, new=new, state=state, padded=call.padded, keeps=keeps)
         tensors = q, k, v, call.start, call.length, call.sinks
         if state is None and self._by_kernels(q, v):
-            out, known = repeated(attend, (*tensors, *self.key_pooling), ("hsa", *self._about(call)))
+            out, known = repeated(attend, (*tensors, *self.key_pooling), ("hsa", keeps, *self._about(call)))
         else:
             out, known = attend(*tensors)
+        if known is None:
+            return out
         nodes, spreads, value_nodes, spans, choices = known
         if layer is not None:
             layer.state = HSAState(nodes, spreads, value_nodes, spans, choices, g)
@@ -150,8 +153,9 @@ class HSAAttention(TargetAttention):
         new: int,
         state: HSAState | None,
         padded: bool,
-    ) -> tuple[Tensor, Known]:
-        """The output, and what the next state is made of."""
+        keeps: bool,
+    ) -> tuple[Tensor, Known | None]:
+        """The output, and what the next state is made of if anybody ``keeps`` it."""
         # Nothing flows back through a selection; summaries are made of the nodes themselves.
         scored = k.detach() if self.gate is None and k.requires_grad else k
         nodes, spreads = self._pool_scored(scored, k, start, new, state)
@@ -176,7 +180,7 @@ class HSAAttention(TargetAttention):
             rules=ScoreRules(self.softcap, sinks),
             implementation=self.implementation,
         )
-        return out, (tuple(nodes), spreads, tuple(value_nodes), spans, choices)
+        return out, (tuple(nodes), spreads, tuple(value_nodes), spans, choices) if keeps else None
 
     def _by_kernels(self, q: Tensor, v: Tensor) -> bool:
         """Whether Triton's kernels do all of it."""

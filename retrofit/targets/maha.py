@@ -164,15 +164,17 @@ class MAHAAttention(TargetAttention):
                 regularizer=config.regularizer,
             )
         else:
-            attend = partial(self._attend_to_scales, state=state)
+            keeps = call.layer is not None
+            attend = partial(self._attend_to_scales, state=state, keeps=keeps)
             tensors = q, k, v, call.start, call.length, self.offsets
             if state is None and self._by_kernels(q, v):
-                about = "maha", config, self.scale
-                given = (*tensors, *self.key_weights, *self.value_weights)
-                out, keys, values = repeated(attend, given, about)
+                weights = (*self.key_weights._parameters.values(), *self.value_weights._parameters.values())
+                out, pooled = repeated(attend, (*tensors, *weights), ("maha", keeps, config, self.scale))
             else:
-                out, keys, values = attend(*tensors)
-            cells = MAHAState(keys, values, config.ratio)
+                out, pooled = attend(*tensors)
+            if pooled is not None:
+                keys, values = pooled
+                cells = MAHAState(keys, values, config.ratio)
         if self.branch is not None and self.branch_gate is not None:
             own = self._branch(v, q.shape[2], call, self.branch)
             own = own.repeat_interleave(self.heads // self.kv_heads, 1)
@@ -194,10 +196,11 @@ class MAHAAttention(TargetAttention):
         start: Tensor,
         length: Tensor,
         offsets: Tensor,
-        *_weights: Tensor,
+        *_weights: Tensor | None,
         state: MAHAState | None,
-    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """The output, and the cells of keys and values."""
+        keeps: bool,
+    ) -> tuple[Tensor, tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None]:
+        """The output, and the cells of keys and values if anybody ``keeps`` them."""
         new, config = q.shape[2], self.config
         keys = self._pool(k, self.key_weights, start, new, state.keys if state else None)
         values = self._pool(v, self.value_weights, start, new, state.values if state else None)
@@ -220,7 +223,7 @@ class MAHAAttention(TargetAttention):
             regularizer=config.regularizer,
             implementation=self.implementation,
         )
-        return out, tuple(keys), tuple(values)
+        return out, (tuple(keys), tuple(values)) if keeps else None
 
     def _convolutions(self, heads: int, dim: int, taps: int) -> nn.ParameterList:
         """Parameters with which pooling is the mean."""
