@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from retrofit.kernels.launch import kernel
+from retrofit.kernels.launch import INTERPRETED, kernel
 
 ROWS, WARPS = 64, 4
 """Rows of a program, heads times tokens, and its warps."""
@@ -55,8 +55,13 @@ def _launched(
 
 @triton.jit
 def product(x, y, dtype: tl.constexpr):
-    """x · y as a product in ``dtype``."""
-    return (x.to(tl.float32) * y.to(tl.float32)).to(dtype).to(tl.float32)
+    """x · y as a product in ``dtype``, never one instruction with a sum that follows."""
+    x, y = x.to(tl.float32), y.to(tl.float32)
+    if INTERPRETED:
+        exact = x * y
+    else:
+        exact = tl.inline_asm_elementwise("mul.rn.f32 $0, $1, $2;", "=f,f,f", [x, y], tl.float32, True, 1)
+    return exact.to(dtype).to(tl.float32)
 
 
 @triton.jit
