@@ -33,6 +33,7 @@ KERNELS = {
     },
     "maha": {"attend", "query_gradients", "key_gradients"},
     "pyramid": {"halve_levels", "pool_levels", "pool_cells", "measure_spreads"},
+    "rotary": {"rotate"},
 }
 
 # Compiles every kernel that calls launch, as on a GPU of the given compute capability; runs none.
@@ -46,8 +47,9 @@ from retrofit.kernels.hsa.geometry import Geometry
 from retrofit.kernels.maha import triton as maha
 from retrofit.kernels.maha.bands import Bands
 from retrofit.kernels.pyramid import triton as pyramid
+from retrofit.kernels.rotary import triton as rotary
 
-capability, dtype, dim = int(sys.argv[1]), getattr(torch, sys.argv[2]), int(sys.argv[3])
+capability, dtype, dim, heads = int(sys.argv[1]), getattr(torch, sys.argv[2]), *map(int, sys.argv[3:])
 
 class Driver:
     def get_current_target(self): return GPUTarget("cuda", capability, 32)
@@ -66,13 +68,13 @@ JITFunction.run = warm
 def empty(heads, tokens): return torch.empty(1, heads, tokens, dim, dtype=dtype, device="meta")
 slots = 2**18
 at = torch.zeros(1, dtype=torch.int64, device="meta")
-q, k, lse = empty(8, slots), empty(2, slots), torch.empty(1, 8, slots, device="meta")
-g = Geometry(256, 32, 480, 32, 4, 8, 16, 31, 32, 0, 0.002, 1.4)
+q, k, lse = empty(heads, slots), empty(2, slots), torch.empty(1, heads, slots, device="meta")
+g = Geometry(256, 32, 480, 32, 4, 8, 16, 31, max(32, 256 // heads), 0, 0.002, 1.4)
 nodes = [empty(2, slots // g.node_size(i)) for i in range(g.levels)]
 spreads = torch.empty(nodes[0].shape[:3], device="meta")
 spans, choices = g.selection(k, None, None)
 part, options = "hsa", {"scale": 0.1, "padded": False, "geometry": g}
-sinks = torch.zeros(8, dtype=dtype, device="meta")
+sinks = torch.zeros(heads, dtype=dtype, device="meta")
 for given, options["sliding_window"] in ((None, 0), (sinks, 4096)) if dim == 64 else ((None, 0),):
     hsa.hsa_attention(
         q, k, k, at, at, nodes, spreads, [], None, None, None, given, causal=True, **options
@@ -87,7 +89,7 @@ triton_decode.hsa_decode(
 part, bands = "maha", Bands((224,), None, 32, 2)
 cells = [empty(2, slots // 2)]
 maha.maha_attention_backward(
-    q, q, k, k, at, at, cells, cells, torch.zeros(8, 2, device="meta"),
+    q, q, k, k, at, at, cells, cells, torch.zeros(heads, 2, device="meta"),
     scale=0.1, bands=bands, aggregation="convex", regularizer="entropy",
 )
 part = "pyramid"
@@ -99,12 +101,18 @@ for ratios in ((2,), (4, 8)):
     if ratios == (2,):
         pyramid.extend_pyramid(k, cells, at, new=1, **options)
 pyramid.extend_spreads(k, cells[0], None, at, new=slots, ratio=2, offset=0)
+part, angles = "rotary", torch.empty(1, 1, slots, dim, dtype=dtype, device="meta")
+rotary.rotary(q, k, angles, angles, dtype)
+rotary.rotary_backward(q, k, angles, angles, dtype)
 """
 
 
-def compiled(capability: tuple[int, int], dtype: str, dim: int) -> list[tuple[str, str, int, int]]:
-    """(part, kernel, bytes of shared memory, columns of tensor memory) of every kernel that is launched."""
-    arguments = [str(10 * capability[0] + capability[1]), dtype, str(dim)]
+def compiled(
+    capability: tuple[int, int], dtype: str, dim: int, heads: int = 8
+) -> list[tuple[str, str, int, int]]:
+    """(part, kernel, bytes of shared memory, columns of tensor memory) of every kernel that is launched, for so many
+    query heads to two of keys."""
+    arguments = [str(10 * capability[0] + capability[1]), dtype, str(dim), str(heads)]
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", COMPILE, *arguments],
         env={**os.environ, "TRITON_INTERPRET": "0"},
@@ -139,7 +147,8 @@ def test_every_kernel_compiles_and_fits(capability: tuple[int, int], dtype: str,
     names = {part: {kernel for of, kernel, *_ in launched if of == part} for part in KERNELS}
     expected = dict(KERNELS)
     if tuned.ROWS[capability].vote_by_roles and dim == 64:
-        expected["hsa"] = KERNELS["hsa"] | {"vote_by_roles"}  # sliding windows have ``vote``
+        # Sliding windows have ``vote`` and ``attend_listed``.
+        expected["hsa"] = KERNELS["hsa"] | {"vote_by_roles", "attend_by_roles"}
     if tuned.ROWS[capability].maha_attend_by_roles and dtype == "bfloat16" and dim in (64, 128):
         expected["maha"] = KERNELS["maha"] - {"attend"} | {"attend_by_roles"}
     if tuned.ROWS[capability].attend_by_roles and dim == 128:
@@ -150,6 +159,17 @@ def test_every_kernel_compiles_and_fits(capability: tuple[int, int], dtype: str,
     for part, kernel, shared, columns in launched:
         assert shared <= SHARED[capability] * 1024, f"{kernel} of {part}"
         assert columns <= TENSOR_COLUMNS, f"{kernel} of {part}"
+
+
+@pytest.mark.slow
+@pytest.mark.thorough
+@pytest.mark.parametrize(("dtype", "dim"), [("bfloat16", 64), ("bfloat16", 128), ("float32", 128)])
+@pytest.mark.parametrize("capability", [(8, 6), (9, 0)], ids=str)
+def test_every_kernel_fits_for_heads_with_keys_of_their_own(
+    capability: tuple[int, int], dtype: str, dim: int
+) -> None:
+    for part, kernel, shared, _ in compiled(capability, dtype, dim, heads=2):
+        assert shared <= SHARED[capability] * 1024, f"{kernel} of {part}"
 
 
 @pytest.mark.parametrize(
