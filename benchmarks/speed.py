@@ -35,7 +35,15 @@ CONFIGS: dict[str, TargetConfig] = {
 LLAMA, LLAMA_2, NSA = (32, 8, 128), (32, 32, 128), (64, 4, 128)
 """Heads, kv heads and dims: of Llama 3 8B, Llama 2 7B, and the paper on native sparse attention."""
 LENGTHS = (4096, 8192, 16384, 32768, 65536)
-LONG = ("hsa-128k", "hsa-smollm2-forward", "hsa-scaling", "hsa-nsa-32k", "hsa-nsa-64k", "hsa-decode", "maha-128k")
+LONG = (
+    "hsa-128k",
+    "hsa-smollm2-forward",
+    "hsa-scaling",
+    "hsa-nsa-32k",
+    "hsa-nsa-64k",
+    "hsa-decode",
+    "maha-128k",
+)
 """Tables of --text."""
 TABLES: dict[str, dict[str, Any]] = {
     "hsa-32x8x128-forward": {"shape": LLAMA, "lengths": LENGTHS, "dense_until": 4096, "graph": True},

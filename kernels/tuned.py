@@ -132,7 +132,7 @@ def tiles(listed: Mapping[tuple[int, int], Tile]) -> Tiles:
 SM_90 = Settings(
     measured="NVIDIA H200, 32/8 heads of 128 dims and 9/3 of 64 in bfloat16",
     programs=2,
-    coarse=tiles({(2, 256): Tile(64, 64, 4, 3), (4, 256): Tile(64, 64, 4, 3)}),
+    coarse=tiles({(2, 256): Tile(64, 64, 4, 3), (4, 128): Tile(64, 64, 4, 3), (4, 256): Tile(16, 64, 4, 1)}),
     vote=tiles(
         {
             (2, 64): Tile(128, 64, 8, 3, 128, few=(4, 2)),

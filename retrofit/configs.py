@@ -42,7 +42,8 @@ class HSAConfig:
         nodes_per_span: Nodes by which a coarse span is scored.
         beam: Spans kept at each coarse step.
         query_block: Consecutive queries that share the coarse steps and the executed leaves. None means as many as
-            make up 128 rows with the query heads of a kv head, between 32 and 128: those that a GPU multiplies at once.
+            make up 128 rows with the query heads of a kv head, which a GPU multiplies at once: between 32 and 128, and
+            fewer where other sizes do not allow so many.
         pooling: How a level is pooled from the one below: ``mean``, ``max``, ``attention`` or ``learned``.
         summaries: Whether what is not executed takes part as gated summaries.
         dense_until: Queries at positions before it attend densely; a multiple of ``query_block``, of 128 where that is
@@ -66,7 +67,7 @@ class HSAConfig:
     node: int = 4
     fanout: int = 8
     nodes_per_span: int = 16
-    beam: int = 31
+    beam: int = 30  # the candidates of any query block are then 256 at most
     query_block: int | None = None
     pooling: str = "mean"
     summaries: bool = False

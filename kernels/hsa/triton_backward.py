@@ -87,10 +87,11 @@ def hsa_attention_backward(
     if blocks:
         tile = call.tile(call.settings.query_gradients)
         heads = call.heads_per_tile(tile.rows)
-        gradients.query_gradients[(blocks, -(-call.group // heads) * call.rows)](
+        grid = blocks * call.tiles_per_block(tile.rows), -(-call.group // heads) * call.rows
+        gradients.query_gradients[grid](
             q, k, v, out, grad, lse, start, length, *lists, grad_q, delta,
             *_strides(q, k, v, out, grad, grad_q), *call.extent, scale,
-            LIST=call.list_width, GROUP=call.group, HEADS=heads,
+            LIST=call.list_width, GROUP=call.group, HEADS=heads, QUERIES=call.queries_per_tile(tile.rows),
             KEYS=max(geometry.block, tile.keys), **call.product, **call.values, **call.shared, **call.reach,
             **call.options(tile),
         )  # fmt: skip
@@ -160,9 +161,9 @@ def _entries(
     )
     ends = counts.flatten().cumsum(0)
     places = ends - counts.flatten()
-    most = g.choices
-    if whole:
-        most = min(most, constants["WIDTH_PAD"] // leaves) * (g.query_block // queries)
+    most = (min(g.choices, constants["WIDTH_PAD"] // leaves) if whole else g.choices) * (
+        g.query_block // queries
+    )
     entries = torch.empty(call.rows * call.blocks * most, dtype=torch.int64, device=device)
     inverse.write_entries[(CHUNKS, call.rows)](
         start, length, spans, choices, choosers, places, entries, *extent, **constants, num_warps=1

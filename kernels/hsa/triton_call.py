@@ -110,8 +110,9 @@ class Call:
     @cached_property
     def tiles(self) -> tuple[int, int]:
         """Grid of the kernels that attend."""
-        heads = self.heads_per_tile(self.tile(self.settings.attend).rows)
-        return self.blocks, -(-self.group // heads) * self.rows
+        rows = self.tile(self.settings.attend).rows
+        heads = self.heads_per_tile(rows)
+        return self.blocks * self.tiles_per_block(rows), -(-self.group // heads) * self.rows
 
     @cached_property
     def attend_by_roles(self) -> Tile | None:
@@ -254,19 +255,27 @@ class Call:
         return tiles[self.bytes, padded(max(self.dim, self.value_dim))]
 
     def options(self, tile: Tile, queries: int | None = None) -> dict[str, int]:
-        """What the compiler is told of a kernel whose tiles are of so many queries, those of a block by default."""
-        queries = queries or self.geometry.query_block
+        """What the compiler is told of a kernel whose tiles are of so many queries, as many of a block as fit by
+        default."""
+        queries = queries or self.queries_per_tile(tile.rows)
         return tile.options(self.heads_per_tile(tile.rows, queries) * queries)
 
     def heads_per_tile(self, rows: int, queries: int | None = None) -> int:
-        """Heads of a group in a tile of about so many rows; of so many queries, those of a block by default."""
-        return max(1, min(power(self.group), rows // (queries or self.geometry.query_block)))
+        """Heads of a group in a tile of so many rows; of so many queries, as many of a block as fit by default."""
+        return max(1, min(power(self.group), rows // (queries or self.queries_per_tile(rows))))
+
+    def queries_per_tile(self, rows: int) -> int:
+        """Queries of a block in a tile of so many rows."""
+        return min(self.geometry.query_block, rows)
+
+    def tiles_per_block(self, rows: int) -> int:
+        """Tiles of so many rows that the queries of a block take."""
+        return self.geometry.query_block // self.queries_per_tile(rows)
 
     @cached_property
     def queries_of_entry(self) -> int:
         """Queries of an entry of the backward pass, as ``triton_inverse`` says."""
-        size = self.geometry.query_block
-        return min(size, 64) if self.votes.parts == FADE else size
+        return self.queries_per_tile(self.tile(self.settings.key_gradients).rows)
 
     @cached_property
     def list_width(self) -> int:

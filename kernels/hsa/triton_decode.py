@@ -153,7 +153,7 @@ def _attend(
 def _scoring(call: Call) -> dict[str, Any]:
     """Constants of the kernel that votes, for tiles of fewer places than a query block has."""
     constants = dict(scoring(call))
-    places = min(call.geometry.query_block, max(8, FEWEST_ROWS // constants["HEADS"]))
+    places = min(constants["PLACES"], max(8, FEWEST_ROWS // constants["HEADS"]))
     tile = call.settings.vote[call.bytes, padded(call.dim)]
     return {**constants, "PLACES": places, **tile.options(constants["HEADS"] * places)}
 

@@ -133,27 +133,28 @@ def attend_listed(
     slots, tokens, blocks, scale, limit,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
     DIM_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, WINDOW: tl.constexpr,
-    SINK: tl.constexpr, BLOCK: tl.constexpr, QUERY_BLOCK: tl.constexpr, DENSE_END: tl.constexpr,
-    LIST: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr, REACH: tl.constexpr,
+    SINK: tl.constexpr, BLOCK: tl.constexpr, QUERY_BLOCK: tl.constexpr, QUERIES: tl.constexpr,
+    DENSE_END: tl.constexpr, LIST: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr, REACH: tl.constexpr,
     LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Writes ``out`` [B, T, Hq, VALUE_DIM] and ``lse`` [B, Hq, T] of sparse tiles.
 
     Where sums exceed ``limit``, ``lse`` is a NaN and the tile is put on the list ``todo``, whose length comes first.
     """
-    ROWS: tl.constexpr = HEADS * QUERY_BLOCK
+    ROWS: tl.constexpr = HEADS * QUERIES
+    SPLIT: tl.constexpr = QUERY_BLOCK // QUERIES
     PARTS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
     LEAVES: tl.constexpr = KEYS // BLOCK
     FADES: tl.constexpr = q.dtype.element_ty == tl.float32
-    i = tl.program_id(0)
+    i = tl.program_id(0) // SPLIT
     bh = (tl.program_id(1) // PARTS).to(tl.int64)
     b, h = bh // KV_HEADS, bh % KV_HEADS
     low, high, offset, begin = row_range(start, length, slots, tokens, b, LAYOUT)
     t0 = (low // QUERY_BLOCK + i) * QUERY_BLOCK
     if (t0 < high) & (t0 + QUERY_BLOCK > DENSE_END):
         row = tl.arange(0, ROWS)
-        place = row % QUERY_BLOCK
-        head = h * GROUP + tl.program_id(1) % PARTS * HEADS + row // QUERY_BLOCK
+        place = tl.program_id(0) % SPLIT * QUERIES + row % QUERIES
+        head = h * GROUP + tl.program_id(1) % PARTS * HEADS + row // QUERIES
         t = t0 + place
         new = (t >= low) & (t < high) & (head < (h + 1) * GROUP)
         dim = tl.arange(0, DIM_PAD)
@@ -212,7 +213,9 @@ def attend_listed(
         )
         tl.store(lse + at_out, tl.where(fits, (top + tl.log2(sums)) / LOG2E, float("nan")), mask=new)
         if tl.max((new & (fits == 0)).to(tl.int32), 0) > 0:
-            tl.store(todo + 1 + tl.atomic_add(todo, 1), tl.program_id(1) * blocks + i)
+            tl.store(
+                todo + 1 + tl.atomic_add(todo, 1), tl.program_id(1) * (blocks * SPLIT) + tl.program_id(0)
+            )
 
 
 @triton.jit
@@ -234,31 +237,33 @@ def attend_run(
     slots, tokens, blocks, batch, dense_blocks, scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
     DIM_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, WINDOW: tl.constexpr,
-    SINK: tl.constexpr, BLOCK: tl.constexpr, QUERY_BLOCK: tl.constexpr, DENSE_END: tl.constexpr,
-    LIST: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr, REACH: tl.constexpr,
+    SINK: tl.constexpr, BLOCK: tl.constexpr, QUERY_BLOCK: tl.constexpr, QUERIES: tl.constexpr,
+    DENSE_END: tl.constexpr, LIST: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr, REACH: tl.constexpr,
     LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Writes ``out`` and ``lse`` of the first ``dense_blocks`` of each row, and what is listed in ``todo``."""
-    ROWS: tl.constexpr = HEADS * QUERY_BLOCK
+    ROWS: tl.constexpr = HEADS * QUERIES
+    SPLIT: tl.constexpr = QUERY_BLOCK // QUERIES
     PARTS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
     LEAVES: tl.constexpr = KEYS // BLOCK
     ALL_PARTS: tl.constexpr = KV_HEADS * PARTS
     row = tl.arange(0, ROWS)
-    place = row % QUERY_BLOCK
     key = tl.arange(0, KEYS)
     dim = tl.arange(0, DIM_PAD)
     value_dim = tl.arange(0, VALUE_PAD)
     factor = scale * LOG2E
-    dense = dense_blocks * batch * ALL_PARTS
+    dense = dense_blocks * SPLIT * batch * ALL_PARTS
     for w in range(tl.program_id(0), dense + tl.load(todo), tl.num_programs(0)):
         again = tl.load(todo + 1 + tl.maximum(w - dense, 0))
-        i = tl.where(w < dense, w // (batch * ALL_PARTS), again % blocks)
-        part = tl.where(w < dense, w % (batch * ALL_PARTS), again // blocks)
+        tile = tl.where(w < dense, w // (batch * ALL_PARTS), again % (blocks * SPLIT))
+        part = tl.where(w < dense, w % (batch * ALL_PARTS), again // (blocks * SPLIT))
+        i = tile // SPLIT
         bh = (part // PARTS).to(tl.int64)
         b, h = bh // KV_HEADS, bh % KV_HEADS
         low, high, offset, begin = row_range(start, length, slots, tokens, b, LAYOUT)
         t0 = (low // QUERY_BLOCK + i) * QUERY_BLOCK
-        head = h * GROUP + part % PARTS * HEADS + row // QUERY_BLOCK
+        head = h * GROUP + part % PARTS * HEADS + row // QUERIES
+        place = tile % SPLIT * QUERIES + row % QUERIES
         t = t0 + place
         new = (t >= low) & (t < high) & (head < (h + 1) * GROUP)
         at = (t + offset).to(tl.int64)

@@ -41,22 +41,23 @@ def query_gradients(
     slots, tokens, blocks, scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
     DIM_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, WINDOW: tl.constexpr,
-    SINK: tl.constexpr, BLOCK: tl.constexpr, QUERY_BLOCK: tl.constexpr, DENSE_END: tl.constexpr,
-    LIST: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr, REACH: tl.constexpr,
+    SINK: tl.constexpr, BLOCK: tl.constexpr, QUERY_BLOCK: tl.constexpr, QUERIES: tl.constexpr,
+    DENSE_END: tl.constexpr, LIST: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr, REACH: tl.constexpr,
     LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Writes ``grad_q`` as q and ``delta`` [B, Hq, T] for the new queries; tiles are those of ``attend``."""
-    ROWS: tl.constexpr = HEADS * QUERY_BLOCK
+    ROWS: tl.constexpr = HEADS * QUERIES
+    SPLIT: tl.constexpr = QUERY_BLOCK // QUERIES
     PARTS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
-    i = tl.program_id(0)
+    i = tl.program_id(0) // SPLIT
     bh = (tl.program_id(1) // PARTS).to(tl.int64)
     b, h = bh // KV_HEADS, bh % KV_HEADS
     low, high, offset, begin = row_range(start, length, slots, tokens, b, LAYOUT)
     t0 = (low // QUERY_BLOCK + i) * QUERY_BLOCK
     if t0 < high:
         row = tl.arange(0, ROWS)
-        place = row % QUERY_BLOCK
-        g = tl.program_id(1) % PARTS * HEADS + row // QUERY_BLOCK
+        place = tl.program_id(0) % SPLIT * QUERIES + row % QUERIES
+        g = tl.program_id(1) % PARTS * HEADS + row // QUERIES
         t = t0 + place
         new = (t >= low) & (t < high) & (g < GROUP)
         head, at = h * GROUP + g, (t + offset).to(tl.int64)

@@ -12,10 +12,10 @@ blocks; their choices of leaves in it are its entries, in ascending order:
     count_steps     near blocks and entries     →  steps of each tile
     split_tiles     steps                       →  parts of each tile, of so many steps
 
-Where leaves are chosen whole, an entry stands for QUERIES of a block, number · 2³² + the rows from which on they see the
-tile's leaves, one after another in 32 / LEAVES bits each, all of which are ones for a leaf that none sees; numbers count
-blocks of QUERIES. ``choosers`` has the rows that chose each candidate. Where leaves fade in, each choice is an entry, block
-· 2³² + leaf of the tile · 2²⁴ + rise · 2⁸ + row. Near blocks are of as many queries as entries.
+An entry stands for QUERIES of a block, which are what its number counts. Where leaves are chosen whole, it is number · 2³² +
+the rows from which on they see the tile's leaves, one after another in 32 / LEAVES bits each, all of which are ones for a
+leaf that none sees; ``choosers`` has the rows that chose each candidate. Where leaves fade in, each choice is an entry,
+number · 2³² + leaf of the tile · 2²⁴ + rise · 2⁸ + row. Near blocks are of as many queries as entries.
 
 One program writes a chunk, block after block, and counts which of a tile's entries comes first, so the order never
 depends on timing.
@@ -103,18 +103,23 @@ def whole_entries(
 
 @triton.jit
 def block_entries(
-    kept, choices, number, n,
+    kept, choices, number, part, n,
     WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr, FANOUT: tl.constexpr, BEAM: tl.constexpr,
-    QUERY_BLOCK: tl.constexpr, WIDTH: tl.constexpr, CHOICES: tl.constexpr, LEAVES: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr, WIDTH: tl.constexpr, CHOICES: tl.constexpr, LEAVES: tl.constexpr, QUERIES: tl.constexpr,
 ):  # fmt: skip
-    """(whether it is one, tile, entry) for the choices n … n + SOME of a block, of leaves that fade in."""
+    """(whether it is one, tile, entry, whether there may be more) for the choices n … n + SOME of a block, of leaves that
+    fade in, and QUERIES of it, the part-th ones."""
     SINKS: tl.constexpr = (SINK + LEAVES * BLOCK - 1) // (LEAVES * BLOCK)
     at = n + tl.arange(0, SOME)
     choice = tl.load(choices + at, mask=at < CHOICES, other=NONE)
     row, candidate, rise = unpack(choice, QUERY_BLOCK, WIDTH)
     leaf = chosen_leaf(kept, candidate, number * QUERY_BLOCK, WINDOW, SINK, BLOCK, FANOUT, BEAM)
-    entry = (number.to(tl.int64) << 32) + ((leaf % LEAVES << 24) + (rise << 8) + row).to(tl.int64)
-    return choice < NONE, SINKS + leaf // LEAVES, entry
+    own = number.to(tl.int64) * (QUERY_BLOCK // QUERIES) + part
+    entry = (own << 32) + ((leaf % LEAVES << 24) + (rise << 8) + tl.maximum(row - part * QUERIES, 0)).to(
+        tl.int64
+    )
+    known = (choice < NONE) & (row < (part + 1) * QUERIES)
+    return known, SINKS + leaf // LEAVES, entry, tl.min((choice < NONE).to(tl.int32), 0)
 
 
 @kernel()
@@ -145,15 +150,15 @@ def count_entries(
                 )  # fmt: skip
                 tl.atomic_add(to + tile.to(tl.int64) * chunks, 1, mask=known, sem="relaxed")
         else:
-            n, more = i * 0, i * 0 + 1
-            while more > 0:
-                known, tile, _entry = block_entries(
-                    spans + at * BEAM, choices + at * CHOICES, number, n,
-                    WINDOW, SINK, BLOCK, FANOUT, BEAM, QUERY_BLOCK, WIDTH, CHOICES, LEAVES,
-                )  # fmt: skip
-                tl.atomic_add(to + tile.to(tl.int64) * chunks, 1, mask=known, sem="relaxed")
-                n += SOME
-                more = tl.min(known.to(tl.int32), 0)
+            for part in range(QUERY_BLOCK // QUERIES):
+                n, more = i * 0, i * 0 + 1
+                while more > 0:
+                    known, tile, _entry, more = block_entries(
+                        spans + at * BEAM, choices + at * CHOICES, number, part, n,
+                        WINDOW, SINK, BLOCK, FANOUT, BEAM, QUERY_BLOCK, WIDTH, CHOICES, LEAVES, QUERIES,
+                    )  # fmt: skip
+                    tl.atomic_add(to + tile.to(tl.int64) * chunks, 1, mask=known, sem="relaxed")
+                    n += SOME
 
 
 @kernel()
@@ -186,24 +191,24 @@ def write_entries(
                     tl.store(place, to + 1, mask=known)
                     tl.debug_barrier()  # the next one goes on from there
             else:
-                n, more = i * 0, i * 0 + 1
-                while more > 0:
-                    known, tile, entry = block_entries(
-                        spans + at * BEAM, choices + at * CHOICES, number, n,
-                        WINDOW, SINK, BLOCK, FANOUT, BEAM, QUERY_BLOCK, WIDTH, CHOICES, LEAVES,
-                    )  # fmt: skip
-                    # A leaf that rises twice, or another one of the tile, comes behind the earlier choice.
-                    which = tl.arange(0, SOME)
-                    same = (tile[:, None] == tl.reshape(tile, [1, SOME])) & tl.reshape(known, [1, SOME])
-                    earlier = tl.sum((same & (which[None] < which[:, None])).to(tl.int32), 1)
-                    place = places + (bh * tiles + tile) * chunks + chunk
-                    to = tl.load(place, mask=known, other=0) + earlier
-                    tl.store(entries + to, entry, mask=known)
-                    tl.debug_barrier()  # every thread has read where its entries go
-                    tl.atomic_max(place, to + 1, mask=known, sem="relaxed")
-                    tl.debug_barrier()
-                    n += SOME
-                    more = tl.min(known.to(tl.int32), 0)
+                for part in range(QUERY_BLOCK // QUERIES):
+                    n, more = i * 0, i * 0 + 1
+                    while more > 0:
+                        known, tile, entry, more = block_entries(
+                            spans + at * BEAM, choices + at * CHOICES, number, part, n,
+                            WINDOW, SINK, BLOCK, FANOUT, BEAM, QUERY_BLOCK, WIDTH, CHOICES, LEAVES, QUERIES,
+                        )  # fmt: skip
+                        # A leaf that rises twice, or another one of the tile, comes behind the earlier choice.
+                        which = tl.arange(0, SOME)
+                        same = (tile[:, None] == tl.reshape(tile, [1, SOME])) & tl.reshape(known, [1, SOME])
+                        earlier = tl.sum((same & (which[None] < which[:, None])).to(tl.int32), 1)
+                        place = places + (bh * tiles + tile) * chunks + chunk
+                        to = tl.load(place, mask=known, other=0) + earlier
+                        tl.store(entries + to, entry, mask=known)
+                        tl.debug_barrier()  # every thread has read where its entries go
+                        tl.atomic_max(place, to + 1, mask=known, sem="relaxed")
+                        tl.debug_barrier()
+                        n += SOME
 
 
 @kernel()

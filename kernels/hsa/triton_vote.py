@@ -205,7 +205,7 @@ def vote(
     FANOUT: tl.constexpr, PER_LEAF: tl.constexpr, BEAM: tl.constexpr, QUERY_BLOCK: tl.constexpr,
     DENSE_END: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, KEYS: tl.constexpr,
     PRECISION: tl.constexpr, STEPS: tl.constexpr, MOST: tl.constexpr, REACH: tl.constexpr,
-    LAYOUT: tl.constexpr,
+    LAYOUT: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
     """Votes of the query blocks number ``first`` … ``end`` of [B·Hkv, blocks]: ``votes``
     [end − first, QUERY_BLOCK, WIDTH_PAD + FANOUT], integers.
@@ -222,15 +222,16 @@ def vote(
         number = low // QUERY_BLOCK + tile % blocks
         t0 = number * QUERY_BLOCK
         if (t0 + QUERY_BLOCK > DENSE_END) & (t0 < high):
-            vote_spans(
-                q, k, nodes, spreads, sinks, shift, spans + (bh * total_blocks + number) * BEAM,
-                votes + (tile - first).to(tl.int64) * (QUERY_BLOCK * (WIDTH_PAD + FANOUT)),
-                b, h, t0, 0, low, high, offset, begin, 0, WIDTH,
-                stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_nb, stride_nh,
-                stride_sb, stride_sh, tokens, leaves, scale, spread,
-                KV_HEADS, GROUP, HEADS, DIM, DIM_PAD, WINDOW, SINK, BLOCK, FANOUT, PER_LEAF, BEAM, QUERY_BLOCK,
-                QUERY_BLOCK, WIDTH, WIDTH_PAD, KEYS, PRECISION, STEPS, MOST, REACH,
-            )  # fmt: skip
+            for begin_place in range(0, QUERY_BLOCK, PLACES):
+                vote_spans(
+                    q, k, nodes, spreads, sinks, shift, spans + (bh * total_blocks + number) * BEAM,
+                    votes + (tile - first).to(tl.int64) * (QUERY_BLOCK * (WIDTH_PAD + FANOUT)),
+                    b, h, t0, begin_place, low, high, offset, begin, 0, WIDTH,
+                    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_nb, stride_nh,
+                    stride_sb, stride_sh, tokens, leaves, scale, spread,
+                    KV_HEADS, GROUP, HEADS, DIM, DIM_PAD, WINDOW, SINK, BLOCK, FANOUT, PER_LEAF, BEAM, QUERY_BLOCK,
+                    PLACES, WIDTH, WIDTH_PAD, KEYS, PRECISION, STEPS, MOST, REACH,
+                )  # fmt: skip
 
 
 @kernel(do_not_specialize=["slots", "tokens", "blocks", "total_blocks", "leaves", "pairs"])

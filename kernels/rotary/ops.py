@@ -25,7 +25,8 @@ _LIBRARY.define(
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Gives queries and keys their positions: by one kernel on a GPU, and else operator by operator.
 
-    The kernel rounds as the operators do. While a program is compiled or exported, it gets the operators.
+    The kernel rounds as the operators do; gradients of half-precision queries by angles of float32 it sums before it rounds
+    them. While a program is compiled or exported, it gets the operators.
 
     Args:
         q: Queries [B, Hq, T, D].
@@ -61,7 +62,7 @@ def _is_for_kernel(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
     batch, _, tokens, dim = q.shape
     angles = ((1, 1, tokens, dim), (batch, 1, tokens, dim))
     alike = k.shape[0] == batch and k.shape[2:] == q.shape[2:] and sin.shape == cos.shape
-    return alike and dim % 2 == 0 and cos.shape in angles
+    return alike and q.numel() > 0 and dim % 2 == 0 and cos.shape in angles
 
 
 @torch.library.impl(_LIBRARY, "rotary", "CompositeExplicitAutograd")

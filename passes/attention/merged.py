@@ -59,7 +59,7 @@ def _pair(found: list[Node]) -> tuple[Node, Node] | None:
 def _merge(graph: Graph, first: Node, second: Node) -> None:
     (q, k, v, *rest), other = first.args, second.args[2]
     assert isinstance(other, Node)
-    ahead(other, first)
+    _ahead(other, first)
     editor = Editor(graph, first)
     whole = editor.call(aten.cat.default, [v, other], -1)
     merged = editor.call(ATTENTION, q, k, whole, *rest)
@@ -72,7 +72,7 @@ def _merge(graph: Graph, first: Node, second: Node) -> None:
         graph.erase_node(node)
 
 
-def ahead(node: Node, place: Node) -> None:
+def _ahead(node: Node, place: Node) -> None:
     """Moves ``node`` and what it is computed from before ``place``, which is not among it."""
     order = {item: number for number, item in enumerate(node.graph.nodes)}
     pending, late = [node], set()

@@ -15,9 +15,7 @@ from torch.fx import Graph, Node
 
 from retrofit.kernels.rotary.ops import rotary
 from retrofit.passes.attention.arguments import arguments, is_call, shape
-from retrofit.passes.attention.merged import ahead
 from retrofit.passes.attention.rule import calls, remove_dead
-from retrofit.passes.attention.scores import depends_on
 
 aten = torch.ops.aten
 
@@ -98,17 +96,18 @@ def _are_angles(node: Any, x: Node) -> bool:
 
 
 def _pair(graph: Graph) -> tuple[Rotation, Rotation] | None:
+    order = {node: number for number, node in enumerate(graph.nodes)}
     found = [known for node in calls(graph, aten.add.Tensor) if (known := rotation(node)) is not None]
     for first, second in combinations(found, 2):
         alike = (first.cos, first.sin) == (second.cos, second.sin)
-        if alike and not depends_on(second.x, first.node):
+        # Both are computed where the second one is; nothing else moves.
+        if alike and all(order[user] > order[second.node] for user in first.node.users):
             return first, second
     return None
 
 
 def _fuse(graph: Graph, first: Rotation, second: Rotation) -> None:
-    ahead(second.x, first.node)
-    with graph.inserting_before(first.node):
+    with graph.inserting_before(second.node):
         both = graph.call_function(rotary, (first.x, second.x, first.cos, first.sin))
         parts = [graph.call_function(operator.getitem, (both, place)) for place in range(2)]
     both.meta = {"val": tuple(rotation.node.meta.get("val") for rotation in (first, second))}

@@ -110,7 +110,7 @@ def tune(
         dense_ms, hsa_ms = _times(target, inputs, _lengths(longest), repeats)
         size = target.config.largest_query_block
         end = geometry_of(replace(target.config, dense_until=None), target.heads // target.kv_heads).dense_end
-        until = max(end, ceil(overtaking(dense_ms, hsa_ms) / size) * size)
+        until = ceil(max(end, overtaking(dense_ms, hsa_ms)) / size) * size
         for path in paths:
             target = found[path].retrofit
             assert isinstance(target.config, HSAConfig)

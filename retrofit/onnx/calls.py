@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from retrofit.cache import RetrofitLayer
-from retrofit.configs import HSAConfig, MAHAConfig
 from retrofit.errors import ExportError
 from retrofit.exchange import sites
+from retrofit.targets.hsa import HSAAttention
+from retrofit.targets.maha import MAHAAttention
 
 FIRST_SIZES = {"batch": 3, "sequence": 150, "past": 210}
 """Sizes of the example: none of them 0 or 1, which tracing would take for constants, and no two equal."""
@@ -147,12 +148,10 @@ class CallModel(torch.nn.Module):
         """Length from which some converted site leaves keys out; 0 if none does."""
         longest = 0
         for module in self.model.modules():
-            config = getattr(module, "config", None)
-            if isinstance(config, HSAConfig):
-                fits = config.sink + config.window + config.budget
-                longest = max(longest, fits, config.dense_until or 0)
-            elif isinstance(config, MAHAConfig):
-                longest = max(longest, config.sink + sum(config.widths))
+            if isinstance(module, HSAAttention):
+                longest = max(longest, module.geometry.dense_end)
+            elif isinstance(module, MAHAAttention):
+                longest = max(longest, module.config.sink + sum(module.config.widths))
         return longest
 
     def _layers(self) -> int:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from retrofit.configs import HSAConfig
+from retrofit.configs import SMALLEST_QUERY_BLOCK, HSAConfig
 from retrofit.errors import CacheError, ConfigError
 from retrofit.kernels.dense.scores import ScoreRules
 from retrofit.kernels.hsa.account import count
@@ -37,11 +37,27 @@ SAMPLES = 64
 
 def geometry_of(config: HSAConfig, group: int = 1) -> Geometry:
     """Returns the sizes that ``config`` stands for at a site with so many query heads to a kv head."""
-    query_block, dense_until = config.query_block_of(group), config.dense_until
+    query_block = config.query_block_of(group)
+    geometry = _geometry(config, query_block)
+    # Of sizes that are not the usual ones, smaller blocks may do where larger ones do not.
+    while config.query_block is None and query_block > SMALLEST_QUERY_BLOCK and not _is_usual(geometry):
+        query_block //= 2
+        geometry = _geometry(config, query_block)
+    places = geometry.query_block * geometry.leaf_width
+    if places > MOST_PLACES:
+        raise ConfigError(
+            f"query_block times the leaves to choose from, beam·fanout and a few, must be at most {MOST_PLACES:,}, "
+            f"got {geometry.query_block} times {geometry.leaf_width:,}; lower beam, fanout or query_block"
+        )
+    return geometry
+
+
+def _geometry(config: HSAConfig, query_block: int) -> Geometry:
+    dense_until = config.dense_until
     if dense_until is None:
         reach = config.sink + config.window + config.budget
         dense_until = -(-reach // query_block) * query_block
-    geometry = Geometry(
+    return Geometry(
         window=config.window,
         sink=config.sink,
         budget=config.budget,
@@ -55,13 +71,13 @@ def geometry_of(config: HSAConfig, group: int = 1) -> Geometry:
         threshold=config.threshold,
         spread=config.spread,
     )
-    places = geometry.query_block * geometry.leaf_width
-    if places > MOST_PLACES:
-        raise ConfigError(
-            f"query_block times the leaves to choose from, beam·fanout and a few, must be at most {MOST_PLACES:,}, "
-            f"got {geometry.query_block} times {geometry.leaf_width:,}; lower beam, fanout or query_block"
-        )
-    return geometry
+
+
+def _is_usual(geometry: Geometry) -> bool:
+    """Whether choices have bits for all leaves, and some leaf ends within a dense start of no more than what fits."""
+    fits = geometry.sink + geometry.window + geometry.budget
+    few = geometry.query_block * geometry.leaf_width <= MOST_PLACES
+    return few and fits // geometry.query_block * geometry.query_block >= geometry.sink + geometry.block
 
 
 class HSAAttention(TargetAttention):

@@ -55,6 +55,18 @@ def test_sites_stay_dense_up_to_where_they_are_slower(
     assert {site.retrofit.config.dense_until for _, site in retrofit.sites(again)} == {1456}
 
 
+def test_positions_fit_the_blocks_of_any_site(
+    tiny_llama: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_llama()
+    retrofit.convert(model, retrofit.HSAConfig(budget=512))  # 672 tokens before anything is left out
+    monkeypatch.setattr(
+        "retrofit.bench.tuning._times", lambda *_: ({1024: 2.0, 2048: 4.0}, {1024: 1.0, 2048: 1.0})
+    )
+    report = retrofit.tune(model, tokenizer=None, source=IDS, longest=2048)
+    assert [group.dense_until for group in report.tuned] == [768]
+
+
 def test_times_are_taken_of_both(tiny_llama: Callable[..., Any]) -> None:
     model = tiny_llama()
     retrofit.convert(model, CONFIG)

@@ -163,12 +163,15 @@ def test_every_kernel_compiles_and_fits(capability: tuple[int, int], dtype: str,
 
 @pytest.mark.slow
 @pytest.mark.thorough
-@pytest.mark.parametrize(("dtype", "dim"), [("bfloat16", 64), ("bfloat16", 128), ("float32", 128)])
-@pytest.mark.parametrize("capability", [(8, 6), (9, 0)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "dim"), [("bfloat16", 64), ("bfloat16", 256), ("float32", 64), ("float32", 128)]
+)
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0)], ids=str)
+@pytest.mark.parametrize("group", [1, 2])
 def test_every_kernel_fits_for_heads_with_keys_of_their_own(
-    capability: tuple[int, int], dtype: str, dim: int
+    capability: tuple[int, int], dtype: str, dim: int, group: int
 ) -> None:
-    for part, kernel, shared, _ in compiled(capability, dtype, dim, heads=2):
+    for part, kernel, shared, _ in compiled(capability, dtype, dim, heads=2 * group):
         assert shared <= SHARED[capability] * 1024, f"{kernel} of {part}"
 
 

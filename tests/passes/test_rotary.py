@@ -24,15 +24,26 @@ def plain(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
     return q * cos + turn(q) * sin, k * cos + turn(k) * sin
 
 
+def parts_rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+    """As in GPT-NeoX: of twice as many dims the first half is rotated."""
+    (q, rest_q), (k, rest_k) = (x.repeat(1, 1, 1, 2).split(D, -1) for x in (q, k))
+    q, k = plain(q, k, cos, sin)
+    return torch.cat([q, rest_q], -1), torch.cat([k, rest_k], -1)
+
+
+def size_of_the_first(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+    """The second is made with the first one's size."""
+    first = q * cos + turn(q) * sin
+    k = k + torch.zeros_like(first)[:, :1]
+    return first, k * cos + turn(k) * sin
+
+
 FUSED: dict[str, Forward] = {
     "as in Llama": plain,
     "factors the other way round": lambda q, k, cos, sin: (cos * q + sin * turn(q), cos * k + sin * turn(k)),
     "terms the other way round": lambda q, k, cos, sin: (turn(q) * sin + q * cos, turn(k) * sin + k * cos),
     "one of the two": lambda q, k, cos, sin: (q * cos + turn(q) * sin, turn(k) * sin + k * cos),
-    "parts of heads": lambda q, k, cos, sin: tuple(
-        torch.cat([x * cos + turn(x) * sin, rest], -1)
-        for x, rest in (whole.repeat(1, 1, 1, 2).split(D, -1) for whole in (q, k))
-    ),
+    "parts of heads": lambda q, k, cos, sin: parts_rotated(q, k, cos, sin),
     "used again": lambda q, k, cos, sin: (*plain(q, k, cos, sin), turn(q)),
 }
 LEFT: dict[str, Forward] = {
@@ -52,6 +63,7 @@ LEFT: dict[str, Forward] = {
     "angles of heads": lambda q, k, cos, sin: tuple(
         x * y + turn(x) * sin for x in (q, k) for y in (cos.expand(-1, x.shape[1], -1, -1),)
     ),
+    "the size of the first": size_of_the_first,
     "the second of the first": lambda q, k, cos, sin: (
         first := q * cos + turn(q) * sin,
         (first + 1) * cos + turn(first + 1) * sin,

@@ -93,6 +93,30 @@ def test_dense_until_stands_for_all_that_fits(tiny_hsa: HSAConfig) -> None:
     assert geometry_of(replace(tiny_hsa, dense_until=0)).dense_end == 72
 
 
+@pytest.mark.parametrize(
+    ("options", "group", "expected"),
+    [
+        *(({}, group, size) for group, size in ((1, 128), (2, 64), (3, 32), (4, 32), (16, 32))),
+        ({"query_block": 16}, 1, 16),
+        ({"beam": 256}, 1, 64),
+        ({"fanout": 128}, 1, 64),
+        ({"window": 32, "budget": 32}, 1, 64),
+    ],
+    ids=str,
+)
+def test_query_blocks_fill_tiles_where_other_sizes_allow_it(
+    options: dict[str, int], group: int, expected: int
+) -> None:
+    geometry = geometry_of(HSAConfig(**options), group)
+    assert geometry.query_block == expected
+    assert geometry.dense_until % expected == 0
+    assert geometry_of(HSAConfig(**options, dense_until=0), group).query_block == expected
+
+
+def test_candidates_of_the_default_sizes_are_at_most_256() -> None:
+    assert all(geometry_of(HSAConfig(), group).leaf_width <= 256 for group in (1, 2, 3, 4))
+
+
 def test_a_short_sliding_window_stays_dense(tiny_hsa: HSAConfig) -> None:
     q, k, v = qkv(300)
     short = HSAAttention(tiny_hsa, **{**SHAPE, "sliding_window": 72})

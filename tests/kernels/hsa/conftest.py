@@ -201,3 +201,18 @@ def build(implementation: str) -> Callable[..., Case]:
         )
 
     return case
+
+
+@pytest.fixture
+def narrow() -> Any:
+    """Settings with tiles of 16 rows, of which a query block takes several."""
+    tuned = pytest.importorskip("retrofit.kernels.tuned")
+    names = ("vote", "attend", "query_gradients", "key_gradients")
+    listed = {name: getattr(tuned.SM_90, name) for name in names}
+    return replace(
+        tuned.SM_90,
+        **{
+            name: {at: replace(tile, rows=16, few=None) for at, tile in tiles.items()}
+            for name, tiles in listed.items()
+        },
+    )

@@ -133,6 +133,22 @@ def test_interpreted_kernels_with_the_settings_of_another_gpu(build: Callable[..
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
+@pytest.mark.parametrize("kv_heads", [1, 2])
+@pytest.mark.parametrize("change", [lambda case: case, outweighed], ids=["plain", "beyond the range"])
+def test_interpreted_blocks_of_several_tiles(
+    build: Callable[..., Any], narrow: tuned.Settings, kv_heads: int, change: Callable[[Any], Any]
+) -> None:
+    case = change(build(125, heads=2, kv_heads=kv_heads, query_block=32, dense_until=0))
+    with tuned.using(case.q.device, narrow):
+        actual, expected = both(case)
+        chunks = case.run_in_chunks([75, 76, 101])
+    torch.testing.assert_close(actual.out, expected.out, rtol=1e-5, atol=1e-5)
+    assert torch.equal(actual.choices, expected.choices)
+    torch.testing.assert_close(chunks.out, actual.out, rtol=1e-5, atol=1e-5)
+    assert torch.equal(chunks.choices, actual.choices)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
 def test_interpreted_sinks_need_not_be_contiguous(build: Callable[..., Any]) -> None:
     every_second = torch.tensor([0.0, 9.0, 3.0, 9.0])[::2]
     case = replace(build(100, heads=2, kv_heads=1), rules=ScoreRules(0.0, every_second))

@@ -126,6 +126,21 @@ def error(actual: Tensor, expected: Tensor) -> float:
 
 
 @interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_interpreted_gradients_of_blocks_of_several_tiles(
+    build: Callable[..., Any], narrow: tuned.Settings, kv_heads: int, dtype: torch.dtype
+) -> None:
+    case = build(128, heads=2, kv_heads=kv_heads, query_block=32, dense_until=0).to("cpu", dtype)
+    given = problem(case)
+    out, lse, _ = given.exact()
+    with tuned.using(case.q.device, narrow):
+        found = given.by_triton(out, lse)
+    for x, y in zip(found, given.by_triton(out, lse), strict=True):
+        assert error(x, y) < (1e-5 if dtype == torch.float32 else 2e-3)
+
+
+@interpreted
 @pytest.mark.parametrize(
     "inputs",
     [
