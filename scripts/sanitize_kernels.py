@@ -27,6 +27,7 @@ from torch import Tensor
 from retrofit.attention_call import AttentionCall, unpadded
 from retrofit.cache import RetrofitLayer
 from retrofit.configs import HSAConfig, MAHAConfig
+from retrofit.kernels.rotary.ops import rotary
 from retrofit.targets.hsa import HSAAttention
 from retrofit.targets.maha import MAHAAttention
 
@@ -116,11 +117,25 @@ def exercise(
             begin = end
 
 
+def rotate() -> None:
+    """Rotary positions and their gradients, of tokens that fill no tile."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    q, k, angles = (
+        torch.randn(2, heads, 77, 48, generator=generator, device="cuda", dtype=torch.bfloat16)
+        for heads in (9, 3, 1)
+    )
+    turned = rotary(q.requires_grad_(), k.requires_grad_(), angles.cos(), angles.sin())
+    sum(x.float().square().sum() for x in turned).backward()
+
+
 CASES: dict[str, Callable[[], None]] = {
+    "rotary": rotate,
     "hsa, roles": partial(exercise, HSAConfig(dense_until=0), heads=8, kv_heads=2, dim=128, tokens=1_100),
     "hsa, roles, smollm2": partial(
         exercise, HSAConfig(dense_until=0), heads=9, kv_heads=3, dim=64, tokens=1_000, dtype=torch.float16
     ),
+    "hsa, roles, heads alone": partial(exercise, HSAConfig(dense_until=0), heads=2, kv_heads=2, dim=64, tokens=1_000),
+    "hsa, blocks of several tiles": partial(exercise, HSAConfig(dense_until=0), heads=2, kv_heads=2, dim=256, tokens=900),
     "hsa, several coarse steps": partial(exercise, DEEP, heads=2, kv_heads=1, dim=64, tokens=2_309),
     "hsa, float32": partial(
         exercise, DEEP, heads=4, kv_heads=2, dim=32, tokens=701, dtype=torch.float32

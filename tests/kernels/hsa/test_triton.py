@@ -179,7 +179,13 @@ def test_what_the_kernels_cannot_do_is_refused(build: Callable[..., Any]) -> Non
         {"tokens": 3001, "heads": 9, "kv_heads": 3, "dim": 64, "geometry": DEFAULT},
         {"tokens": 2500, "heads": 8, "kv_heads": 2, "dim": 128, "geometry": DEFAULT},
         {"tokens": 2049, "heads": 16, "kv_heads": 1, "dim": 80, "geometry": DEFAULT},
-        {"tokens": 1800, "heads": 2, "kv_heads": 2, "dim": 256, "geometry": DEFAULT},
+        {
+            "tokens": 1800,
+            "heads": 2,
+            "kv_heads": 2,
+            "dim": 256,
+            "geometry": replace(DEFAULT, query_block=128),
+        },
         {"tokens": 2900, "heads": 4, "kv_heads": 4, "dim": 64, "geometry": replace(DEFAULT, query_block=128)},
         {
             "tokens": 2300,
