@@ -86,12 +86,10 @@ def hsa_attention_backward(
         blocks = call.dense_blocks
     if blocks:
         tile = call.tile(call.settings.query_gradients)
-        heads = call.heads_per_tile(tile.rows)
-        grid = blocks * call.tiles_per_block(tile.rows), -(-call.group // heads) * call.rows
-        gradients.query_gradients[grid](
+        gradients.query_gradients[call.grid(tile.rows, blocks)](
             q, k, v, out, grad, lse, start, length, *lists, grad_q, delta,
             *_strides(q, k, v, out, grad, grad_q), *call.extent, scale,
-            LIST=call.list_width, GROUP=call.group, HEADS=heads, QUERIES=call.queries_per_tile(tile.rows),
+            LIST=call.list_width, GROUP=call.group, HEADS=call.heads_per_tile(tile.rows), QUERIES=call.queries_per_tile(tile.rows),
             KEYS=max(geometry.block, tile.keys), **call.product, **call.values, **call.shared, **call.reach,
             **call.options(tile),
         )  # fmt: skip
@@ -104,7 +102,7 @@ def hsa_attention_backward(
     whole = call.votes.parts == FADE
     tiles = -(-geometry.sink // keys) + -(-max(0, call.slots - geometry.sink) // keys)
     entries, ends, steps = _entries(call, keys, tiles, start, length, spans, choices, whole=whole)
-    parts, part_ends, owners, size = _parts(steps, 4 * call.blocks * (geometry.query_block // queries))
+    parts, part_ends, owners, size = _parts(steps, 4 * call.blocks * call.entries_per_block)
     inverted = (entries, ends, steps, parts, part_ends, owners, size)
     held = torch.empty(owners.shape[0], keys, call.dim + call.value_dim, dtype=torch.float32, device=q.device)
     if by_roles:
@@ -116,7 +114,7 @@ def hsa_attention_backward(
             q, k, v, grad, lse, delta, start, length, *inverted, grad_k, grad_v, held,
             *_strides(q, k, v, grad, grad_k, grad_v), *call.extent, tiles, CHUNKS, steps.shape[0], owners.shape[0], scale,
             GROUP=call.group, HEADS=call.heads_per_tile(tile.rows, queries), KEYS=keys, WHOLE_LEAVES=whole,
-            **call.product, **call.values, **{**call.shared, "QUERY_BLOCK": queries}, **call.reach,
+            **call.product, **call.values, **call.by_entries, **call.reach,
             **call.options(tile, queries),
         )  # fmt: skip
     gradients.join_gradients[(steps.shape[0],)](
@@ -150,8 +148,8 @@ def _entries(
     g, device = call.geometry, choices.device
     leaves = keys // g.block
     per_chunk = -(-call.blocks // CHUNKS)
-    queries = call.queries_of_entry
-    constants = {**call.shared, **call.leaves, "LEAVES": leaves, "WHOLE_LEAVES": whole, "QUERIES": queries}
+    of_leaves = {"LEAVES": leaves, "WHOLE_LEAVES": whole, "QUERIES": call.queries_of_entry}
+    constants = {**call.shared, **call.leaves, **of_leaves}
     extent = (*call.extent, call.total_blocks, tiles, CHUNKS, per_chunk)
     counts = torch.zeros(call.rows, tiles, CHUNKS, dtype=torch.int32, device=device)
     room = (call.rows, call.blocks, constants["WIDTH_PAD"]) if whole else (0,)
@@ -161,9 +159,7 @@ def _entries(
     )
     ends = counts.flatten().cumsum(0)
     places = ends - counts.flatten()
-    most = (min(g.choices, constants["WIDTH_PAD"] // leaves) if whole else g.choices) * (
-        g.query_block // queries
-    )
+    most = call.entries_per_block * (min(g.choices, constants["WIDTH_PAD"] // leaves) if whole else g.choices)
     entries = torch.empty(call.rows * call.blocks * most, dtype=torch.int64, device=device)
     inverse.write_entries[(CHUNKS, call.rows)](
         start, length, spans, choices, choosers, places, entries, *extent, **constants, num_warps=1
@@ -177,7 +173,7 @@ def _entries(
         *call.extent,
         tiles,
         CHUNKS,
-        **{**call.shared, "QUERY_BLOCK": queries},
+        **call.by_entries,
         KEYS=keys,
         TILE=128,
         num_warps=4,

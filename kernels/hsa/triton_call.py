@@ -110,9 +110,12 @@ class Call:
     @cached_property
     def tiles(self) -> tuple[int, int]:
         """Grid of the kernels that attend."""
-        rows = self.tile(self.settings.attend).rows
+        return self.grid(self.tile(self.settings.attend).rows, self.blocks)
+
+    def grid(self, rows: int, blocks: int) -> tuple[int, int]:
+        """Grid of a kernel with tiles of so many rows, for so many query blocks."""
         heads = self.heads_per_tile(rows)
-        return self.blocks * self.tiles_per_block(rows), -(-self.group // heads) * self.rows
+        return blocks * self.tiles_per_block(rows), -(-self.group // heads) * self.rows
 
     @cached_property
     def attend_by_roles(self) -> Tile | None:
@@ -129,10 +132,8 @@ class Call:
         """As ``attend_by_roles``."""
         if self.votes.parts != FADE:
             return None
-        tile, g = (
-            self._by_roles(self.settings.key_gradients_by_roles, 64, self.queries_of_entry),
-            self.geometry,
-        )
+        g = self.geometry
+        tile = self._by_roles(self.settings.key_gradients_by_roles, 64, self.queries_of_entry)
         if tile is None or self.dim != self.value_dim:
             return None
         return tile if tile.keys <= min(4, g.fanout) * g.block else None  # an entry has bits for 4 leaves
@@ -276,6 +277,16 @@ class Call:
     def queries_of_entry(self) -> int:
         """Queries of an entry of the backward pass, as ``triton_inverse`` says."""
         return self.queries_per_tile(self.tile(self.settings.key_gradients).rows)
+
+    @cached_property
+    def entries_per_block(self) -> int:
+        """Entries of a query block in a tile of keys, at most, where leaves are chosen whole."""
+        return self.geometry.query_block // self.queries_of_entry
+
+    @cached_property
+    def by_entries(self) -> dict[str, Any]:
+        """``shared`` for the kernels whose blocks are of as many queries as entries."""
+        return {**self.shared, "QUERY_BLOCK": self.queries_of_entry}
 
     @cached_property
     def list_width(self) -> int:

@@ -17,7 +17,7 @@ the rows from which on they see the tile's leaves, one after another in 32 / LEA
 leaf that none sees; ``choosers`` has the rows that chose each candidate. Where leaves fade in, each choice is an entry,
 number · 2³² + leaf of the tile · 2²⁴ + rise · 2⁸ + row. Near blocks are of as many queries as entries.
 
-One program writes a chunk, block after block, and counts which of a tile's entries comes first, so the order never
+One program writes a chunk, block after block and part after part, and counts which of a tile's entries comes first, so the order never
 depends on timing.
 """
 
@@ -140,17 +140,17 @@ def count_entries(
     if (t0 + QUERY_BLOCK > DENSE_END) & (t0 < high):
         at = bh * total_blocks + number
         to = counts + bh * tiles * chunks + i // per_chunk
+        own = choosers + (bh * blocks + i) * WIDTH_PAD
         if WHOLE_LEAVES:
-            own = choosers + (bh * blocks + i) * WIDTH_PAD
             write_choosers(own, choices + at * CHOICES, QUERY_BLOCK, WIDTH, WIDTH_PAD, CHOICES)
-            for part in tl.static_range(QUERY_BLOCK // QUERIES):
+        for part in range(QUERY_BLOCK // QUERIES):
+            if WHOLE_LEAVES:
                 known, tile, _entry = whole_entries(
                     spans + at * BEAM, own, number, part,
                     WINDOW, SINK, BLOCK, FANOUT, BEAM, QUERY_BLOCK, WIDTH_PAD, LEAVES, QUERIES,
                 )  # fmt: skip
                 tl.atomic_add(to + tile.to(tl.int64) * chunks, 1, mask=known, sem="relaxed")
-        else:
-            for part in range(QUERY_BLOCK // QUERIES):
+            else:
                 n, more = i * 0, i * 0 + 1
                 while more > 0:
                     known, tile, _entry, more = block_entries(
@@ -174,41 +174,41 @@ def write_entries(
     chunk = tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
     low, high, _, _ = row_range(start, length, slots, tokens, bh // KV_HEADS, LAYOUT)
-    for i in range(chunk * per_chunk, tl.minimum((chunk + 1) * per_chunk, blocks)):
+    SPLIT: tl.constexpr = QUERY_BLOCK // QUERIES
+    for piece in range(chunk * per_chunk * SPLIT, tl.minimum((chunk + 1) * per_chunk, blocks) * SPLIT):
+        i, part = piece // SPLIT, piece % SPLIT
         number = low // QUERY_BLOCK + i
         t0 = number * QUERY_BLOCK
         if (t0 + QUERY_BLOCK > DENSE_END) & (t0 < high):
             at = bh * total_blocks + number
             if WHOLE_LEAVES:
-                for part in tl.static_range(QUERY_BLOCK // QUERIES):
-                    known, tile, entry = whole_entries(
-                        spans + at * BEAM, choosers + (bh * blocks + i) * WIDTH_PAD, number, part,
-                        WINDOW, SINK, BLOCK, FANOUT, BEAM, QUERY_BLOCK, WIDTH_PAD, LEAVES, QUERIES,
-                    )  # fmt: skip
-                    place = places + (bh * tiles + tile) * chunks + chunk
-                    to = tl.load(place, mask=known, other=0)
-                    tl.store(entries + to, entry, mask=known)
-                    tl.store(place, to + 1, mask=known)
-                    tl.debug_barrier()  # the next one goes on from there
+                known, tile, entry = whole_entries(
+                    spans + at * BEAM, choosers + (bh * blocks + i) * WIDTH_PAD, number, part,
+                    WINDOW, SINK, BLOCK, FANOUT, BEAM, QUERY_BLOCK, WIDTH_PAD, LEAVES, QUERIES,
+                )  # fmt: skip
+                place = places + (bh * tiles + tile) * chunks + chunk
+                to = tl.load(place, mask=known, other=0)
+                tl.store(entries + to, entry, mask=known)
+                tl.store(place, to + 1, mask=known)
+                tl.debug_barrier()  # the next piece goes on from there
             else:
-                for part in range(QUERY_BLOCK // QUERIES):
-                    n, more = i * 0, i * 0 + 1
-                    while more > 0:
-                        known, tile, entry, more = block_entries(
-                            spans + at * BEAM, choices + at * CHOICES, number, part, n,
-                            WINDOW, SINK, BLOCK, FANOUT, BEAM, QUERY_BLOCK, WIDTH, CHOICES, LEAVES, QUERIES,
-                        )  # fmt: skip
-                        # A leaf that rises twice, or another one of the tile, comes behind the earlier choice.
-                        which = tl.arange(0, SOME)
-                        same = (tile[:, None] == tl.reshape(tile, [1, SOME])) & tl.reshape(known, [1, SOME])
-                        earlier = tl.sum((same & (which[None] < which[:, None])).to(tl.int32), 1)
-                        place = places + (bh * tiles + tile) * chunks + chunk
-                        to = tl.load(place, mask=known, other=0) + earlier
-                        tl.store(entries + to, entry, mask=known)
-                        tl.debug_barrier()  # every thread has read where its entries go
-                        tl.atomic_max(place, to + 1, mask=known, sem="relaxed")
-                        tl.debug_barrier()
-                        n += SOME
+                n, more = i * 0, i * 0 + 1
+                while more > 0:
+                    known, tile, entry, more = block_entries(
+                        spans + at * BEAM, choices + at * CHOICES, number, part, n,
+                        WINDOW, SINK, BLOCK, FANOUT, BEAM, QUERY_BLOCK, WIDTH, CHOICES, LEAVES, QUERIES,
+                    )  # fmt: skip
+                    # A leaf that rises twice, or another one of the tile, comes behind the earlier choice.
+                    which = tl.arange(0, SOME)
+                    same = (tile[:, None] == tl.reshape(tile, [1, SOME])) & tl.reshape(known, [1, SOME])
+                    earlier = tl.sum((same & (which[None] < which[:, None])).to(tl.int32), 1)
+                    place = places + (bh * tiles + tile) * chunks + chunk
+                    to = tl.load(place, mask=known, other=0) + earlier
+                    tl.store(entries + to, entry, mask=known)
+                    tl.debug_barrier()  # every thread has read where its entries go
+                    tl.atomic_max(place, to + 1, mask=known, sem="relaxed")
+                    tl.debug_barrier()
+                    n += SOME
 
 
 @kernel()

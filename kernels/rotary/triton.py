@@ -38,14 +38,10 @@ def _launched(
     new_q, new_k = (torch.empty_like(x, dtype=dtype) for x in (q, k))
     at_once = min(TOKENS, triton.next_power_of_2(tokens))
     each = ROWS // at_once
-    angles = [
-        stride
-        for x in (cos.expand(batch, -1, -1, -1), sin.expand(batch, -1, -1, -1))
-        for stride in x.stride()
-    ]
+    of_angles = [stride for x in (cos, sin) for stride in x.expand(batch, -1, -1, -1).stride()[:3:2]]
     rotate[(triton.cdiv(tokens, at_once), triton.cdiv(heads, each) + triton.cdiv(k.shape[1], each), batch)](
         q, k, cos, sin, new_q, new_k,
-        *q.stride()[:3], *k.stride()[:3], angles[0], angles[2], angles[4], angles[6],
+        *q.stride()[:3], *k.stride()[:3], *of_angles,
         *new_q.stride()[:3], *new_k.stride()[:3], tokens,
         Q_HEADS=heads, K_HEADS=k.shape[1], HEADS=each, TOKENS=at_once, HALF=dim // 2,
         HALF_PAD=triton.next_power_of_2(dim // 2), BACK=back, num_warps=WARPS,

@@ -78,9 +78,9 @@ def _turned(node: Any) -> Node | None:
         or sizes[3] % 2
     ):
         return None
-    parts = [arguments(part) for part in (low, high)]
-    if any(
-        part["dim"] not in (3, -1) or part["step"] != 1 for part in (*parts, {**arguments(node), "step": 1})
+    joined, *parts = (arguments(part) for part in (node, low, high))
+    if any(values["dim"] not in (3, -1) for values in (joined, *parts)) or any(
+        part["step"] != 1 for part in parts
     ):
         return None
     ends = [

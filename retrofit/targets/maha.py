@@ -168,6 +168,7 @@ class MAHAAttention(TargetAttention):
             attend = partial(self._attend_to_scales, state=state, keeps=keeps)
             tensors = q, k, v, call.start, call.length, self.offsets
             if state is None and self._by_kernels(q, v):
+                # Going through a ParameterList takes as long as a launch.
                 weights = (*self.key_weights._parameters.values(), *self.value_weights._parameters.values())
                 out, pooled = repeated(attend, (*tensors, *weights), ("maha", keeps, config, self.scale))
             else:
