@@ -1,6 +1,6 @@
 """Runs every Triton kernel on small inputs under compute-sanitizer.
 
-    python scripts/sanitize_kernels.py
+    python scripts/sanitize_kernels.py --jobs 16
     python scripts/sanitize_kernels.py --tools racecheck --cases "hsa, roles"
 
 memcheck looks for accesses beyond allocated memory, racecheck for accesses of shared memory that nothing orders, synccheck
@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -35,6 +36,8 @@ TOOLS = ("memcheck", "racecheck", "synccheck")
 DEEP = HSAConfig(window=32, sink=16, budget=64, block=16, node=2, nodes_per_span=8, beam=2, dense_until=0)
 """Needs few tokens for several coarse steps."""
 MAHA = MAHAConfig(scales=4, widths=(64, 96, 128))
+MOST_SHOWN = 4_000
+"""Characters of what a tool says, at most: its end."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,26 +47,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=TOOLS)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--jobs", type=int, default=4, help="cases that run side by side")
+    parser.add_argument("--inside", choices=CASES, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if options.inside:
-        for name in options.cases:
-            CASES[name]()
-            torch.cuda.synchronize()
-            print(f"ran {name}", flush=True)
+    if options.inside is not None:
+        CASES[options.inside]()
+        torch.cuda.synchronize()
         return 0
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         print("compute-sanitizer is not on the PATH; it comes with CUDA's toolkit", file=sys.stderr)
         return 2
-    found = 0
-    for tool in options.tools:
-        command = [sanitizer, "--tool", tool, "--error-exitcode", "1", sys.executable, __file__, "--inside"]
-        environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        code = subprocess.run([*command, "--cases", *options.cases], env=environment, check=False).returncode
-        print(f"{tool}: {'clean' if not code else f'exit code {code}'}", flush=True)
-        found |= code
-    return int(found != 0)
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+
+    def run(tool: str, case: str) -> subprocess.CompletedProcess[str]:
+        command = [
+            sanitizer,
+            "--tool",
+            tool,
+            "--error-exitcode",
+            "1",
+            sys.executable,
+            __file__,
+            "--inside",
+            case,
+        ]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+    failed = False
+    with ThreadPoolExecutor(options.jobs) as pool:
+        runs = {
+            pool.submit(run, tool, case): (tool, case) for case in options.cases for tool in options.tools
+        }
+        for done in as_completed(runs):
+            tool, case = runs[done]
+            result = done.result()
+            print(
+                f"{tool}: {case}: {'exit code ' + str(result.returncode) if result.returncode else 'clean'}",
+                flush=True,
+            )
+            if result.returncode:
+                failed = True
+                print(result.stdout[-MOST_SHOWN:], result.stderr[-MOST_SHOWN:], sep="\n", flush=True)
+    return int(failed)
 
 
 def exercise(

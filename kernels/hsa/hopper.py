@@ -6,6 +6,7 @@ from functools import lru_cache
 from math import prod
 from typing import Any
 
+import torch
 from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -71,7 +72,8 @@ def query_gradients(
     tile, queries = _known(call.query_gradients_by_roles), call.geometry.query_block
     tiles = prod(call.tiles)
     query_gradients_by_roles[(min(tiles, processors(q.device)),)](
-        *_of_queries(call, tile, queries, q, grad), *_of_keys(call, k, v), ordered, counts, lse, out, delta, grad_q,
+        *_of_queries(call, tile, queries, q, grad), *_of_keys(call, k, v), ordered, counts,
+        torch.zeros(1, dtype=torch.int32, device=q.device), lse, out, delta, grad_q,
         *out.stride()[:3], *grad_q.stride()[:3], *call.extent, tiles, scale,
         LIST=call.list_width, KEYS=tile.keys, **_constants(call, tile, queries),
     )  # fmt: skip

@@ -121,7 +121,7 @@ def hsa_attention(
     lse = make(q.shape[:3], dtype=torch.float32, device=q.device)
     lists = start, start, length  # not read where nothing is sparse
     tiles = call.tiles[0] * call.tiles[1]
-    room = 1 + hopper.GROUPS * tiles
+    room = execute.LISTED.value + hopper.GROUPS * tiles
     todo = (torch.zeros if call.is_dense else torch.empty)(room, dtype=torch.int32, device=q.device)
     if not call.is_dense:
         nodes = [x.contiguous() for x in nodes]

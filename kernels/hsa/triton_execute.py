@@ -8,9 +8,11 @@ A tile is a query block times up to HEADS heads of a group. What its rows see is
     attend_listed   shift, list  →  out, lse     tiles that end behind DENSE_END
     attend_run      →  out, lse                  tiles that end by DENSE_END, which see all keys up to themselves
 
-The weights of a listed block are times its share. ``attend_listed`` shifts its scores by the highest one among sinks and window, which the selection has found, and
-needs no maximum of its own. Where that is too low for the range of numbers, ``attend_run`` does the row again with a
-running maximum.
+The weights of a listed block are times its share. ``attend_listed`` shifts its scores by the highest one among sinks and
+window, which the selection has found, and needs no maximum of its own. Where that is too low for the range of numbers, the
+tile is put on the list ``todo``, and ``attend_run`` does it again with a running maximum:
+
+    todo = how many, how many tiles programs have taken (which ``triton_roles`` counts), the tiles
 """
 
 from __future__ import annotations
@@ -20,6 +22,9 @@ import triton.language as tl
 
 from retrofit.kernels.hsa.triton_select import LOG2E, in_reach, row_range
 from retrofit.kernels.launch import INTERPRETED, kernel
+
+LISTED = tl.constexpr(2)
+"""Place of the first tile in ``todo``."""
 
 
 @triton.jit
@@ -139,7 +144,7 @@ def attend_listed(
 ):  # fmt: skip
     """Writes ``out`` [B, T, Hq, VALUE_DIM] and ``lse`` [B, Hq, T] of sparse tiles.
 
-    Where sums exceed ``limit``, ``lse`` is a NaN and the tile is put on the list ``todo``, whose length comes first.
+    Where sums exceed ``limit``, ``lse`` is a NaN and the tile is put on the list ``todo``.
     """
     ROWS: tl.constexpr = HEADS * QUERIES
     SPLIT: tl.constexpr = QUERY_BLOCK // QUERIES
@@ -214,7 +219,7 @@ def attend_listed(
         tl.store(lse + at_out, tl.where(fits, (top + tl.log2(sums)) / LOG2E, float("nan")), mask=new)
         if tl.max((new & (fits == 0)).to(tl.int32), 0) > 0:
             tl.store(
-                todo + 1 + tl.atomic_add(todo, 1), tl.program_id(1) * (blocks * SPLIT) + tl.program_id(0)
+                todo + LISTED + tl.atomic_add(todo, 1), tl.program_id(1) * (blocks * SPLIT) + tl.program_id(0)
             )
 
 
@@ -254,7 +259,7 @@ def attend_run(
     factor = scale * LOG2E
     dense = dense_blocks * SPLIT * batch * ALL_PARTS
     for w in range(tl.program_id(0), dense + tl.load(todo), tl.num_programs(0)):
-        again = tl.load(todo + 1 + tl.maximum(w - dense, 0))
+        again = tl.load(todo + LISTED + tl.maximum(w - dense, 0))
         tile = tl.where(w < dense, w // (batch * ALL_PARTS), again % (blocks * SPLIT))
         part = tl.where(w < dense, w % (batch * ALL_PARTS), again // (blocks * SPLIT))
         i = tile // SPLIT

@@ -5,7 +5,8 @@
 
 What it computes is what ``attend_listed`` of ``triton_execute`` does, up to the last rounding. One warp fetches, and two groups of
 four warps attend, each to HALF rows of a tile: while the values of a step are added, the scores of the next one are
-computed and weighed. Programs take one tile after another. Queries, keys and values have each their own ring.
+computed and weighed. Queries, keys and values have each their own ring. A program that has done a tile takes the next one
+that nobody has, for some take longer than others.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
+from retrofit.kernels.hsa.triton_execute import LISTED
 from retrofit.kernels.launch import Kernel
 from retrofit.kernels.roles import (
     HALF,
@@ -87,19 +90,46 @@ def entries(listed, LEAVES: gl.constexpr):
 
 
 @gluon.jit
+def tiles_of(desc_q, dtype: gl.constexpr, DIM: gl.constexpr):
+    """A ring of one slot for the queries of a tile, and room for its number, which fills the slot as well."""
+    queries = ring_of(desc_q, dtype, 1, DIM // SLAB, FILLS=2)
+    return queries, gl.allocate_shared_memory(gl.int32, [1, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+
+
+@gluon.jit
+def announce(number, w, queries):
+    """Says which tile the queries are of that come next; w is negative if there are no more."""
+    number.index(0).store(gl.full([1], w, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+    mbarrier.arrive(queries[1].index(0))
+
+
+@gluon.jit
+def tile_of(number, queries, n):
+    """Waits for the n-th tile of this program, and says which one it is."""
+    await_slot(queries, n, 1)
+    return gl.sum(number.index(0).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+
+
+@gluon.jit
 def fetch(
-    desc_q, desc_g, desc_k, desc_v, queries, grads, keys, values, ordered, counts, slots, tokens, blocks, tiles,
+    desc_q, desc_g, desc_k, desc_v, number_of_tile, queries, grads, keys, values, ordered, counts, taken,
+    slots, tokens, blocks, tiles,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, HEADS: gl.constexpr, DIM: gl.constexpr, WINDOW: gl.constexpr,
     SINK: gl.constexpr, BLOCK: gl.constexpr, QUERY_BLOCK: gl.constexpr, DENSE_END: gl.constexpr,
     LIST: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The role of the warp that fetches; with queries come the gradients of their outputs, if there are any."""
+    """The role of the warp that fetches; with queries come the gradients of their outputs, if there are any.
+
+    ``taken`` counts the tiles that programs have taken besides their first ones.
+    """
     LEAVES: gl.constexpr = KEYS // BLOCK
     SLABS: gl.constexpr = DIM // SLAB
     TILE_BYTES: gl.constexpr = HEADS * QUERY_BLOCK * DIM * 2
     beyond = (slots + BLOCK - 1) // BLOCK
     n, seen_tiles = 0, 0
-    for w in range(gl.program_id(0), tiles, gl.num_programs(0)):
+    w = tiles - 1 - gl.program_id(0)  # what lies later sees more, and begins first
+    while w >= 0:
+        next_tile = tiles - 1 - gl.num_programs(0) - gl.atomic_add(taken, 1)
         b, h, head, t0, number = tile_at(w, slots, tokens, blocks, KV_HEADS, GROUP, HEADS, QUERY_BLOCK)
         if (t0 < slots) & (t0 + QUERY_BLOCK > DENSE_END):
             whole, right, first, edges = window_ends(t0, WINDOW, SINK, BLOCK, QUERY_BLOCK)
@@ -109,6 +139,7 @@ def fetch(
             from_list = (most + LEAVES - 1) // LEAVES
             at = t0 - (slots - tokens)
             bring(desc_q, queries, seen_tiles, b, head, at, TILE_BYTES, SLABS, 1, QUERY_BLOCK, 1)
+            announce(number_of_tile, w, queries)
             if grads is not None:
                 bring(desc_g, grads, seen_tiles, b, head, at, TILE_BYTES, SLABS, 1, QUERY_BLOCK, 1)
             seen_tiles += 1
@@ -129,12 +160,15 @@ def fetch(
                                 ring[0].index((n % STAGES * SLABS + d) * LEAVES + u),
                             )  # fmt: skip
                 n += 1
+        w = next_tile
+    begin_slot(queries, seen_tiles, 0, 1)
+    announce(number_of_tile, w, queries)
 
 
 @gluon.jit
 def attend(
-    SHARE: gl.constexpr, sinks, counts, shift, todo, out, lse, queries, keys, values,
-    slots, tokens, blocks, tiles, scale, limit,
+    SHARE: gl.constexpr, sinks, counts, shift, todo, out, lse, number_of_tile, queries, keys, values,
+    slots, tokens, blocks, scale, limit,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, HEADS: gl.constexpr, DIM: gl.constexpr, WINDOW: gl.constexpr,
     SINK: gl.constexpr, BLOCK: gl.constexpr, QUERY_BLOCK: gl.constexpr, DENSE_END: gl.constexpr,
     KEYS: gl.constexpr, STAGES: gl.constexpr,
@@ -153,69 +187,69 @@ def attend(
     beyond = (slots + BLOCK - 1) // BLOCK
     factor = scale * LOG2E
     n, seen_tiles = 0, 0
-    for w in range(gl.program_id(0), tiles, gl.num_programs(0)):
+    w = tile_of(number_of_tile, queries, seen_tiles)
+    while w >= 0:
         b, h, head0, t0, number = tile_at(w, slots, tokens, blocks, KV_HEADS, GROUP, HEADS, QUERY_BLOCK)
-        if (t0 < slots) & (t0 + QUERY_BLOCK > DENSE_END):
-            row_b = b.to(gl.int64)
-            whole, right, first, edges = window_ends(t0, WINDOW, SINK, BLOCK, QUERY_BLOCK)
-            head, t, new = rows_at(SHARE, h, head0, t0, low, slots, GROUP, QUERY_BLOCK, ROWS)
-            at = (row_b * KV_HEADS * GROUP + head) * tokens + t - low
-            # Not loaded a tile ahead: Triton 3.6 took ``most``, loaded so in this role, for the same in all tiles.
-            top = gl.load(shift + at, mask=new, other=0.0)
-            seen = gl.load(counts + number * QUERY_BLOCK + place)
-            most = gl.load(counts + number * QUERY_BLOCK + QUERY_BLOCK - 1)
-            from_list = (most + LEAVES - 1) // LEAVES
-            from_ = gl.maximum(t + 1 - WINDOW, 0) // BLOCK * BLOCK
-            await_slot(queries, seen_tiles, 1)
-            x = half_tile(queries, SHARE, HEADS * QUERY_BLOCK, DIM, gl.DotOperandLayout(0, SCORES, 2))
-            release(queries, seen_tiles, 1)
-            seen_tiles += 1
+        row_b = b.to(gl.int64)
+        whole, right, first, edges = window_ends(t0, WINDOW, SINK, BLOCK, QUERY_BLOCK)
+        head, t, new = rows_at(SHARE, h, head0, t0, low, slots, GROUP, QUERY_BLOCK, ROWS)
+        at = (row_b * KV_HEADS * GROUP + head) * tokens + t - low
+        # Not loaded a tile ahead: Triton 3.6 took ``most``, loaded so in this role, for the same in all tiles.
+        top = gl.load(shift + at, mask=new, other=0.0)
+        seen = gl.load(counts + number * QUERY_BLOCK + place)
+        most = gl.load(counts + number * QUERY_BLOCK + QUERY_BLOCK - 1)
+        from_list = (most + LEAVES - 1) // LEAVES
+        from_ = gl.maximum(t + 1 - WINDOW, 0) // BLOCK * BLOCK
+        x = half_tile(queries, SHARE, HEADS * QUERY_BLOCK, DIM, gl.DotOperandLayout(0, SCORES, 2))
+        release(queries, seen_tiles, 1)
+        seen_tiles += 1
 
-            # The first step has no values to add meanwhile.
-            s = begin_scores(x, gl.zeros([HALF, KEYS], gl.float32, SCORES), keys, n, DIM, KEYS, STAGES)
-            s = hopper.warpgroup_mma_wait(0, deps=[s])
-            release(keys, n, STAGES)
-            if from_list > 0:
-                p = weigh_listed(s, 0, seen, top, factor, column, BLOCK, KEYS)
-            else:
-                p = weigh_edge(s, 0, t, from_, top, factor, column, whole, right, first, edges, beyond, BLOCK)
-            total = partial_sums(p)
-            p = gl.convert_layout(p.to(dtype), WEIGHTS)
-            acc = gl.zeros([HALF, DIM], gl.float32, SUMS)
-            for step in range(1, from_list):
-                n += 1
-                s, acc = products(x, p, s, acc, keys, values, n, DIM, KEYS, STAGES)
-                y = weigh_listed(s, step * LEAVES, seen, top, factor, column, BLOCK, KEYS)
-                total += partial_sums(y)
-                acc, p = finish(acc, p, gl.convert_layout(y.to(dtype), WEIGHTS), values, n - 1, STAGES)
-            for step in range(gl.maximum(from_list, 1), from_list + (edges + LEAVES - 1) // LEAVES):
-                n += 1
-                s, acc = products(x, p, s, acc, keys, values, n, DIM, KEYS, STAGES)
-                e = (step - from_list) * LEAVES
-                y = weigh_edge(s, e, t, from_, top, factor, column, whole, right, first, edges, beyond, BLOCK)
-                total += partial_sums(y)
-                acc, p = finish(acc, p, gl.convert_layout(y.to(dtype), WEIGHTS), values, n - 1, STAGES)
-            acc = begin_values(p, acc, values, n, DIM, KEYS, STAGES)
-            acc, p = finish(acc, p, p, values, n, STAGES)
+        # The first step has no values to add meanwhile.
+        s = begin_scores(x, gl.zeros([HALF, KEYS], gl.float32, SCORES), keys, n, DIM, KEYS, STAGES)
+        s = hopper.warpgroup_mma_wait(0, deps=[s])
+        release(keys, n, STAGES)
+        if from_list > 0:
+            p = weigh_listed(s, 0, seen, top, factor, column, BLOCK, KEYS)
+        else:
+            p = weigh_edge(s, 0, t, from_, top, factor, column, whole, right, first, edges, beyond, BLOCK)
+        total = partial_sums(p)
+        p = gl.convert_layout(p.to(dtype), WEIGHTS)
+        acc = gl.zeros([HALF, DIM], gl.float32, SUMS)
+        for step in range(1, from_list):
             n += 1
+            s, acc = products(x, p, s, acc, keys, values, n, DIM, KEYS, STAGES)
+            y = weigh_listed(s, step * LEAVES, seen, top, factor, column, BLOCK, KEYS)
+            total += partial_sums(y)
+            acc, p = finish(acc, p, gl.convert_layout(y.to(dtype), WEIGHTS), values, n - 1, STAGES)
+        for step in range(gl.maximum(from_list, 1), from_list + (edges + LEAVES - 1) // LEAVES):
+            n += 1
+            s, acc = products(x, p, s, acc, keys, values, n, DIM, KEYS, STAGES)
+            e = (step - from_list) * LEAVES
+            y = weigh_edge(s, e, t, from_, top, factor, column, whole, right, first, edges, beyond, BLOCK)
+            total += partial_sums(y)
+            acc, p = finish(acc, p, gl.convert_layout(y.to(dtype), WEIGHTS), values, n - 1, STAGES)
+        acc = begin_values(p, acc, values, n, DIM, KEYS, STAGES)
+        acc, p = finish(acc, p, p, values, n, STAGES)
+        n += 1
 
-            sums = gl.convert_layout(gl.sum(total, 1), ROWS)
-            fits = sums <= limit
-            if sinks is not None:
-                sink = gl.load(sinks + head, mask=new, other=0.0).to(gl.float32) * LOG2E
-                sums += gl.exp2(sink - top)
-                fits &= sums < float("inf")
-            gl.store(lse + at, gl.where(fits, (top + gl.log2(sums)) / LOG2E, float("nan")), mask=new)
-            share = gl.convert_layout(1.0 / sums, gl.SliceLayout(1, SUMS))
-            result = gl.convert_layout((acc * share[:, None]).to(dtype), WIDE)
-            head, t, written = rows_at(
-                SHARE, h, head0, t0, low, slots, GROUP, QUERY_BLOCK, gl.SliceLayout(1, WIDE)
-            )
-            at = ((row_b * tokens + t - low) * (KV_HEADS * GROUP) + head) * DIM
-            dim = gl.arange(0, DIM, gl.SliceLayout(0, WIDE))
-            gl.store(out + at[:, None] + dim[None], result, mask=written[:, None])
-            if gl.max((new & (fits == 0)).to(gl.int32), 0) > 0:
-                gl.store(todo + 1 + gl.atomic_add(todo, 1), w)
+        sums = gl.convert_layout(gl.sum(total, 1), ROWS)
+        fits = sums <= limit
+        if sinks is not None:
+            sink = gl.load(sinks + head, mask=new, other=0.0).to(gl.float32) * LOG2E
+            sums += gl.exp2(sink - top)
+            fits &= sums < float("inf")
+        gl.store(lse + at, gl.where(fits, (top + gl.log2(sums)) / LOG2E, float("nan")), mask=new)
+        share = gl.convert_layout(1.0 / sums, gl.SliceLayout(1, SUMS))
+        result = gl.convert_layout((acc * share[:, None]).to(dtype), WIDE)
+        head, t, written = rows_at(
+            SHARE, h, head0, t0, low, slots, GROUP, QUERY_BLOCK, gl.SliceLayout(1, WIDE)
+        )
+        at = ((row_b * tokens + t - low) * (KV_HEADS * GROUP) + head) * DIM
+        dim = gl.arange(0, DIM, gl.SliceLayout(0, WIDE))
+        gl.store(out + at[:, None] + dim[None], result, mask=written[:, None])
+        if gl.max((new & (fits == 0)).to(gl.int32), 0) > 0:
+            gl.store(todo + LISTED + gl.atomic_add(todo, 1), w)
+        w = tile_of(number_of_tile, queries, seen_tiles)
 
 
 @gluon.jit
@@ -264,23 +298,23 @@ def attend_by_roles(
     """
     dtype: gl.constexpr = out.dtype.element_ty
     COPIES: gl.constexpr = DIM // SLAB * (KEYS // BLOCK)
-    queries = ring_of(desc_q, dtype, 1, DIM // SLAB)
+    queries, number_of_tile = tiles_of(desc_q, dtype, DIM)
     keys = ring_of(desc_k, dtype, STAGES, COPIES)
     values = ring_of(desc_v, dtype, STAGES, COPIES)
     gl.warp_specialize(
         [
             (attend, (
-                gl.constexpr(0), sinks, counts, shift, todo, out, lse, queries, keys, values,
-                slots, tokens, blocks, tiles, scale, limit,
+                gl.constexpr(0), sinks, counts, shift, todo, out, lse, number_of_tile, queries, keys, values,
+                slots, tokens, blocks, scale, limit,
                 KV_HEADS, GROUP, HEADS, DIM, WINDOW, SINK, BLOCK, QUERY_BLOCK, DENSE_END, KEYS, STAGES,
             )),
             (attend, (
-                gl.constexpr(1), sinks, counts, shift, todo, out, lse, queries, keys, values,
-                slots, tokens, blocks, tiles, scale, limit,
+                gl.constexpr(1), sinks, counts, shift, todo, out, lse, number_of_tile, queries, keys, values,
+                slots, tokens, blocks, scale, limit,
                 KV_HEADS, GROUP, HEADS, DIM, WINDOW, SINK, BLOCK, QUERY_BLOCK, DENSE_END, KEYS, STAGES,
             )),
             (fetch, (
-                desc_q, None, desc_k, desc_v, queries, None, keys, values, ordered, counts,
+                desc_q, None, desc_k, desc_v, number_of_tile, queries, None, keys, values, ordered, counts, todo + 1,
                 slots, tokens, blocks, tiles,
                 KV_HEADS, GROUP, HEADS, DIM, WINDOW, SINK, BLOCK, QUERY_BLOCK, DENSE_END, LIST, KEYS, STAGES,
             )),

@@ -16,6 +16,8 @@ from triton.experimental.gluon.language.nvidia import hopper
 from retrofit.kernels.hsa.triton_roles import (
     fetch,
     tile_at,
+    tile_of,
+    tiles_of,
     weigh_edge,
     weigh_listed,
     window_ends,
@@ -52,9 +54,9 @@ def begin_step(
 
 @gluon.jit
 def descend(
-    SHARE: gl.constexpr, counts, lse, out, delta, grad_q, queries, grads, keys, values,
+    SHARE: gl.constexpr, counts, lse, out, delta, grad_q, number_of_tile, queries, grads, keys, values,
     stride_ob, stride_oh, stride_ot, stride_xb, stride_xh, stride_xt,
-    slots, tokens, blocks, tiles, scale,
+    slots, tokens, blocks, scale,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, HEADS: gl.constexpr, DIM: gl.constexpr, WINDOW: gl.constexpr,
     SINK: gl.constexpr, BLOCK: gl.constexpr, QUERY_BLOCK: gl.constexpr, DENSE_END: gl.constexpr,
     KEYS: gl.constexpr, STAGES: gl.constexpr,
@@ -75,74 +77,74 @@ def descend(
     beyond = (slots + BLOCK - 1) // BLOCK
     factor = scale * LOG2E
     n, seen_tiles = 0, 0
-    for w in range(gl.program_id(0), tiles, gl.num_programs(0)):
+    w = tile_of(number_of_tile, queries, seen_tiles)
+    while w >= 0:
         b, h, head0, t0, number = tile_at(w, slots, tokens, blocks, KV_HEADS, GROUP, HEADS, QUERY_BLOCK)
-        if (t0 < slots) & (t0 + QUERY_BLOCK > DENSE_END):
-            row_b = b.to(gl.int64)
-            whole, right, first, edges = window_ends(t0, WINDOW, SINK, BLOCK, QUERY_BLOCK)
-            head, t, new = rows_at(SHARE, h, head0, t0, low, slots, GROUP, QUERY_BLOCK, ROWS)
-            at = (row_b * KV_HEADS * GROUP + head) * tokens + t - low
-            top = gl.load(lse + at, mask=new, other=float("inf")) * LOG2E
-            seen = gl.load(counts + number * QUERY_BLOCK + place)
-            most = gl.load(counts + number * QUERY_BLOCK + QUERY_BLOCK - 1)
-            from_list = (most + LEAVES - 1) // LEAVES
-            from_ = gl.maximum(t + 1 - WINDOW, 0) // BLOCK * BLOCK
+        row_b = b.to(gl.int64)
+        whole, right, first, edges = window_ends(t0, WINDOW, SINK, BLOCK, QUERY_BLOCK)
+        head, t, new = rows_at(SHARE, h, head0, t0, low, slots, GROUP, QUERY_BLOCK, ROWS)
+        at = (row_b * KV_HEADS * GROUP + head) * tokens + t - low
+        top = gl.load(lse + at, mask=new, other=float("inf")) * LOG2E
+        seen = gl.load(counts + number * QUERY_BLOCK + place)
+        most = gl.load(counts + number * QUERY_BLOCK + QUERY_BLOCK - 1)
+        from_list = (most + LEAVES - 1) // LEAVES
+        from_ = gl.maximum(t + 1 - WINDOW, 0) // BLOCK * BLOCK
 
-            head_w, t_w, new_w = rows_at(
-                SHARE, h, head0, t0, low, slots, GROUP, QUERY_BLOCK, gl.SliceLayout(1, WIDE)
-            )
-            dim_w = gl.arange(0, DIM, gl.SliceLayout(0, WIDE))
-            at_w = row_b * stride_ob + head_w.to(gl.int64) * stride_oh + (t_w - low).to(gl.int64) * stride_ot
-            y = gl.load(out + at_w[:, None] + dim_w[None], mask=new_w[:, None], other=0.0)
-            await_slot(grads, seen_tiles, 1)
-            dy = half_tile(grads, SHARE, TILE, DIM, WIDE)
-            mean = gl.convert_layout(gl.sum(dy.to(gl.float32) * y.to(gl.float32), 1), ROWS)
-            gl.store(delta + at, mean, mask=new)
-            await_slot(queries, seen_tiles, 1)
-            x = half_tile(queries, SHARE, TILE, DIM, OPERAND)
-            dy = half_tile(grads, SHARE, TILE, DIM, OPERAND)
-            release(queries, seen_tiles, 1)
-            release(grads, seen_tiles, 1)
-            seen_tiles += 1
+        head_w, t_w, new_w = rows_at(
+            SHARE, h, head0, t0, low, slots, GROUP, QUERY_BLOCK, gl.SliceLayout(1, WIDE)
+        )
+        dim_w = gl.arange(0, DIM, gl.SliceLayout(0, WIDE))
+        at_w = row_b * stride_ob + head_w.to(gl.int64) * stride_oh + (t_w - low).to(gl.int64) * stride_ot
+        y = gl.load(out + at_w[:, None] + dim_w[None], mask=new_w[:, None], other=0.0)
+        await_slot(grads, seen_tiles, 1)
+        dy = half_tile(grads, SHARE, TILE, DIM, WIDE)
+        mean = gl.convert_layout(gl.sum(dy.to(gl.float32) * y.to(gl.float32), 1), ROWS)
+        gl.store(delta + at, mean, mask=new)
+        x = half_tile(queries, SHARE, TILE, DIM, OPERAND)
+        dy = half_tile(grads, SHARE, TILE, DIM, OPERAND)
+        release(queries, seen_tiles, 1)
+        release(grads, seen_tiles, 1)
+        seen_tiles += 1
 
-            # The first step has no slopes to add meanwhile.
-            zeros = gl.zeros([HALF, KEYS], gl.float32, SCORES)
-            s = begin_scores(x, zeros, keys, n, DIM, KEYS, STAGES)
-            products = begin_scores(dy, zeros, values, n, DIM, KEYS, STAGES)
-            s, products = hopper.warpgroup_mma_wait(0, deps=[s, products])
-            release(values, n, STAGES)
-            if from_list > 0:
-                p = weigh_listed(s, 0, seen, top, factor, column, BLOCK, KEYS)
-            else:
-                p = weigh_edge(s, 0, t, from_, top, factor, column, whole, right, first, edges, beyond, BLOCK)
-            ds = gl.convert_layout((p * (products - mean[:, None])).to(dtype), SLOPES)
-            acc = gl.zeros([HALF, DIM], gl.float32, SUMS)
-            for step in range(1, from_list):
-                n += 1
-                s, products, acc = begin_step(x, dy, ds, s, products, acc, keys, values, n, DIM, KEYS, STAGES)
-                p = weigh_listed(s, step * LEAVES, seen, top, factor, column, BLOCK, KEYS)
-                following = gl.convert_layout((p * (products - mean[:, None])).to(dtype), SLOPES)
-                acc, ds = finish(acc, ds, following, keys, n - 1, STAGES)
-            for step in range(gl.maximum(from_list, 1), from_list + (edges + LEAVES - 1) // LEAVES):
-                n += 1
-                s, products, acc = begin_step(x, dy, ds, s, products, acc, keys, values, n, DIM, KEYS, STAGES)
-                e = (step - from_list) * LEAVES
-                p = weigh_edge(s, e, t, from_, top, factor, column, whole, right, first, edges, beyond, BLOCK)
-                following = gl.convert_layout((p * (products - mean[:, None])).to(dtype), SLOPES)
-                acc, ds = finish(acc, ds, following, keys, n - 1, STAGES)
-            acc = begin_values(ds, acc, keys, n, DIM, KEYS, STAGES)
-            acc, ds = finish(acc, ds, ds, keys, n, STAGES)
+        # The first step has no slopes to add meanwhile.
+        zeros = gl.zeros([HALF, KEYS], gl.float32, SCORES)
+        s = begin_scores(x, zeros, keys, n, DIM, KEYS, STAGES)
+        products = begin_scores(dy, zeros, values, n, DIM, KEYS, STAGES)
+        s, products = hopper.warpgroup_mma_wait(0, deps=[s, products])
+        release(values, n, STAGES)
+        if from_list > 0:
+            p = weigh_listed(s, 0, seen, top, factor, column, BLOCK, KEYS)
+        else:
+            p = weigh_edge(s, 0, t, from_, top, factor, column, whole, right, first, edges, beyond, BLOCK)
+        ds = gl.convert_layout((p * (products - mean[:, None])).to(dtype), SLOPES)
+        acc = gl.zeros([HALF, DIM], gl.float32, SUMS)
+        for step in range(1, from_list):
             n += 1
+            s, products, acc = begin_step(x, dy, ds, s, products, acc, keys, values, n, DIM, KEYS, STAGES)
+            p = weigh_listed(s, step * LEAVES, seen, top, factor, column, BLOCK, KEYS)
+            following = gl.convert_layout((p * (products - mean[:, None])).to(dtype), SLOPES)
+            acc, ds = finish(acc, ds, following, keys, n - 1, STAGES)
+        for step in range(gl.maximum(from_list, 1), from_list + (edges + LEAVES - 1) // LEAVES):
+            n += 1
+            s, products, acc = begin_step(x, dy, ds, s, products, acc, keys, values, n, DIM, KEYS, STAGES)
+            e = (step - from_list) * LEAVES
+            p = weigh_edge(s, e, t, from_, top, factor, column, whole, right, first, edges, beyond, BLOCK)
+            following = gl.convert_layout((p * (products - mean[:, None])).to(dtype), SLOPES)
+            acc, ds = finish(acc, ds, following, keys, n - 1, STAGES)
+        acc = begin_values(ds, acc, keys, n, DIM, KEYS, STAGES)
+        acc, ds = finish(acc, ds, ds, keys, n, STAGES)
+        n += 1
 
-            at_w = row_b * stride_xb + head_w.to(gl.int64) * stride_xh + (t_w - low).to(gl.int64) * stride_xt
-            result = gl.convert_layout((acc * scale).to(dtype), WIDE)
-            gl.store(grad_q + at_w[:, None] + dim_w[None], result, mask=new_w[:, None])
+        at_w = row_b * stride_xb + head_w.to(gl.int64) * stride_xh + (t_w - low).to(gl.int64) * stride_xt
+        result = gl.convert_layout((acc * scale).to(dtype), WIDE)
+        gl.store(grad_q + at_w[:, None] + dim_w[None], result, mask=new_w[:, None])
+        w = tile_of(number_of_tile, queries, seen_tiles)
 
 
 @Kernel
 @gluon.jit(do_not_specialize=["slots", "tokens", "blocks", "tiles"])
 def query_gradients_by_roles(
-    desc_q, desc_g, desc_k, desc_v, ordered, counts, lse, out, delta, grad_q,
+    desc_q, desc_g, desc_k, desc_v, ordered, counts, taken, lse, out, delta, grad_q,
     stride_ob, stride_oh, stride_ot, stride_xb, stride_xh, stride_xt,
     slots, tokens, blocks, tiles, scale,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, HEADS: gl.constexpr, DIM: gl.constexpr, WINDOW: gl.constexpr,
@@ -151,28 +153,28 @@ def query_gradients_by_roles(
 ):  # fmt: skip
     """Writes ``grad_q`` as q and ``delta`` [B, Hq, T] of sparse tiles, as ``query_gradients`` does.
 
-    Descriptors are those of ``attend_by_roles``, of the output's gradient as of q.
+    Descriptors are those of ``attend_by_roles``, of the output's gradient as of q. ``taken`` [1] is 0.
     """
     dtype: gl.constexpr = out.dtype.element_ty
     COPIES: gl.constexpr = DIM // SLAB * (KEYS // BLOCK)
-    queries = ring_of(desc_q, dtype, 1, DIM // SLAB)
+    queries, number_of_tile = tiles_of(desc_q, dtype, DIM)
     grads = ring_of(desc_g, dtype, 1, DIM // SLAB)
     keys = ring_of(desc_k, dtype, STAGES, COPIES)
     values = ring_of(desc_v, dtype, STAGES, COPIES)
     gl.warp_specialize(
         [
             (descend, (
-                gl.constexpr(0), counts, lse, out, delta, grad_q, queries, grads, keys, values,
-                stride_ob, stride_oh, stride_ot, stride_xb, stride_xh, stride_xt, slots, tokens, blocks, tiles, scale,
+                gl.constexpr(0), counts, lse, out, delta, grad_q, number_of_tile, queries, grads, keys, values,
+                stride_ob, stride_oh, stride_ot, stride_xb, stride_xh, stride_xt, slots, tokens, blocks, scale,
                 KV_HEADS, GROUP, HEADS, DIM, WINDOW, SINK, BLOCK, QUERY_BLOCK, DENSE_END, KEYS, STAGES,
             )),
             (descend, (
-                gl.constexpr(1), counts, lse, out, delta, grad_q, queries, grads, keys, values,
-                stride_ob, stride_oh, stride_ot, stride_xb, stride_xh, stride_xt, slots, tokens, blocks, tiles, scale,
+                gl.constexpr(1), counts, lse, out, delta, grad_q, number_of_tile, queries, grads, keys, values,
+                stride_ob, stride_oh, stride_ot, stride_xb, stride_xh, stride_xt, slots, tokens, blocks, scale,
                 KV_HEADS, GROUP, HEADS, DIM, WINDOW, SINK, BLOCK, QUERY_BLOCK, DENSE_END, KEYS, STAGES,
             )),
             (fetch, (
-                desc_q, desc_g, desc_k, desc_v, queries, grads, keys, values, ordered, counts,
+                desc_q, desc_g, desc_k, desc_v, number_of_tile, queries, grads, keys, values, ordered, counts, taken,
                 slots, tokens, blocks, tiles,
                 KV_HEADS, GROUP, HEADS, DIM, WINDOW, SINK, BLOCK, QUERY_BLOCK, DENSE_END, LIST, KEYS, STAGES,
             )),

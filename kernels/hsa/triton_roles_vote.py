@@ -17,6 +17,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
+from retrofit.kernels.hsa.triton_execute import LISTED
 from retrofit.kernels.hsa.triton_roles import window_begins
 from retrofit.kernels.launch import Kernel
 from retrofit.kernels.roles import (
@@ -113,10 +114,14 @@ def spans_kept(kept, BEAM: gl.constexpr, PLACES: gl.constexpr):
 
 
 @gluon.jit
-def spans_at(kept, index, used, edge, SPANS: gl.constexpr, LAYOUT: gl.constexpr):
-    """Numbers of the SPANS spans from place ``index`` on: kept ones, then those of the cover's edge."""
-    place = index + gl.arange(0, SPANS, LAYOUT)
-    return gl.where(place < used, gl.load(kept + place, mask=place < used, other=0), edge + place - used)
+def spans_at(kept, index, used, edge, BEAM: gl.constexpr, SPANS: gl.constexpr):
+    """Numbers of the SPANS spans from place ``index`` on, as a tuple: kept ones, then those of the cover's edge."""
+    found = ()
+    for u in gl.static_range(SPANS):
+        place = index + u
+        span = gl.load(kept + gl.minimum(place, BEAM - 1))
+        found += (gl.where(place < used, span, edge + place - used),)
+    return found
 
 
 @gluon.jit
@@ -126,14 +131,25 @@ def first_edge(t0, WINDOW: gl.constexpr, SINK: gl.constexpr, BLOCK: gl.constexpr
     return gl.maximum(begin - SINK, 0) // BLOCK // FANOUT
 
 
+@gluon.constexpr_function
+def by_span(SPANS, FANOUT, PER_LEAF):
+    """How spreads [SPANS, FANOUT, PER_LEAF] lie in shared memory: so that what the threads of ``by_leaf`` read at a time,
+    nodes of the leaves 0, 2, 4, …, lies in different banks."""
+    return gl.SwizzledSharedLayout(4, max(1, 32 // PER_LEAF), max(1, PER_LEAF // 4), [2, 1, 0])
+
+
 @gluon.jit
 def spreads_of(
     spreads, span, leaves, FANOUT: gl.constexpr, PER_LEAF: gl.constexpr, LAYOUT: gl.constexpr
 ):  # fmt: skip
-    """Spreads [SPANS, FANOUT, PER_LEAF] of the nodes of spans [SPANS], from [nodes]; 0 behind the last leaf."""
+    """Spreads [SPANS, FANOUT, PER_LEAF] of the nodes of a tuple of spans, from [nodes]; 0 behind the last leaf."""
+    which = gl.arange(0, len(span), gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))
     leaf = gl.arange(0, FANOUT, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))
     node = gl.arange(0, PER_LEAF, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))
-    leaf = gl.expand_dims(gl.expand_dims(span, 1), 2) * FANOUT + gl.expand_dims(gl.expand_dims(leaf, 0), 2)
+    number = which * 0
+    for u in gl.static_range(len(span)):
+        number = gl.where(which == u, span[u], number)
+    leaf = gl.expand_dims(gl.expand_dims(number, 1), 2) * FANOUT + gl.expand_dims(gl.expand_dims(leaf, 0), 2)
     at = leaf * PER_LEAF + gl.expand_dims(gl.expand_dims(node, 0), 1)
     return gl.load(spreads + at, mask=at < leaves * PER_LEAF, other=0.0)
 
@@ -153,7 +169,6 @@ def supply(
     SLABS: gl.constexpr = DIM // SLAB
     NEAR_SLOTS: gl.constexpr = near_slots(WINDOW, SINK, BLOCK, QUERY_BLOCK, KEYS)
     OF_NODE: gl.constexpr = gl.BlockedLayout([SPANS // 2, 1, PER_LEAF // 2], [2, 8, 2], [1, 1, 1], [2, 1, 0])
-    OF_SPAN: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, OF_NODE))
     EDGE_SPANS: gl.constexpr = (WIDTH - BEAM * FANOUT + FANOUT - 1) // FANOUT
     beyond = (slots + BLOCK - 1) // BLOCK
     memory, full, _empty = ring
@@ -181,8 +196,8 @@ def supply(
             own = (
                 spreads + (bh // KV_HEADS).to(gl.int64) * stride_sb + (bh % KV_HEADS).to(gl.int64) * stride_sh
             )
-            following = spans_at(kept, 0, used, edge, SPANS, OF_SPAN)
-            later = spans_at(kept, SPANS, used, edge, SPANS, OF_SPAN)
+            following = spans_at(kept, 0, used, edge, BEAM, SPANS)
+            later = spans_at(kept, SPANS, used, edge, BEAM, SPANS)
             next_spreads = spreads_of(own, following, leaves, FANOUT, PER_LEAF, OF_NODE)
             last, right, first, near = near_keys(t0, WINDOW, SINK, BLOCK, QUERY_BLOCK)
             for turn in range(0, NEAR_SLOTS):
@@ -199,13 +214,12 @@ def supply(
                 slot = n % STAGES
                 span, found = following, next_spreads
                 following = later
-                later = spans_at(kept, index + 2 * SPANS, used, edge, SPANS, OF_SPAN)
+                later = spans_at(kept, index + 2 * SPANS, used, edge, BEAM, SPANS)
                 next_spreads = spreads_of(own, following, leaves, FANOUT, PER_LEAF, OF_NODE)
                 begin_slot(ring, n, KEYS * DIM * 2, STAGES)
                 for u in gl.static_range(SPANS):
-                    at = gl.sum(gl.where(gl.arange(0, SPANS, OF_SPAN) == u, span, 0), 0) * FANOUT
                     for d in gl.static_range(SLABS):
-                        place = [bh, 0, at, d * SLAB]
+                        place = [bh, 0, span[u] * FANOUT, d * SLAB]
                         copy(desc_n, place, full.index(slot), nodes.index((slot * SLABS + d) * SPANS + u))
                 apart.index(slot).store(found)
                 mbarrier.arrive(full.index(slot))
@@ -420,12 +434,13 @@ def vote_by_roles(
     queries = ring_of(desc_q, desc_q.dtype, 1, 2 * (DIM // SLAB), FILLS=2)
     ring = ring_of(desc_k, desc_k.dtype, STAGES, DIM // SLAB * (KEYS // BLOCK), FILLS=2)
     many = gl.allocate_shared_memory(gl.int32, [1, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
+    SPANS: gl.constexpr = KEYS // (FANOUT * PER_LEAF)
     apart = gl.allocate_shared_memory(
-        gl.float32, [STAGES, KEYS // (FANOUT * PER_LEAF), FANOUT, PER_LEAF], PLAIN
+        gl.float32, [STAGES, SPANS, FANOUT, PER_LEAF], by_span(SPANS, FANOUT, PER_LEAF)
     )
     if gl.program_id(0) == 0:
-        gl.store(todo, 0)
+        for place in gl.static_range(LISTED):
+            gl.store(todo + place, 0)
     gl.warp_specialize(
         [
             (ballot, (

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from retrofit.kernels.hsa.triton_execute import load_keys, near_edges, sink_of
+from retrofit.kernels.hsa.triton_execute import LISTED, load_keys, near_edges, sink_of
 from retrofit.kernels.hsa.triton_select import LOG2E, covered_leaves, in_reach, row_range
 from retrofit.kernels.launch import kernel
 
@@ -211,10 +211,10 @@ def vote(
     [end − first, QUERY_BLOCK, WIDTH_PAD + FANOUT], integers.
 
     ``spreads`` is [B, Hkv, leaves·PER_LEAF, …]; ``shift`` [B, Hq, T] gets the highest scores among sinks and window.
-    ``todo`` becomes an empty list, its length first.
+    ``todo`` becomes an empty list, as ``triton_execute`` says.
     """
     if tl.program_id(0) == 0:
-        tl.store(todo, 0)
+        tl.store(todo + tl.arange(0, LISTED), tl.zeros([LISTED], tl.int32))
     for tile in range(first + tl.program_id(0), end, tl.num_programs(0)):
         bh = (tile // blocks).to(tl.int64)
         b, h = bh // KV_HEADS, bh % KV_HEADS

@@ -12,6 +12,7 @@ from __future__ import annotations
 import builtins
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from types import FunctionType, ModuleType, SimpleNamespace
@@ -148,12 +149,13 @@ class Machine:
 
     Attributes:
         programs: How many the last grid had.
-        added: What atomic additions have added so far.
+        added: What atomic additions have added so far, by place.
     """
 
     def __init__(self, module: ModuleType, kernel: str, **functions: Callable[..., Any]) -> None:
         self.changed, self.of_thread = threading.Condition(), threading.local()
-        self.programs = self.program = self.added = 0
+        self.programs = self.program = 0
+        self.added: Counter[int] = Counter()
         self.running: list[Product] = []
         scope: dict[str, Any] = {}
         for name, value in everything(module):
@@ -203,7 +205,7 @@ class Machine:
 
     def _atomic_add(self, pointer: Pointer, n: int) -> Tensor:
         with self.changed:
-            self.added += n
+            self.added[int(pointer.at)] += n
             before = _load(pointer).clone()
             _store(pointer, before + n)
         return before
