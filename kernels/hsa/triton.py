@@ -36,6 +36,8 @@ FUSED_FROM = 2048
 """Tokens of the dense start from which PyTorch's kernel is worth its launch and two copies."""
 BLOCKS_AT_ONCE = 8192
 """Query blocks whose votes wait in memory, about."""
+MOST_NODES = 128
+"""Nodes of a product, for whose scores a tile of votes has room in registers."""
 SETTLING = {"num_warps": 1, "maxnreg": 64}
 """How the kernel by which the queries of a block choose is compiled: as many programs to a multiprocessor as there may
 be, for each waits for itself."""
@@ -296,12 +298,15 @@ def _execution(call: Call) -> dict[str, Any]:
 @lru_cache(CALLS)
 def scoring(call: Call) -> dict[str, Any]:
     """Constants of the kernels that vote for leaves."""
-    tile = call.settings.vote[call.bytes, padded(call.dim)]
+    tile, per_leaf = call.settings.vote[call.bytes, padded(call.dim)], call.geometry.nodes_in_span(0)
+    # Two spans meet a tile in one product: of many nodes, fewer rows have room for their scores.
+    rows = tile.rows * MOST_NODES // max(2 * call.geometry.fanout * per_leaf, MOST_NODES)
+    heads, places = call.heads_per_tile(rows), call.queries_per_tile(rows)
     return {
-        "PER_LEAF": call.geometry.nodes_in_span(0),
+        "PER_LEAF": per_leaf,
         "GROUP": call.group,
-        "HEADS": call.heads_per_tile(tile.rows),
-        "PLACES": call.queries_per_tile(tile.rows),
+        "HEADS": heads,
+        "PLACES": places,
         "KEYS": tile.keys,
         "STEPS": call.votes.steps,
         "MOST": call.votes.most,
@@ -309,7 +314,7 @@ def scoring(call: Call) -> dict[str, Any]:
         **call.shared,
         **call.reach,
         **call.candidates,
-        **call.options(tile),
+        **tile.options(heads * places),
     }
 
 

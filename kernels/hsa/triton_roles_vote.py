@@ -132,10 +132,10 @@ def first_edge(t0, WINDOW: gl.constexpr, SINK: gl.constexpr, BLOCK: gl.constexpr
 
 
 @gluon.constexpr_function
-def by_span(SPANS, FANOUT, PER_LEAF):
-    """How spreads [SPANS, FANOUT, PER_LEAF] lie in shared memory: so that what the threads of ``by_leaf`` read at a time,
-    nodes of the leaves 0, 2, 4, …, lies in different banks."""
-    return gl.SwizzledSharedLayout(4, max(1, 32 // PER_LEAF), max(1, PER_LEAF // 4), [2, 1, 0])
+def in_banks(PER_LEAF):
+    """How spreads [SPANS, FANOUT, PER_LEAF] lie in shared memory, so that what threads with ``by_leaf`` read at a time, of
+    leaves 0, 2, 4 and 6, lies in different banks."""
+    return gl.SwizzledSharedLayout(min(4, PER_LEAF), max(1, 32 // PER_LEAF), max(1, PER_LEAF // 4), [2, 1, 0])
 
 
 @gluon.jit
@@ -435,9 +435,7 @@ def vote_by_roles(
     ring = ring_of(desc_k, desc_k.dtype, STAGES, DIM // SLAB * (KEYS // BLOCK), FILLS=2)
     many = gl.allocate_shared_memory(gl.int32, [1, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     SPANS: gl.constexpr = KEYS // (FANOUT * PER_LEAF)
-    apart = gl.allocate_shared_memory(
-        gl.float32, [STAGES, SPANS, FANOUT, PER_LEAF], by_span(SPANS, FANOUT, PER_LEAF)
-    )
+    apart = gl.allocate_shared_memory(gl.float32, [STAGES, SPANS, FANOUT, PER_LEAF], in_banks(PER_LEAF))
     if gl.program_id(0) == 0:
         for place in gl.static_range(LISTED):
             gl.store(todo + place, 0)
