@@ -85,6 +85,25 @@ def release(ring, n, SLOTS: gl.constexpr):
 
 
 @gluon.jit
+def number_beside():
+    """Room for a number that comes with what the only slot of a ring holds."""
+    return gl.allocate_shared_memory(gl.int32, [1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+
+
+@gluon.jit
+def tell(number, x, ring):
+    """Leaves x beside what is copied to the only slot of a ring, which it fills as well; for one warp."""
+    number.store(gl.full([1], x, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+    mbarrier.arrive(ring[1].index(0))
+
+
+@gluon.jit
+def told(number):
+    """What was left there; for a group of four warps that has waited for the slot."""
+    return gl.sum(number.load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+
+
+@gluon.jit
 def reinterpreted(pieces, SHAPE: gl.constexpr, LAYOUT: gl.constexpr):
     """The same shared memory in another shape."""
     if REINTERPRETS:

@@ -134,12 +134,18 @@ class Geometry:
 
     @property
     def dense_end(self) -> int:
-        """Queries before this position attend densely (not causal: rows of at most this length do).
+        """Queries before this position attend densely (not causal: rows of at most this length do)."""
+        return max(self.dense_until, self.fitting_end)
 
-        Before sink + window + budget the budget holds all there is to choose from.
-        """
-        fits = (self.sink + self.window + self.budget) // self.query_block * self.query_block
-        return max(self.dense_until, fits)
+    @property
+    def fitting_end(self) -> int:
+        """End of the query blocks that lie before sink + window + budget: the budget holds all there is to choose from."""
+        return (self.sink + self.window + self.budget) // self.query_block * self.query_block
+
+    @property
+    def places(self) -> int:
+        """Rows of a block times leaf candidates, for which choices must have bits."""
+        return self.query_block * self.leaf_width
 
     @property
     def levels(self) -> int:

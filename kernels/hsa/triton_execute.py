@@ -23,8 +23,8 @@ import triton.language as tl
 from retrofit.kernels.hsa.triton_select import LOG2E, in_reach, row_range
 from retrofit.kernels.launch import INTERPRETED, kernel
 
-LISTED = tl.constexpr(2)
-"""Place of the first tile in ``todo``."""
+TAKEN, LISTED = tl.constexpr(1), tl.constexpr(2)
+"""Places in ``todo``: of the number of tiles taken, and of the first tile."""
 
 
 @triton.jit

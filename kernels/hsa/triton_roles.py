@@ -14,9 +14,8 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from retrofit.kernels.hsa.triton_execute import LISTED
+from retrofit.kernels.hsa.triton_execute import LISTED, TAKEN
 from retrofit.kernels.launch import Kernel
 from retrofit.kernels.roles import (
     HALF,
@@ -30,10 +29,13 @@ from retrofit.kernels.roles import (
     copy,
     finish,
     half_tile,
+    number_beside,
     partial_sums,
     release,
     ring_of,
     rows_at,
+    tell,
+    told,
 )
 
 
@@ -90,24 +92,10 @@ def entries(listed, LEAVES: gl.constexpr):
 
 
 @gluon.jit
-def tiles_of(desc_q, dtype: gl.constexpr, DIM: gl.constexpr):
-    """A ring of one slot for the queries of a tile, and room for its number, which fills the slot as well."""
-    queries = ring_of(desc_q, dtype, 1, DIM // SLAB, FILLS=2)
-    return queries, gl.allocate_shared_memory(gl.int32, [1, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-
-
-@gluon.jit
-def announce(number, w, queries):
-    """Says which tile the queries are of that come next; w is negative if there are no more."""
-    number.index(0).store(gl.full([1], w, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
-    mbarrier.arrive(queries[1].index(0))
-
-
-@gluon.jit
-def tile_of(number, queries, n):
-    """Waits for the n-th tile of this program, and says which one it is."""
+def tile_of(number_of_tile, queries, n):
+    """Waits for the n-th tile of this program, and says which one it is; negative if there are no more."""
     await_slot(queries, n, 1)
-    return gl.sum(number.index(0).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+    return told(number_of_tile)
 
 
 @gluon.jit
@@ -139,7 +127,7 @@ def fetch(
             from_list = (most + LEAVES - 1) // LEAVES
             at = t0 - (slots - tokens)
             bring(desc_q, queries, seen_tiles, b, head, at, TILE_BYTES, SLABS, 1, QUERY_BLOCK, 1)
-            announce(number_of_tile, w, queries)
+            tell(number_of_tile, w, queries)
             if grads is not None:
                 bring(desc_g, grads, seen_tiles, b, head, at, TILE_BYTES, SLABS, 1, QUERY_BLOCK, 1)
             seen_tiles += 1
@@ -162,7 +150,7 @@ def fetch(
                 n += 1
         w = next_tile
     begin_slot(queries, seen_tiles, 0, 1)
-    announce(number_of_tile, w, queries)
+    tell(number_of_tile, w, queries)
 
 
 @gluon.jit
@@ -298,7 +286,7 @@ def attend_by_roles(
     """
     dtype: gl.constexpr = out.dtype.element_ty
     COPIES: gl.constexpr = DIM // SLAB * (KEYS // BLOCK)
-    queries, number_of_tile = tiles_of(desc_q, dtype, DIM)
+    queries, number_of_tile = ring_of(desc_q, dtype, 1, DIM // SLAB, FILLS=2), number_beside()
     keys = ring_of(desc_k, dtype, STAGES, COPIES)
     values = ring_of(desc_v, dtype, STAGES, COPIES)
     gl.warp_specialize(
@@ -314,7 +302,7 @@ def attend_by_roles(
                 KV_HEADS, GROUP, HEADS, DIM, WINDOW, SINK, BLOCK, QUERY_BLOCK, DENSE_END, KEYS, STAGES,
             )),
             (fetch, (
-                desc_q, None, desc_k, desc_v, number_of_tile, queries, None, keys, values, ordered, counts, todo + 1,
+                desc_q, None, desc_k, desc_v, number_of_tile, queries, None, keys, values, ordered, counts, todo + TAKEN,
                 slots, tokens, blocks, tiles,
                 KV_HEADS, GROUP, HEADS, DIM, WINDOW, SINK, BLOCK, QUERY_BLOCK, DENSE_END, LIST, KEYS, STAGES,
             )),

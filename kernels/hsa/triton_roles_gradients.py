@@ -17,7 +17,6 @@ from retrofit.kernels.hsa.triton_roles import (
     fetch,
     tile_at,
     tile_of,
-    tiles_of,
     weigh_edge,
     weigh_listed,
     window_ends,
@@ -32,6 +31,7 @@ from retrofit.kernels.roles import (
     begin_values,
     finish,
     half_tile,
+    number_beside,
     release,
     ring_of,
     rows_at,
@@ -157,7 +157,7 @@ def query_gradients_by_roles(
     """
     dtype: gl.constexpr = out.dtype.element_ty
     COPIES: gl.constexpr = DIM // SLAB * (KEYS // BLOCK)
-    queries, number_of_tile = tiles_of(desc_q, dtype, DIM)
+    queries, number_of_tile = ring_of(desc_q, dtype, 1, DIM // SLAB, FILLS=2), number_beside()
     grads = ring_of(desc_g, dtype, 1, DIM // SLAB)
     keys = ring_of(desc_k, dtype, STAGES, COPIES)
     values = ring_of(desc_v, dtype, STAGES, COPIES)

@@ -30,9 +30,12 @@ from retrofit.kernels.roles import (
     copy,
     layout_of,
     matrices,
+    number_beside,
     reinterpreted,
     release,
     ring_of,
+    tell,
+    told,
 )
 
 
@@ -189,8 +192,7 @@ def supply(
             # What a step needs is loaded two steps before, its spreads one step before.
             kept = spans + (bh.to(gl.int64) * total_blocks + number) * BEAM
             used = spans_kept(kept, BEAM, WIDTH_PAD // FANOUT)
-            many.index(0).store(gl.full([1], used, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
-            mbarrier.arrive(queries[1].index(0))
+            tell(many, used, queries)
             seen_tiles += 1
             edge = first_edge(t0, WINDOW, SINK, BLOCK, FANOUT)
             own = (
@@ -348,7 +350,7 @@ def ballot(
             half = matrices(queries[0], HALF, DIM).index(SHARE)
             x = gl.convert_layout(in_order(half.load(by_head(HEADS, DIM)), LOW, HIGH, DIM), OPERAND)
             wide = in_order(half.load(WIDE), LOW, HIGH, DIM).to(gl.float32)
-            used = gl.sum(many.index(0).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+            used = told(many)
             release(queries, seen_tiles, 1)
             seen_tiles += 1
             second = gl.convert_layout(gl.sum(wide * wide, 1), ROWS) * (0.5 * spread * scale)
@@ -433,7 +435,7 @@ def vote_by_roles(
     # A slot is filled by copies and by what belongs to them: of a tile the number of its spans, of nodes their spreads.
     queries = ring_of(desc_q, desc_q.dtype, 1, 2 * (DIM // SLAB), FILLS=2)
     ring = ring_of(desc_k, desc_k.dtype, STAGES, DIM // SLAB * (KEYS // BLOCK), FILLS=2)
-    many = gl.allocate_shared_memory(gl.int32, [1, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    many = number_beside()
     SPANS: gl.constexpr = KEYS // (FANOUT * PER_LEAF)
     apart = gl.allocate_shared_memory(gl.float32, [STAGES, SPANS, FANOUT, PER_LEAF], in_banks(PER_LEAF))
     if gl.program_id(0) == 0:

@@ -37,10 +37,13 @@ from retrofit.kernels.roles import (
     finish,
     half_tile,
     layout_of,
+    number_beside,
     partial_sums,
     release,
     ring_of,
     rows_at,
+    tell,
+    told,
 )
 
 RANGES = gl.constexpr(32)
@@ -171,8 +174,7 @@ def fetch(
         bring(
             desc_q, queries, number, b, head0, begin - p0, HEADS * QUERY_BLOCK * DIM * 2, SLABS, 1, QUERY_BLOCK, 1
         )  # fmt: skip
-        counts.store(gl.full([1], 0, gl.int32, LANES) + gl.sum(steps, 0))
-        mbarrier.arrive(queries[1].index(0))
+        tell(counts, gl.sum(steps, 0), queries)
         for of in range(0, SCALES + (SINK > 0)):
             level = of % SCALES
             own_low, row, own_shift = of_lane(low, lane, of), of_lane(rows, lane, of), level * LOG
@@ -253,7 +255,6 @@ def attend(
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
     WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
     ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
-    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     dtype: gl.constexpr = out.dtype.element_ty
     BITS: gl.constexpr = bits_of(KEYS)
     bit = 1 << gl.arange(0, WORD, gl.SliceLayout(0, gl.SliceLayout(1, BITS)))
@@ -265,7 +266,7 @@ def attend(
         head = head0 + (SHARE * HALF + gl.arange(0, HALF, ROWS)) // QUERY_BLOCK
         own_offsets = offsets + gl.minimum(head, (h + 1) * GROUP - 1) * SCALES
         await_slot(queries, number, 1)
-        steps = gl.max(counts.load(ONE), 0)
+        steps = told(counts)
         x = half_tile(queries, SHARE, HEADS * QUERY_BLOCK, DIM, gl.DotOperandLayout(0, SCORES, 2))
         release(queries, number, 1)
 
@@ -335,7 +336,7 @@ def attend_by_roles(
     values = ring_of(desc_v, dtype, STAGES, SLABS)
     words = gl.allocate_shared_memory(gl.int32, [STAGES, KEYS // WORD, HEADS * QUERY_BLOCK], PLAIN)
     levels = gl.allocate_shared_memory(gl.int32, [STAGES, 1, HEADS * QUERY_BLOCK], PLAIN)
-    counts = gl.allocate_shared_memory(gl.int32, [1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    counts = number_beside()
     gl.warp_specialize(
         [
             (attend, (

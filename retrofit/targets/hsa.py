@@ -43,8 +43,7 @@ def geometry_of(config: HSAConfig, group: int = 1) -> Geometry:
     while config.query_block is None and query_block > SMALLEST_QUERY_BLOCK and not _is_usual(geometry):
         query_block //= 2
         geometry = _geometry(config, query_block)
-    places = geometry.query_block * geometry.leaf_width
-    if places > MOST_PLACES:
+    if geometry.places > MOST_PLACES:
         raise ConfigError(
             f"query_block times the leaves to choose from, beam·fanout and a few, must be at most {MOST_PLACES:,}, "
             f"got {geometry.query_block} times {geometry.leaf_width:,}; lower beam, fanout or query_block"
@@ -75,9 +74,7 @@ def _geometry(config: HSAConfig, query_block: int) -> Geometry:
 
 def _is_usual(geometry: Geometry) -> bool:
     """Whether choices have bits for all leaves, and some leaf ends within a dense start of no more than what fits."""
-    fits = geometry.sink + geometry.window + geometry.budget
-    few = geometry.query_block * geometry.leaf_width <= MOST_PLACES
-    return few and fits // geometry.query_block * geometry.query_block >= geometry.sink + geometry.block
+    return geometry.places <= MOST_PLACES and geometry.fitting_end >= geometry.sink + geometry.block
 
 
 class HSAAttention(TargetAttention):
