@@ -63,11 +63,7 @@ TABLES: dict[str, dict[str, Any]] = {
         "decode": 8,
         "repeats": 1,
     },
-    "hsa-smollm2-forward": {
-        "lengths": (8192, 32768, 65536, 131072),
-        "dense_until": 8192,
-        "graph": True,
-    },
+    "hsa-smollm2-forward": {"lengths": (8192, 32768, 65536, 131072), "graph": True},
     "hsa-flex": {"shape": LLAMA, "lengths": LENGTHS[2:], "dense_until": 0, "rivals": ("flex",)},
     "hsa-32x32x128": {"shape": LLAMA_2, "lengths": LENGTHS[2:], "dense_until": 4096, "backward": True},
     **{

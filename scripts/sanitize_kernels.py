@@ -7,6 +7,11 @@ memcheck looks for accesses beyond allocated memory, racecheck for accesses of s
 for barriers that not all reach. PyTorch allocates each tensor by itself meanwhile, so that what lies behind one is nobody's.
 Exits with 1 if a tool found something. None of them sees global memory that threads of a program hand to each other: that
 the results are the same bits each time, tests/kernels has to show.
+
+racecheck 2025.3 does not know that an mbarrier orders what comes before and behind it. On Hopper warps that have roles
+have nothing else between them. So racecheck is shown a kernel of ten lines first, in which an mbarrier orders a write and a
+read; if it calls that a race, it is not asked about kernels by roles. Who releases memory too early there, or waits for
+what never comes, tests/kernels/gluon_machine.py finds.
 """
 
 from __future__ import annotations
@@ -24,6 +29,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from retrofit.attention_call import AttentionCall, unpadded
 from retrofit.cache import RetrofitLayer
@@ -38,6 +46,8 @@ DEEP = HSAConfig(window=32, sink=16, budget=64, block=16, node=2, nodes_per_span
 MAHA = MAHAConfig(scales=4, widths=(64, 96, 128))
 MOST_SHOWN = 4_000
 """Characters of what a tool says, at most: its end."""
+BY_ROLES = "_by_roles"
+"""Of the names of kernels whose warps have roles."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,10 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=TOOLS)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--jobs", type=int, default=4, help="cases that run side by side")
-    parser.add_argument("--inside", choices=CASES, help=argparse.SUPPRESS)
+    parser.add_argument("--inside", choices=[*CASES, ORDERED], help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.inside is not None:
-        CASES[options.inside]()
+        {**CASES, ORDERED: order}[options.inside]()
         torch.cuda.synchronize()
         return 0
     sanitizer = shutil.which("compute-sanitizer")
@@ -61,19 +71,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
     def run(tool: str, case: str) -> subprocess.CompletedProcess[str]:
-        command = [
-            sanitizer,
-            "--tool",
-            tool,
-            "--error-exitcode",
-            "1",
-            sys.executable,
-            __file__,
-            "--inside",
-            case,
-        ]
+        command = [sanitizer, "--tool", tool, "--error-exitcode", "1", *options_of.get(tool, ())]
+        command += [sys.executable, __file__, "--inside", case]
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
+    options_of: dict[str, list[str]] = {}
+    if "racecheck" in options.tools and "Race reported" in run("racecheck", ORDERED).stdout:
+        print(f"racecheck: calls {ORDERED} a race; kernels called …{BY_ROLES} are left out", flush=True)
+        options_of["racecheck"] = ["--kernel-regex-exclude", f"kns={BY_ROLES}"]
     failed = False
     with ThreadPoolExecutor(options.jobs) as pool:
         runs = {
@@ -152,6 +157,37 @@ def rotate() -> None:
     )
     turned = rotary(q.requires_grad_(), k.requires_grad_(), angles.cos(), angles.sin())
     sum(x.float().square().sum() for x in turned).backward()
+
+
+ORDERED = "a write and a read that an mbarrier orders"
+
+
+def order() -> None:
+    """One warp leaves numbers, and four read them when an mbarrier says so."""
+    out = torch.zeros(32, dtype=torch.int32, device="cuda")
+    _order[(1,)](out, num_warps=4)
+    assert out.tolist() == [7] * 32
+
+
+@gluon.jit
+def _order(out):
+    numbers = gl.allocate_shared_memory(gl.int32, [32], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    there = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(there, count=1)
+    gl.warp_specialize([(_read, (numbers, there, out)), (_write, (numbers, there))], [1], [24])
+
+
+@gluon.jit
+def _read(numbers, there, out):
+    FOUR_WARPS: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    mbarrier.wait(there, 0)
+    gl.store(out + gl.arange(0, 32, FOUR_WARPS), numbers.load(FOUR_WARPS))
+
+
+@gluon.jit
+def _write(numbers, there):
+    numbers.store(gl.full([32], 7, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+    mbarrier.arrive(there)
 
 
 CASES: dict[str, Callable[[], None]] = {
