@@ -37,3 +37,10 @@ def repeated(function: Callable[..., Any], tensors: Sequence[Tensor | None], abo
     from retrofit.kernels import tape  # not at import time: Triton is optional and slow to import
 
     return tape.repeated(function, tensors, about)
+
+
+def repeated_call(function: Callable[..., Any], tensors: Sequence[Any], options: dict[str, Any]) -> Any:
+    """``function(*tensors, **options)`` of tensors, None, and lists of them, as ``repeated`` does it."""
+    listed = [x if isinstance(x, list | tuple) else [x] for x in tensors]
+    about = function.__name__, *map(len, listed), *options.values()
+    return repeated(lambda *_: function(*tensors, **options), [y for x in listed for y in x], about)

@@ -8,7 +8,7 @@ backward pass uses it; it is empty from the others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -22,7 +22,7 @@ from retrofit.kernels.dense.ops import visible_pairs
 from retrofit.kernels.dense.scores import PLAIN, ScoreRules
 from retrofit.kernels.hsa import account, blocked, reference
 from retrofit.kernels.hsa.geometry import Geometry
-from retrofit.kernels.repeat import PYTHON, has_triton, repeated
+from retrofit.kernels.repeat import PYTHON, has_triton, repeated_call
 
 IMPLEMENTATIONS = ("auto", "reference", "blocked", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -57,19 +57,12 @@ def _hsa_attention(
     name = implementation_of(options["implementation"], q, v, gate, causal, geometry, softcap)
     if name == "triton":
         given["padded"] = options["padded"]
-        return _repeated(triton_kernels().hsa_attention, tensors, given)
+        return repeated_call(triton_kernels().hsa_attention, tensors, given)
     run = reference.hsa_attention if name == "reference" else blocked.hsa_attention
     return *run(*arguments, **given, rules=rules), q.new_empty(0, dtype=torch.float32)
 
 
 PYTHON[torch.ops.retrofit.hsa_attention.default] = _hsa_attention
-
-
-def _repeated(kernels: Callable[..., Any], tensors: Sequence[Any], options: dict[str, Any]) -> Any:
-    """``kernels(*tensors, **options)``, of tensors and lists of them."""
-    listed = [x if isinstance(x, list | tuple) else [x] for x in tensors]
-    about = kernels.__name__, *map(len, listed), *options.values()
-    return repeated(lambda *_: kernels(*tensors, **options), [y for x in listed for y in x], about)
 
 
 def implementation_of(
@@ -143,7 +136,7 @@ def _hsa_attention_backward(
     if out is not None and lse is not None:
         saved = spans, choices, out, lse, sinks
         given = {"scale": scale, "sliding_window": sliding_window, "padded": options["padded"]}
-        found = _repeated(
+        found = repeated_call(
             triton_kernels().hsa_attention_backward, (*arguments, *saved), {**given, "geometry": geometry}
         )
     else:

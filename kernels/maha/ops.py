@@ -15,7 +15,7 @@ from retrofit.errors import ConfigError
 from retrofit.kernels.maha import backward, blocked, reference
 from retrofit.kernels.maha.account import visible_pairs
 from retrofit.kernels.maha.bands import Bands
-from retrofit.kernels.repeat import PYTHON, has_triton
+from retrofit.kernels.repeat import PYTHON, has_triton, repeated_call
 
 _IMPLEMENTATIONS = ("auto", "reference", "blocked", "triton")
 
@@ -56,9 +56,10 @@ def _maha_attention(
         found: Tensor = run(*tensors, **options, **sizes).contiguous()
         return found
     kernels = implementation_of(implementation, tensors[0], tensors[2], aggregation, regularizer)
-    out: Tensor = kernels.maha_attention(
-        *tensors, **options, bands=Bands(tuple(widths), last_width, sink, ratio)
-    )
+    options["bands"] = Bands(tuple(widths), last_width, sink, ratio)
+    if kernels is blocked:
+        return blocked.maha_attention(*tensors, **options)
+    out: Tensor = repeated_call(kernels.maha_attention, tensors, options)
     return out
 
 
@@ -113,14 +114,13 @@ def _maha_attention_backward(
     implementation: str,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
     kernels = implementation_of(implementation, tensors[1], tensors[3], aggregation, regularizer)
-    run = backward if kernels is blocked else kernels
-    grads: tuple[Tensor, list[Tensor], list[Tensor], Tensor] = run.maha_attention_backward(
-        *tensors,
-        scale=scale,
-        bands=Bands(tuple(widths), last_width, sink, ratio),
-        aggregation=aggregation,
-        regularizer=regularizer,
-    )
+    options: dict[str, Any] = {"scale": scale, "aggregation": aggregation, "regularizer": regularizer}
+    options["bands"] = Bands(tuple(widths), last_width, sink, ratio)
+    grads: tuple[Tensor, list[Tensor], list[Tensor], Tensor]
+    if kernels is blocked:
+        grads = backward.maha_attention_backward(*tensors, **options)
+    else:
+        grads = repeated_call(kernels.maha_attention_backward, tensors, options)
     return grads
 
 

@@ -31,7 +31,8 @@ def extend_pyramid(
     """As :func:`retrofit.kernels.pyramid.blocked.extend_pyramid`."""
     result: list[Tensor]
     if not torch.compiler.is_exporting():
-        result = _implementation(x, pooling, weights).extend_pyramid(
+        kernels = _implementation(x, pooling, weights, differentiable=levels is None)
+        result = kernels.extend_pyramid(
             x, levels, start, new=new, ratios=ratios, offset=offset, pooling=pooling, weights=weights
         )
         return result
@@ -75,7 +76,7 @@ def build_with_spreads(
     Returns:
         What ``extend_pyramid`` and ``extend_spreads`` do; None where only these two can do it.
     """
-    kernels = _implementation(x, pooling, weights)
+    kernels = _implementation(x, pooling, weights, differentiable=False)
     if torch.compiler.is_exporting() or kernels is blocked:
         return None
     built: tuple[list[Tensor], Tensor] = kernels.build_with_spreads(
@@ -84,12 +85,14 @@ def build_with_spreads(
     return built
 
 
-def _implementation(x: Tensor, pooling: str, weights: Sequence[Tensor | None]) -> ModuleType:
+def _implementation(
+    x: Tensor, pooling: str, weights: Sequence[Tensor | None], *, differentiable: bool = True
+) -> ModuleType:
     """The module that pools ``x`` so: that of the kernels where they can do it, and else ``blocked``."""
     if _on_gpu(x):
         from retrofit.kernels.pyramid import triton as kernels
 
-        if kernels.unsupported(x, pooling, weights) is None:
+        if kernels.unsupported(x, pooling, weights, differentiable=differentiable) is None:
             return kernels
     return blocked
 

@@ -3,24 +3,28 @@
 x [B,H,N,D], levels of the first N−T tokens  →  levels of all N tokens
 
 Built from nothing, several levels take one launch, and the spreads none of their own; levels that are extended take one
-each.
+each. What is built from nothing has gradients, by ``triton_backward``.
 
 Nothing is read back from the device and sizes follow from shapes: a call can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import accumulate
+from math import prod
 from operator import mul
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from retrofit.kernels.launch import kernel
+from retrofit.kernels.pyramid.triton_backward import pool_gradients
 from retrofit.kernels.tuned import settings
 
 MOST_CELLS = 256
@@ -28,17 +32,31 @@ MOST_CELLS = 256
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def unsupported(x: Tensor, pooling: str, weights: Sequence[Tensor | None]) -> str | None:
-    """Returns what these kernels cannot do of a call, or None; they have no gradients."""
+def unsupported(
+    x: Tensor, pooling: str, weights: Sequence[Tensor | None], *, differentiable: bool = True
+) -> str | None:
+    """Returns what these kernels cannot do of a call, or None.
+
+    Args:
+        x: As in ``extend_pyramid``.
+        pooling: As in ``extend_pyramid``.
+        weights: As in ``extend_pyramid``.
+        differentiable: Whether it is a call that has gradients here: levels alone, built from nothing.
+    """
     if pooling not in ("mean", "max", "learned"):
         return f"pooling={pooling!r}"
     if x.dtype not in DTYPES:
         return f"{x.dtype}"
     if any(w is not None and w.dtype not in DTYPES for w in weights):
         return "weights in float64"
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *weights)):
+    if not differentiable and has_gradients(x, weights):
         return "gradients"
     return None
+
+
+def has_gradients(x: Tensor, weights: Sequence[Tensor | None]) -> bool:
+    """Whether anybody may ask for gradients of the pyramid of ``x``."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *weights))
 
 
 def extend_pyramid(
@@ -54,6 +72,9 @@ def extend_pyramid(
 ) -> list[Tensor]:
     """As :func:`retrofit.kernels.pyramid.blocked.extend_pyramid`."""
     batch, heads, tokens, dim = x.shape
+    if levels is None and has_gradients(x, weights):
+        options = {"ratios": ratios, "offset": offset, "pooling": pooling}
+        return list(_Built.apply(x, start, options, *weights))
     children, cells, taps = _prepared(x, ratios, offset, weights)
     if levels is None:
         _fill(children, cells, None, taps, start, ratios, offset, pooling)
@@ -102,11 +123,11 @@ def _prepared(
     return x if x.stride(-1) == 1 else x.contiguous(), cells, taps
 
 
-def _room_for(x: Tensor, counts: Sequence[int]) -> list[Tensor]:
+def _room_for(x: Tensor, counts: Sequence[int], dtype: torch.dtype | None = None) -> list[Tensor]:
     """Levels of so many cells one after another in one tensor, where a kernel reaches all of them from one address."""
     batch, heads, _, dim = x.shape
     sizes = [batch * heads * count * dim for count in counts]
-    parts = x.new_empty(sum(sizes)).split(sizes)
+    parts = x.new_empty(sum(sizes), dtype=dtype).split(sizes)
     return [part.view(batch, heads, count, dim) for part, count in zip(parts, counts, strict=True)]
 
 
@@ -125,12 +146,8 @@ def _fill(
     batch, heads, _, dim = x.shape
     tuned = settings(x.device).pooling
     shared = {"OFFSET": offset, "DIM": dim, "POOLING": pooling}
-    first, end = 0, sum(level.shape[2] > 0 for level in cells)
     halves = spreads is None and all(ratio == 2 for ratio in ratios)
-    while first < end:
-        until, span = first + 1, 1
-        while until < end and span * ratios[until] <= (tuned.members // 2 if halves else MOST_CELLS):
-            until, span = until + 1, span * ratios[until]
+    for first, until, span in _launches(cells, ratios, tuned.members // 2 if halves else MOST_CELLS):
         out = tuple(cells[first:until])
         capacities = tuple(level.shape[2] for level in out)
         arguments = (
@@ -148,7 +165,83 @@ def _fill(
                 CELLS=tuned.many, **_halved(dim), **shared,
                 num_warps=tuned.many_warps, enable_fp_fusion=False,
             )  # fmt: skip
-        x, first, spreads = out[-1], until, None
+        x, spreads = out[-1], None
+
+
+def _launches(cells: Sequence[Tensor], ratios: Sequence[int], most: int) -> Iterator[tuple[int, int, int]]:
+    """The levels that each launch makes, (first, until), and how many cells of the first become one of the last: at most
+    ``most``, if it makes several."""
+    first, end = 0, sum(level.shape[2] > 0 for level in cells)
+    while first < end:
+        until, span = first + 1, 1
+        while until < end and span * ratios[until] <= most:
+            until, span = until + 1, span * ratios[until]
+        yield first, until, span
+        first = until
+
+
+class _Built(torch.autograd.Function):
+    """The levels of a pyramid from nothing, with gradients."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, start: Tensor, options: dict[str, Any], *weights: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        x, cells, taps = _prepared(x, options["ratios"], options["offset"], weights)
+        _fill(x, cells, None, taps, start, **options)
+        ctx.options, ctx.levels = options, len(cells)
+        ctx.save_for_backward(x, start, *cells, *taps)
+        return tuple(cells)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        x, start, *saved = ctx.saved_tensors
+        cells, taps = saved[: ctx.levels], saved[ctx.levels :]
+        grad_x, grad_taps = _gradients(x, start, cells, taps, grads, **ctx.options)
+        return grad_x, None, None, *grad_taps
+
+
+def _gradients(
+    x: Tensor,
+    start: Tensor,
+    cells: Sequence[Tensor],
+    taps: Sequence[Tensor | None],
+    grads: Sequence[Tensor],
+    *,
+    ratios: Sequence[int],
+    offset: int,
+    pooling: str,
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Gradients of x and of each level's taps, from those of the cells."""
+    batch, heads, _, dim = x.shape
+    tuned, most = settings(x.device).pooling, max(ratios)
+    counts = [level.shape[2] for level in cells]
+    heirs = [*(min(n, m * ratio) for n, m, ratio in zip(counts, counts[1:], ratios[1:], strict=False)), 0]
+    grads = [grad.contiguous() for grad in grads]
+    above = _room_for(x, counts, torch.float32)
+    grad_x = x.new_zeros(x.shape)
+    grad_taps = [None if tap is None else torch.zeros_like(tap) for tap in taps]
+    for first, until, span in reversed(list(_launches(cells, ratios, MOST_CELLS))):
+        span *= max(1, tuned.many // span)
+        spans = tuple(span // prod(ratios[first + 1 : level + 1]) for level in range(first, until))
+        programs, own = -(-counts[first] // span), slice(first, until)
+        line, below = (cells[first - 1], above[first - 1]) if first else (x, grad_x)
+        parted = above[first]
+        if pooling == "learned":
+            parted = x.new_empty(until - first, programs, batch, heads, dim, most, dtype=torch.float32)
+        pool_gradients[(programs, batch * heads)](
+            line, tuple(cells[own]), tuple(taps[own]), start, tuple(grads[own]), tuple(above[own]), below, parted,
+            *line.stride()[:3], line.shape[2], tuple(counts[own]), tuple(heirs[own]), heads,
+            FIRST=first == 0, LEVELS=until - first, RATIOS=tuple(ratios[own]), SPANS=spans, CELLS=tuned.many,
+            MOST=most, OFFSET=offset, DIM=dim, DIM_PAD=_padded(dim), POOLING=pooling, num_warps=tuned.many_warps,
+        )  # fmt: skip
+        if pooling == "learned":
+            for level, total in enumerate(parted.sum((1, 2)), first):
+                tap = taps[level]
+                assert tap is not None
+                grad_taps[level] = total[..., : ratios[level]].to(tap.dtype)
+    return grad_x, grad_taps
 
 
 def extend_spreads(

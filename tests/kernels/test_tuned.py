@@ -32,7 +32,7 @@ KERNELS = {
         *("vote_parts", "settle", "attend_parts", "join_parts"),
     },
     "maha": {"attend", "query_gradients", "key_gradients"},
-    "pyramid": {"halve_levels", "pool_levels", "pool_cells", "measure_spreads"},
+    "pyramid": {"halve_levels", "pool_levels", "pool_cells", "measure_spreads", "pool_gradients"},
     "rotary": {"rotate"},
 }
 
@@ -98,6 +98,8 @@ for ratios in ((2,), (4, 8)):
     options = {"ratios": ratios, "offset": 0, "pooling": "learned", "weights": taps}
     pyramid.extend_pyramid(k, None, at, new=slots, **options)
     pyramid.build_with_spreads(k, at, **options)
+    levels = pyramid.extend_pyramid(k.detach().requires_grad_(), None, at, new=slots, **options)
+    torch.autograd.backward(levels, levels)
     if ratios == (2,):
         pyramid.extend_pyramid(k, cells, at, new=1, **options)
 pyramid.extend_spreads(k, cells[0], None, at, new=slots, ratio=2, offset=0)

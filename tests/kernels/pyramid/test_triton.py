@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import accumulate, pairwise
 from operator import mul
 
@@ -75,6 +76,41 @@ def test_spreads_built_with_the_pyramid_are_those_measured_after_it(
             assert torch.equal(level[b, :, :complete], wanted[b, :, :complete])
 
 
+@pytest.mark.parametrize("pooling", ["mean", "max", "learned"])
+@pytest.mark.parametrize(
+    ("most", "many"), [(256, 128), (8, 8)], ids=["one launch", "several launches and steps"]
+)
+@pytest.mark.parametrize("ratios", RATIOS, ids=["mixed", "halving"])
+@pytest.mark.parametrize("tokens", [9, 30, 150], ids=["no cell", "no cell of some levels", "cells"])
+def test_gradients_are_those_of_blocked(
+    monkeypatch: pytest.MonkeyPatch, pooling: str, most: int, many: int, ratios: tuple[int, ...], tokens: int
+) -> None:
+    from retrofit.kernels import tuned
+    from retrofit.kernels.pyramid import triton as kernels
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, tokens, 2, 20, generator=generator).to(DEVICE).transpose(1, 2).requires_grad_()
+    weights: list[torch.Tensor | None] = [None] * len(ratios)
+    if pooling == "learned":
+        weights = [torch.randn(2, 20, r, generator=generator).to(DEVICE).requires_grad_() for r in ratios]
+    start = torch.tensor([0, 13], device=DEVICE)
+    options = {"ratios": ratios, "offset": 8, "pooling": pooling, "weights": weights}
+    own = tuned.settings(x.device)
+    monkeypatch.setattr(kernels, "MOST_CELLS", most)
+    with tuned.using(x.device, replace(own, pooling=replace(own.pooling, many=many))):
+        built = kernels.extend_pyramid(x, None, start, new=tokens, **options)
+        expected = blocked.extend_pyramid(x, None, start, new=tokens, **options)
+        grads = [torch.randn(level.shape, generator=generator).to(DEVICE) for level in built]
+        for size, grad in zip(accumulate(ratios, mul), grads, strict=True):
+            for b, first in enumerate(start.tolist()):
+                grad[b, :, max(0, tokens - first - 8) // size :] = 0
+        leaves = [x, *(weight for weight in weights if weight is not None)]
+        found, wanted = (torch.autograd.grad(levels, leaves, grads) for levels in (built, expected))
+    for one, other in zip(found, wanted, strict=True):
+        assert (one - other).norm() <= 1e-6 * other.norm()
+    assert (tokens < 10) == (not bool(wanted[0].any()))
+
+
 def test_levels_adjoin_but_not_those_that_an_operator_returns(monkeypatch: pytest.MonkeyPatch) -> None:
     from retrofit.kernels.pyramid import ops
     from retrofit.kernels.pyramid import triton as kernels
@@ -100,5 +136,7 @@ def test_what_the_kernel_cannot_do_is_named() -> None:
     assert kernels.unsupported(x, "attention", [x]) == "pooling='attention'"
     assert kernels.unsupported(x.double(), "mean", [None]) == "torch.float64"
     assert kernels.unsupported(x, "learned", [x.double()]) == "weights in float64"
-    assert kernels.unsupported(x.clone().requires_grad_(), "max", [None]) == "gradients"
-    assert kernels.unsupported(x, "learned", [x.clone().requires_grad_()]) == "gradients"
+    graded = x.clone().requires_grad_()
+    assert kernels.unsupported(graded, "max", [None]) is None
+    assert kernels.unsupported(graded, "max", [None], differentiable=False) == "gradients"
+    assert kernels.unsupported(x, "learned", [graded], differentiable=False) == "gradients"
