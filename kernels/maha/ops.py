@@ -56,10 +56,9 @@ def _maha_attention(
         found: Tensor = run(*tensors, **options, **sizes).contiguous()
         return found
     kernels = implementation_of(implementation, tensors[0], tensors[2], aggregation, regularizer)
-    options["bands"] = Bands(tuple(widths), last_width, sink, ratio)
-    if kernels is blocked:
-        return blocked.maha_attention(*tensors, **options)
-    out: Tensor = repeated_call(kernels.maha_attention, tensors, options)
+    out: Tensor = kernels.maha_attention(
+        *tensors, **options, bands=Bands(tuple(widths), last_width, sink, ratio)
+    )
     return out
 
 

@@ -147,7 +147,8 @@ def _fill(
     tuned = settings(x.device).pooling
     shared = {"OFFSET": offset, "DIM": dim, "POOLING": pooling}
     halves = spreads is None and all(ratio == 2 for ratio in ratios)
-    for first, until, span in _launches(cells, ratios, tuned.members // 2 if halves else MOST_CELLS):
+    most = tuned.members // 2 if halves else MOST_CELLS
+    for first, until, span in _launches(cells, ratios, most, tuned.many):
         out = tuple(cells[first:until])
         capacities = tuple(level.shape[2] for level in out)
         arguments = (
@@ -159,7 +160,6 @@ def _fill(
                 num_warps=tuned.warps, enable_fp_fusion=False,
             )  # fmt: skip
         else:
-            span *= max(1, tuned.many // span)
             pool_levels[(-(-capacities[0] // span), batch * heads)](
                 *arguments, spreads, FIRST=first == 0, LEVELS=len(out), RATIOS=tuple(ratios[first:until]), SPAN=span,
                 CELLS=tuned.many, **_halved(dim), **shared,
@@ -168,15 +168,17 @@ def _fill(
         x, spreads = out[-1], None
 
 
-def _launches(cells: Sequence[Tensor], ratios: Sequence[int], most: int) -> Iterator[tuple[int, int, int]]:
-    """The levels that each launch makes, (first, until), and how many cells of the first become one of the last: at most
-    ``most``, if it makes several."""
+def _launches(
+    cells: Sequence[Tensor], ratios: Sequence[int], most: int, many: int
+) -> Iterator[tuple[int, int, int]]:
+    """The levels that each launch makes, (first, until), and how many cells of the first a program has: about ``many``,
+    which become whole cells of the last. At most ``most`` become one, if there are several levels."""
     first, end = 0, sum(level.shape[2] > 0 for level in cells)
     while first < end:
         until, span = first + 1, 1
         while until < end and span * ratios[until] <= most:
             until, span = until + 1, span * ratios[until]
-        yield first, until, span
+        yield first, until, span * max(1, many // span)
         first = until
 
 
@@ -222,8 +224,7 @@ def _gradients(
     above = _room_for(x, counts, torch.float32)
     grad_x = x.new_zeros(x.shape)
     grad_taps = [None if tap is None else torch.zeros_like(tap) for tap in taps]
-    for first, until, span in reversed(list(_launches(cells, ratios, MOST_CELLS))):
-        span *= max(1, tuned.many // span)
+    for first, until, span in reversed(list(_launches(cells, ratios, MOST_CELLS, tuned.many))):
         spans = tuple(span // prod(ratios[first + 1 : level + 1]) for level in range(first, until))
         programs, own = -(-counts[first] // span), slice(first, until)
         line, below = (cells[first - 1], above[first - 1]) if first else (x, grad_x)
