@@ -9,9 +9,47 @@ below its own. Where members tie for the largest, they share what reaches their 
 
 from __future__ import annotations
 
+import triton
 import triton.language as tl
 
 from retrofit.kernels.launch import kernel
+
+
+@triton.jit
+def hand_down(
+    line, stride, rows, origin, below, cells, grads, above, tap, part, begin, end, heirs, dim,
+    RATIO: tl.constexpr, CELLS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, POOLING: tl.constexpr,
+):  # fmt: skip
+    """Shares out what reaches the cells begin … end − 1 of a level among their members, and sums up the taps' part."""
+    real = dim[None] < DIM
+    for i in tl.static_range(RATIO):
+        of_tap = tl.zeros([DIM_PAD], tl.float32)
+        for at in range(begin, end, CELLS):
+            cell = at + tl.arange(0, CELLS)
+            mask = (cell < end)[:, None] & real
+            place = cell[:, None] * DIM
+            reaching = tl.load(grads + place, mask=mask, other=0.0).to(tl.float32)
+            reaching += tl.load(above + place, mask=mask & (cell < heirs)[:, None], other=0.0)
+            member = origin + cell * RATIO
+            mine = (member + i).to(tl.int64)[:, None]
+            inside = mask & (mine < rows)
+            if POOLING == "mean":
+                share = reaching / RATIO
+            elif POOLING == "max":
+                largest = tl.load(cells + place, mask=mask, other=0.0)
+                count = tl.zeros([CELLS, DIM_PAD], tl.float32)
+                for j in tl.static_range(RATIO):
+                    other = tl.minimum(member + j, rows - 1).to(tl.int64)[:, None]
+                    count += tl.load(line + other * stride, mask=mask, other=0.0) == largest
+                value = tl.load(line + mine * stride, mask=inside, other=0.0)
+                share = tl.where(value == largest, reaching / tl.maximum(count, 1.0), 0.0)
+            else:
+                share = reaching * tl.load(tap + i, mask=dim < DIM, other=0.0).to(tl.float32)[None]
+                value = tl.load(line + mine * stride, mask=inside, other=0.0).to(tl.float32)
+                of_tap += tl.sum(reaching * value, 0)
+            tl.store(below + mine * DIM, share.to(below.dtype.element_ty), mask=inside)
+        if POOLING == "learned":
+            tl.store(part + i, of_tap, mask=dim < DIM)
 
 
 @kernel(do_not_specialize=["members"])
@@ -39,7 +77,6 @@ def pool_gradients(
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // heads, bh % heads
     dim = tl.arange(0, DIM_PAD)
-    real = dim[None] < DIM
     for level in tl.static_range(LEVELS - 1, -1, -1):
         begin = tl.program_id(0) * SPANS[level]
         end = tl.minimum(begin + SPANS[level], capacities[level])
@@ -57,37 +94,13 @@ def pool_gradients(
             if FIRST:
                 origin += tl.load(start + b) + OFFSET
         own = bh * capacities[level] * DIM + dim[None]
-        for i in tl.static_range(RATIOS[level]):
-            of_tap = tl.zeros([DIM_PAD], tl.float32)
-            for at in range(begin, end, CELLS):
-                cell = at + tl.arange(0, CELLS)
-                mask = (cell < end)[:, None] & real
-                place = own + cell[:, None] * DIM
-                reaching = tl.load(grads[level] + place, mask=mask, other=0.0).to(tl.float32)
-                handed = mask & (cell < heirs[level])[:, None]
-                reaching += tl.load(above[level] + place, mask=handed, other=0.0)
-                member = origin + cell * RATIOS[level]
-                mine = (member + i).to(tl.int64)[:, None]
-                inside = mask & (mine < rows)
-                if POOLING == "mean":
-                    share = reaching / RATIOS[level]
-                elif POOLING == "max":
-                    largest = tl.load(cells[level] + place, mask=mask, other=0.0)
-                    count = tl.zeros([CELLS, DIM_PAD], tl.float32)
-                    for j in tl.static_range(RATIOS[level]):
-                        other = tl.minimum(member + j, rows - 1).to(tl.int64)[:, None]
-                        count += tl.load(line + other * stride, mask=mask, other=0.0) == largest
-                    value = tl.load(line + mine * stride, mask=inside, other=0.0)
-                    share = tl.where(value == largest, reaching / tl.maximum(count, 1.0), 0.0)
-                else:
-                    tap = tl.load(
-                        taps[level] + (h * DIM + dim) * RATIOS[level] + i, mask=dim < DIM, other=0.0
-                    )
-                    share = reaching * tap.to(tl.float32)[None]
-                    value = tl.load(line + mine * stride, mask=inside, other=0.0).to(tl.float32)
-                    of_tap += tl.sum(reaching * value, 0)
-                tl.store(below + mine * DIM, share.to(below.dtype.element_ty), mask=inside)
-            if POOLING == "learned":
-                part = (level * tl.num_programs(0) + tl.program_id(0)) * tl.num_programs(1) + bh
-                tl.store(parted + (part * DIM + dim) * MOST + i, of_tap, mask=dim < DIM)
+        tap, part = x, parted
+        if POOLING == "learned":
+            tap = taps[level] + (h * DIM + dim) * RATIOS[level]
+            number = (level * tl.num_programs(0) + tl.program_id(0)) * tl.num_programs(1) + bh
+            part = parted + (number * DIM + dim) * MOST
+        hand_down(
+            line, stride, rows, origin, below, cells[level] + own, grads[level] + own, above[level] + own, tap, part,
+            begin, end, heirs[level], dim, RATIOS[level], CELLS, DIM, DIM_PAD, POOLING,
+        )  # fmt: skip
         tl.debug_barrier()  # the next level reads what has been handed down
