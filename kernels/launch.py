@@ -42,21 +42,23 @@ class Launched:
     others: tuple[Any, ...]
 
 
-class _Listening(threading.local):
-    listener: Callable[[Launched], None] | None = None
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.listener: Callable[[Launched], None] | None = None
+        self.devices: set[int] = set()
 
 
-_listening = _Listening()
+_thread = _Thread()
 
 
 @contextmanager
 def listening(listener: Callable[[Launched], None]) -> Iterator[None]:
     """Has a listener told of every launch of this thread."""
-    before, _listening.listener = _listening.listener, listener
+    before, _thread.listener = _thread.listener, listener
     try:
         yield
     finally:
-        _listening.listener = before
+        _thread.listener = before
 
 
 class Kernel:
@@ -97,9 +99,9 @@ class Kernel:
                 names = self.function.arg_names[len(arguments) :]
                 others = tuple([constants[name] for name in names])
                 self._compiled[key] = compiled, others
-        if _listening.listener is not None:
+        if _thread.listener is not None:
             run = None if compiled is None else partial(_run, compiled, grid)
-            _listening.listener(Launched(run, arguments, others))
+            _thread.listener(Launched(run, arguments, others))
 
 
 def _run(compiled: Any, grid: tuple[int, ...], stream: Any, values: list[Any]) -> None:
@@ -118,8 +120,18 @@ def _device_of(x: Any) -> int | None:
 
 
 def current_device() -> int | None:
-    """The current device; None as long as none is in use."""
-    return torch.cuda.current_device() if torch.cuda.is_initialized() else None
+    """The current device, which has a context in this thread from then on; None as long as none is in use.
+
+    A thread has none before it asks CUDA's runtime for something, and tensors are described by a function of the driver,
+    which wants one. The first thing that autograd's thread does may be a launch.
+    """
+    if not torch.cuda.is_initialized():
+        return None
+    device = torch.cuda.current_device()
+    if device not in _thread.devices:
+        torch.cuda.Event().record()  # may be captured in a graph, other than most that the runtime can be asked for
+        _thread.devices.add(device)
+    return device
 
 
 def kernel(**options: Any) -> Callable[[Any], Kernel]:

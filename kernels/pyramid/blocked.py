@@ -152,7 +152,8 @@ def pool(members: Sequence[Tensor], pooling: str, weight: Tensor | None) -> Tens
     wide = torch.promote_types(dtype, torch.float32)
     parts = [part.to(wide) for part in members]
     if pooling == "mean":
-        pooled = _sum(parts) / len(parts)
+        # On a GPU PyTorch multiplies by the reciprocal of a number of Python's, which rounds twice.
+        pooled = _sum(parts) / torch.full((), len(parts), dtype=wide, device=parts[0].device)
     elif pooling == "max":
         pooled = parts[0]
         for part in parts[1:]:

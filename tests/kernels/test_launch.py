@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import wraps
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,8 +15,11 @@ pytest.importorskip("triton")
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from retrofit.attention_call import unpadded
+from retrofit.configs import MAHAConfig
 from retrofit.kernels import launch
 from retrofit.kernels.launch import Kernel
+from retrofit.targets.maha import MAHAAttention
 
 
 class Compiled:
@@ -107,3 +112,44 @@ def test_profilers_are_told(kernel: Kernel) -> None:
     finally:
         hook.remove(told)
     assert kernel.function.compiled[0].hooked == [((1, 1, 1), x, 32, 8)]
+
+
+def test_a_thread_has_a_context_of_each_device_that_it_launches_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    device = [0]
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: device[0])
+    event = SimpleNamespace(record=lambda: asked.append(device[0]))
+    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+    for _ in range(2):  # threads
+        with ThreadPoolExecutor(1) as thread:
+            for device[0] in (0, 0, 1, 0, 1):
+                assert thread.submit(launch.current_device).result() == device[0]
+    assert asked == [0, 1, 0, 1]
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_thread_may_begin_with_what_reads_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    from retrofit.kernels.maha import triton as kernels
+
+    backward, calls = kernels.maha_attention_backward, []
+
+    @wraps(backward)
+    def noted(*tensors: Any, **options: Any) -> Any:
+        calls.append((tensors, options))
+        return backward(*tensors, **options)
+
+    monkeypatch.setattr(kernels, "maha_attention_backward", noted)
+    target = MAHAAttention(
+        MAHAConfig(scales=4, widths=(64, 128, 256)),
+        **{"heads": 4, "kv_heads": 2, "head_dim": 64, "value_dim": 64, "scale": 0.125, "causal": True},
+        **{"sliding_window": 0, "softcap": 0.0, "sinks": False},
+    ).to("cuda", torch.bfloat16)
+    given = [torch.randn(1, heads, 1024, 64, device="cuda", dtype=torch.bfloat16) for heads in (4, 2, 2)]
+    given = [x.requires_grad_() for x in given]
+    target(*given, unpadded(given[0])).sum().backward()
+    (tensors, options), *_ = calls
+    torch.cuda.synchronize()
+    with ThreadPoolExecutor(1) as thread:
+        found = thread.submit(lambda: backward(*tensors, **options)[0]).result()
+    assert torch.equal(found, backward(*tensors, **options)[0])

@@ -228,8 +228,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
             log.append((kernel.function.fn.__name__, grid, values))
 
         run(None, [*map(addressed, arguments), *constants.values()])
-        if launch._listening.listener is not None:
-            launch._listening.listener(Launched(run, arguments, tuple(constants.values())))
+        if launch._thread.listener is not None:
+            launch._thread.listener(Launched(run, arguments, tuple(constants.values())))
 
     monkeypatch.setattr(Kernel, "_launch", launched)
     monkeypatch.setattr(launch.driver, "_active", SimpleNamespace(get_current_stream=lambda device: None))
