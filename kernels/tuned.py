@@ -156,7 +156,7 @@ SM_90 = Settings(
     attend_by_roles={(2, 64): Tile(128, 64, 4, 8), (2, 128): Tile(128, 64, 4, 5)},
     query_gradients_by_roles={(2, 64): Tile(128, 64, 4, 6), (2, 128): Tile(128, 64, 4, 4)},
     key_gradients_by_roles={(2, 64): Tile(64, 64, 4, 3, 80), (2, 128): Tile(64, 64, 4, 4)},
-    vote_by_roles={(2, 64): Tile(128, 128, 4, 8), (2, 128): Tile(128, 128, 4, 5)},
+    vote_by_roles={(2, 64): Tile(128, 64, 4, 8, 80), (2, 128): Tile(128, 64, 4, 4, 80)},
     attend_parts=tiles(
         {
             (2, 128): Tile(16, 64, 4, 3),

@@ -195,8 +195,7 @@ def keep_spans(
             )  # fmt: skip
         select.keep[(call.blocks - first, call.rows)](
             start, length, spans, scores, *call.extent, first, call.total_blocks, scale,
-            LEVEL=level, WIDTH_PAD=power(width), BEAM_PAD=min(power(g.beam), power(width)), FRESH=fresh, **coarse,
-            **call.reach, num_warps=1,
+            LEVEL=level, WIDTH_PAD=power(width), FRESH=fresh, **coarse, **call.reach, num_warps=1,
         )  # fmt: skip
 
 
@@ -223,7 +222,8 @@ def _choose_leaves(
     """
     g, tiles = call.geometry, call.blocks * call.rows
     leaves = nodes.shape[2] // g.nodes_in_span(0)
-    at_once = _at_once(tiles, processors(q.device))
+    programs = call.settings.programs * processors(q.device)
+    at_once = _at_once(tiles, programs)
     votes = call.empty_votes(at_once, q.device)
     shift = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     lists = call.empty_lists(q.device)
@@ -233,7 +233,7 @@ def _choose_leaves(
         if by_roles and spreads is not None:
             hopper.vote(call, q, k, nodes, spreads, sinks, spans, votes, shift, todo, first, end, scale)
         else:
-            vote[(min(end - first, call.settings.programs * processors(q.device)),)](
+            vote[(min(end - first, programs),)](
                 q, k, nodes, spreads, sinks, start, length, spans, votes, shift, todo, *strides(q, k), *nodes.stride()[:2],
                 *spread_strides(spreads), *call.extent, call.total_blocks, leaves, first, end, scale, g.spread,
                 **scoring(call),

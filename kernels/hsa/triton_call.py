@@ -144,12 +144,12 @@ class Call:
         tile, g = self._by_roles(self.settings.vote_by_roles), self.geometry
         if tile is None or self.group > self.heads_per_tile(tile.rows):
             return None
-        if tile.keys % (2 * g.fanout * g.nodes_in_span(0)) or g.nodes_in_span(0) < 2:
+        if tile.keys % (g.fanout * g.nodes_in_span(0)) or g.nodes_in_span(0) < 2:
             return None
         if g.fanout % 8 or g.query_block % g.block:
             return None
         # Those that decode add up in steps of so many keys.
-        return tile if tile.keys == 2 * self.settings.vote[self.bytes, padded(self.dim)].keys else None
+        return tile if tile.keys == self.settings.vote[self.bytes, padded(self.dim)].keys else None
 
     def _attending_by_roles(self, tiles: Tiles | None) -> Tile | None:
         tile = self._by_roles(tiles)

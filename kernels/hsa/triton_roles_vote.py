@@ -4,7 +4,8 @@
     ballot   half of its rows, those   →  votes, shift
 
 It is ``vote`` of ``triton_vote`` in the way of ``triton_roles``, to the bit. A group of warps has half of the query
-block's places, for all heads of their group: while one of them makes scores into votes, those of the other are computed.
+block's places, for all heads of their group. A multiprocessor has two programs: while some of its four groups weigh the
+keys near a tile or make scores into votes, the products of the others are computed.
 
 The columns of a step are, of each of its spans, (node of a leaf, leaf): where an accumulator has columns 0 1 8 9 16 17 …
 in one thread's registers, a leaf's nodes are 8 columns apart.
@@ -141,6 +142,16 @@ def in_banks(PER_LEAF):
     return gl.SwizzledSharedLayout(min(4, PER_LEAF), max(1, 32 // PER_LEAF), max(1, PER_LEAF // 4), [2, 1, 0])
 
 
+@gluon.constexpr_function
+def of_node(SPANS, PER_LEAF):
+    """How spreads [SPANS, FANOUT, PER_LEAF] are spread over the threads of a warp."""
+    spans = min(2, SPANS)
+    nodes = 4 // spans
+    return gl.BlockedLayout(
+        [SPANS // spans, 1, max(1, PER_LEAF // nodes)], [spans, 8, nodes], [1, 1, 1], [2, 1, 0]
+    )
+
+
 @gluon.jit
 def spreads_of(
     spreads, span, leaves, FANOUT: gl.constexpr, PER_LEAF: gl.constexpr, LAYOUT: gl.constexpr
@@ -171,7 +182,7 @@ def supply(
     BLOCKS: gl.constexpr = KEYS // BLOCK
     SLABS: gl.constexpr = DIM // SLAB
     NEAR_SLOTS: gl.constexpr = near_slots(WINDOW, SINK, BLOCK, QUERY_BLOCK, KEYS)
-    OF_NODE: gl.constexpr = gl.BlockedLayout([SPANS // 2, 1, PER_LEAF // 2], [2, 8, 2], [1, 1, 1], [2, 1, 0])
+    OF_NODE: gl.constexpr = of_node(SPANS, PER_LEAF)
     EDGE_SPANS: gl.constexpr = (WIDTH - BEAM * FANOUT + FANOUT - 1) // FANOUT
     beyond = (slots + BLOCK - 1) // BLOCK
     memory, full, _empty = ring
@@ -274,67 +285,54 @@ def cast(
 
 
 @gluon.jit
-def taken(
-    s, ring, apart, n, KEYS: gl.constexpr, STAGES: gl.constexpr, LAYOUT: gl.constexpr, COLUMNS: gl.constexpr
-):  # fmt: skip
-    """(the scores of place n, the spreads [KEYS] of their columns), whose slot is free then."""
-    found = apart.index(n % STAGES).load(LAYOUT)
-    found = gl.convert_layout(gl.reshape(gl.permute(found, (0, 2, 1)), [KEYS]), COLUMNS)
-    s = hopper.warpgroup_mma_wait(0, deps=[s])
+def product(x, s, ring, n, DIM: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr):
+    """The scores of place n, whose slot is free then; takes the registers of s."""
+    s = hopper.warpgroup_mma_wait(0, deps=[begin_scores(x, s, ring, n, DIM, KEYS, STAGES)])
     release(ring, n, STAGES)
-    return s, found
+    return s
 
 
 @gluon.jit
 def weigh_near(
     top, total, s, turn: gl.constexpr, t, from_, t0, slots, factor, column,
     WINDOW: gl.constexpr, SINK: gl.constexpr, BLOCK: gl.constexpr, QUERY_BLOCK: gl.constexpr, KEYS: gl.constexpr,
-    LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Adds the scores s [HALF, KEYS] of the turn-th slot of near keys, by halves, which are the steps of ``weigh_near``
-    of ``triton_vote``."""
-    STEP: gl.constexpr = KEYS // 2
+    """Adds the scores s [HALF, KEYS] of the turn-th slot of near keys, as ``weigh_near`` of ``triton_vote`` does."""
     last, right, first, many = near_keys(t0, WINDOW, SINK, BLOCK, QUERY_BLOCK)
     beyond = (slots + BLOCK - 1) // BLOCK
-    halves = gl.split(gl.permute(gl.reshape(s, [HALF, 2, STEP]), (0, 2, 1)))
     WHOLE: gl.constexpr = SINK + (WINDOW - QUERY_BLOCK if WINDOW > QUERY_BLOCK else 0)
-    for u in gl.static_range(2):
-        scores = gl.convert_layout(halves[u], LAYOUT)
-        if (2 * turn + u + 1) * STEP <= WHOLE:  # all rows see these keys
-            top, total = weigh(top, total, scores, factor)
-        elif 2 * turn + u < near_slots(WINDOW, SINK, BLOCK, QUERY_BLOCK, STEP):
-            e = (2 * turn + u) * (STEP // BLOCK) + column // BLOCK
-            j = near_block(e, last, right, first, many, beyond, SINK, BLOCK) * BLOCK + column % BLOCK
-            visible = (j[None] <= t[:, None]) & ((j < SINK)[None] | (j[None] >= from_[:, None]))
-            top, total = weigh(top, total, gl.where(visible, scores, -float("inf")), factor)
+    if (turn + 1) * KEYS <= WHOLE:  # all rows see these keys
+        top, total = weigh(top, total, s, factor)
+    else:
+        e = turn * (KEYS // BLOCK) + column // BLOCK
+        j = near_block(e, last, right, first, many, beyond, SINK, BLOCK) * BLOCK + column % BLOCK
+        visible = (j[None] <= t[:, None]) & ((j < SINK)[None] | (j[None] >= from_[:, None]))
+        top, total = weigh(top, total, gl.where(visible, s, -float("inf")), factor)
     return top, total
 
 
 @gluon.jit
 def ballot(
-    SHARE: gl.constexpr, sinks, votes, shift, queries, many, ring, apart,
-    slots, tokens, blocks, first_tile, end, scale, spread,
+    SHARE: gl.constexpr, sinks, votes, shift, queries, many, ring, apart, slots, tokens, blocks, first_tile, end, scale, spread,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, HEADS: gl.constexpr, DIM: gl.constexpr, WINDOW: gl.constexpr,
     SINK: gl.constexpr, BLOCK: gl.constexpr, FANOUT: gl.constexpr, PER_LEAF: gl.constexpr, BEAM: gl.constexpr,
     QUERY_BLOCK: gl.constexpr, DENSE_END: gl.constexpr, WIDTH: gl.constexpr, WIDTH_PAD: gl.constexpr,
     KEYS: gl.constexpr, STEPS: gl.constexpr, MOST: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The role of a group of warps that votes, for the SHARE-th half of a query block's places."""
-    NEAR_SLOTS: gl.constexpr = near_slots(WINDOW, SINK, BLOCK, QUERY_BLOCK, KEYS)
     PLACES: gl.constexpr = QUERY_BLOCK // 2
     LOW: gl.constexpr = HEADS // 2 if HEADS > 1 else 1
     HIGH: gl.constexpr = 2 if HEADS > 1 else 1
     EDGE_SPANS: gl.constexpr = (WIDTH - BEAM * FANOUT + FANOUT - 1) // FANOUT
     SPANS: gl.constexpr = KEYS // (FANOUT * PER_LEAF)
     BY_LEAF: gl.constexpr = by_leaf(SPANS, FANOUT, PER_LEAF)
-    NEAR: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS // 2, 16])
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, SCORES, 2)
-    ROWS: gl.constexpr = gl.SliceLayout(1, NEAR)
-    COLUMNS: gl.constexpr = gl.SliceLayout(0, SCORES)
+    OF_ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
+    OF_COLUMN: gl.constexpr = gl.SliceLayout(0, SCORES)
     WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
-    row = gl.arange(0, HALF, ROWS)
-    column = gl.arange(0, KEYS // 2, gl.SliceLayout(0, NEAR))
+    row = gl.arange(0, HALF, OF_ROW)
+    column = gl.arange(0, KEYS, OF_COLUMN)
     low = slots - tokens
     factor = scale * LOG2E
     n, seen_tiles = 0, 0
@@ -343,33 +341,27 @@ def ballot(
         t0 = number * QUERY_BLOCK
         if (t0 < slots) & (t0 + QUERY_BLOCK > DENSE_END):
             b, h = (bh // KV_HEADS).to(gl.int64), (bh % KV_HEADS).to(gl.int64)
-            begin = t0 + SHARE * PLACES
-            t, above, new = query_at(row, begin, low, slots, GROUP, LOW, HIGH)
+            t, above, new = query_at(row, t0 + SHARE * PLACES, low, slots, GROUP, LOW, HIGH)
             head = h * GROUP + above
             await_slot(queries, seen_tiles, 1)
-            half = matrices(queries[0], HALF, DIM).index(SHARE)
-            x = gl.convert_layout(in_order(half.load(by_head(HEADS, DIM)), LOW, HIGH, DIM), OPERAND)
-            wide = in_order(half.load(WIDE), LOW, HIGH, DIM).to(gl.float32)
+            rows = matrices(queries[0], HALF, DIM).index(SHARE)
+            wide = in_order(rows.load(WIDE), LOW, HIGH, DIM).to(gl.float32)
+            second = gl.convert_layout(gl.sum(wide * wide, 1), OF_ROW) * (0.5 * spread * scale)
+            x = gl.convert_layout(in_order(rows.load(by_head(HEADS, DIM)), LOW, HIGH, DIM), OPERAND)
             used = told(many)
             release(queries, seen_tiles, 1)
             seen_tiles += 1
-            second = gl.convert_layout(gl.sum(wide * wide, 1), ROWS) * (0.5 * spread * scale)
             from_ = gl.maximum(t + 1 - WINDOW, 0) // BLOCK * BLOCK
 
-            # While one product is made use of, the next one is computed, the first one of nodes too.
-            top = gl.full([HALF], -float("inf"), gl.float32, ROWS)
-            total = gl.zeros([HALF], gl.float32, ROWS)
-            z = gl.zeros([HALF, KEYS], gl.float32, SCORES)
-            s = begin_scores(x, gl.zeros([HALF, KEYS], gl.float32, SCORES), ring, n, DIM, KEYS, STAGES)
-            for turn in gl.static_range(NEAR_SLOTS):
-                z = begin_scores(x, z, ring, n + 1, DIM, KEYS, STAGES)
-                s = hopper.warpgroup_mma_wait(1, deps=[s])
-                release(ring, n, STAGES)
+            top = gl.full([HALF], -float("inf"), gl.float32, OF_ROW)
+            total = gl.zeros([HALF], gl.float32, OF_ROW)
+            s = gl.zeros([HALF, KEYS], gl.float32, SCORES)
+            for turn in gl.static_range(near_slots(WINDOW, SINK, BLOCK, QUERY_BLOCK, KEYS)):
+                s = product(x, s, ring, n, DIM, KEYS, STAGES)
                 top, total = weigh_near(
                     top, total, s, turn, t, from_, t0, slots, factor, column,
-                    WINDOW, SINK, BLOCK, QUERY_BLOCK, KEYS, NEAR,
+                    WINDOW, SINK, BLOCK, QUERY_BLOCK, KEYS,
                 )  # fmt: skip
-                s, z = z, s
                 n += 1
             near = top + gl.log2(total)
             gl.store(shift + (b * KV_HEADS * GROUP + head) * tokens + t - low, top, mask=new)
@@ -382,36 +374,14 @@ def ballot(
             held = votes + ((tile - first_tile).to(gl.int64) * QUERY_BLOCK + SHARE * PLACES) * (
                 WIDTH_PAD + FANOUT
             )
-            near = gl.convert_layout(near, gl.SliceLayout(1, SCORES))
-            second = gl.convert_layout(second, gl.SliceLayout(1, SCORES))
-            steps = (used + EDGE_SPANS + SPANS - 1) // SPANS
-            index = steps * 0
-            s, by_s = taken(s, ring, apart, n, KEYS, STAGES, BY_LEAF, COLUMNS)
-            for _pair in range(0, (steps - 1) // 2):
-                z = begin_scores(x, z, ring, n + 1, DIM, KEYS, STAGES)
+            for index in range(0, used + EDGE_SPANS, SPANS):
+                s = begin_scores(x, s, ring, n, DIM, KEYS, STAGES)
+                found = apart.index(n % STAGES).load(BY_LEAF)
+                found = gl.convert_layout(gl.reshape(gl.permute(found, (0, 2, 1)), [KEYS]), OF_COLUMN)
+                s = hopper.warpgroup_mma_wait(0, deps=[s])
+                release(ring, n, STAGES)
                 cast(
-                    s, by_s, second, near, held, index, used, factor,
-                    FANOUT, PER_LEAF, BEAM, PLACES, LOW, HIGH, WIDTH_PAD, STEPS, MOST,
-                )  # fmt: skip
-                z, by_z = taken(z, ring, apart, n + 1, KEYS, STAGES, BY_LEAF, COLUMNS)
-                s = begin_scores(x, s, ring, n + 2, DIM, KEYS, STAGES)
-                cast(
-                    z, by_z, second, near, held, index + SPANS, used, factor,
-                    FANOUT, PER_LEAF, BEAM, PLACES, LOW, HIGH, WIDTH_PAD, STEPS, MOST,
-                )  # fmt: skip
-                s, by_s = taken(s, ring, apart, n + 2, KEYS, STAGES, BY_LEAF, COLUMNS)
-                n += 2
-                index += 2 * SPANS
-            cast(
-                s, by_s, second, near, held, index, used, factor,
-                FANOUT, PER_LEAF, BEAM, PLACES, LOW, HIGH, WIDTH_PAD, STEPS, MOST,
-            )  # fmt: skip
-            n += 1
-            if steps % 2 == 0:
-                z = begin_scores(x, z, ring, n, DIM, KEYS, STAGES)
-                z, by_z = taken(z, ring, apart, n, KEYS, STAGES, BY_LEAF, COLUMNS)
-                cast(
-                    z, by_z, second, near, held, index + SPANS, used, factor,
+                    s, found, second, near, held, index, used, factor,
                     FANOUT, PER_LEAF, BEAM, PLACES, LOW, HIGH, WIDTH_PAD, STEPS, MOST,
                 )  # fmt: skip
                 n += 1
@@ -463,5 +433,5 @@ def vote_by_roles(
             )),
         ],
         [4, 1],
-        [232, 40],
+        [104, 32],
     )  # fmt: skip

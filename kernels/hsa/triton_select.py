@@ -18,8 +18,6 @@ import triton.language as tl
 from retrofit.kernels.launch import kernel
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LOWEST = tl.constexpr(-(2**31))
-"""Sorts below every candidate."""
 BEHIND = tl.constexpr(2**31 - 1)
 """Behind every span."""
 WHOLE, PADDED, ENDING = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -64,20 +62,26 @@ def top_level(covered, FANOUT: tl.constexpr, LIMIT: tl.constexpr, LEVELS: tl.con
 
 
 @triton.jit
-def among_best(keys, COUNT: tl.constexpr, COUNT_PAD: tl.constexpr):
-    """Which keys [ROWS, WIDTH], int32, are among the largest COUNT of their row, ties to the lower index.
+def among_best(keys, COUNT: tl.constexpr):
+    """Which keys [N], int32, are among the largest COUNT, ties to the lower index; those below 0 never are.
 
-    Keys of LOWEST never are. COUNT_PAD is a power of two, at least COUNT, at most WIDTH.
+    The lowest of them is found bit by bit, until just COUNT are as high.
     """
-    largest = tl.topk(keys, COUNT_PAD)
-    rank = tl.arange(0, COUNT_PAD)
-    least = tl.max(tl.where(rank[None] == COUNT - 1, largest, LOWEST), 1)[:, None]
-    above = keys > least
-    level = (keys == least) & (keys > LOWEST)
-    room = COUNT - tl.sum(above.to(tl.int32), 1)
-    if tl.max(tl.sum(level.to(tl.int32), 1) - room, 0) > 0:  # rare
-        level = level & (tl.cumsum(level.to(tl.int32), 1) <= room[:, None])
-    return above | level
+    least = tl.full([], 0, tl.int32)
+    many = tl.sum((keys >= 0).to(tl.int32), 0)
+    bit = tl.full([], 1 << 30, tl.int32)
+    while (many > COUNT) & (bit > 0):
+        higher = least + bit
+        count = tl.sum((keys >= higher).to(tl.int32), 0)
+        least = tl.where(count >= COUNT, higher, least)
+        many = tl.where(count >= COUNT, count, many)
+        bit = bit >> 1
+    chosen = keys >= least
+    if many > COUNT:  # rare: the lowest is there several times
+        level = keys == least
+        room = COUNT - many + tl.sum(level.to(tl.int32), 0)
+        chosen = chosen & (~level | (tl.cumsum(level.to(tl.int32), 0) <= room))
+    return chosen
 
 
 @kernel(do_not_specialize=["slots", "tokens", "blocks", "first", "node_count"])
@@ -204,7 +208,7 @@ def keep(
     LEVEL: tl.constexpr, LEVELS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr, FANOUT: tl.constexpr,
     BEAM: tl.constexpr, QUERY_BLOCK: tl.constexpr, DENSE_END: tl.constexpr, WIDTH: tl.constexpr,
-    WIDTH_PAD: tl.constexpr, BEAM_PAD: tl.constexpr, FRESH: tl.constexpr, LAYOUT: tl.constexpr,
+    WIDTH_PAD: tl.constexpr, FRESH: tl.constexpr, LAYOUT: tl.constexpr,
     REACH: tl.constexpr,
 ):  # fmt: skip
     """Writes the best BEAM spans of LEVEL, ascending, to ``spans`` [B·Hkv, total_blocks, BEAM].
@@ -238,12 +242,10 @@ def keep(
             s = tl.load(base + g * WIDTH + place, mask=(ids >= 0) & (place < WIDTH), other=-float("inf"))
             e = tl.exp2((s - tl.max(s, 0)) * (scale * LOG2E))
             votes += e / tl.sum(e, 0)
-        keys = tl.where(ids >= 0, votes.to(tl.int32, bitcast=True), LOWEST)
-        keys2 = tl.reshape(keys, [1, WIDTH_PAD])
-        chosen = among_best(keys2, BEAM, BEAM_PAD)
-        slot = tl.reshape(tl.cumsum(chosen.to(tl.int32), 1), [WIDTH_PAD]) - 1
-        picked = tl.reshape(chosen, [WIDTH_PAD])
-        total = tl.sum(tl.reshape(chosen.to(tl.int32), [WIDTH_PAD]), 0)
+        keys = tl.where(ids >= 0, votes.to(tl.int32, bitcast=True), -1)
+        picked = among_best(keys, BEAM)
+        slot = tl.cumsum(picked.to(tl.int32), 0) - 1
+        total = tl.sum(picked.to(tl.int32), 0)
         tl.debug_barrier()  # every thread has read the parents
         tl.store(kept + slot, ids, mask=picked)
         tl.store(kept + place, place * 0 - 1, mask=(place >= total) & (place < BEAM))

@@ -115,9 +115,11 @@ def test_roles_change_nothing(
     case = replace(case, **exact, geometry=replace(SMALL, **sizes), padded=False).to("cpu", torch.float16)
     actual, grads = run(case)
     chunks = case.run(case.tokens - 70, case.tokens, case.run(0, case.tokens - 70)).out
-    votes = 2 if case.q.shape[1] <= 4 * case.k.shape[1] else 0  # a tile has the heads of a query
-    assert [machine.programs for name, machine in machines.items() if "key" not in name] == [votes, 2, 2]
-    assert machines["key_gradients_by_roles"].programs > 2  # one for each tile of keys
+    programs = {name: machine.programs for name, machine in machines.items()}
+    assert programs["attend_by_roles"] == programs["query_gradients_by_roles"] == 2
+    assert programs["key_gradients_by_roles"] > 2  # one for each tile of keys
+    # Two to a multiprocessor, where a tile has the heads of a query.
+    assert programs["vote_by_roles"] in ((2, 3, 4) if case.q.shape[1] <= 4 * case.k.shape[1] else (0,))
     assert bool(machines["attend_by_roles"].added[0]) == (
         "sharpness" in inputs
     )  # tiles whose sums exceed the limit
