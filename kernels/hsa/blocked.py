@@ -90,7 +90,7 @@ def hsa_attention(
             call.low,
             call.high,
             length,
-            tiles=None if q.device.type == "cpu" else execute.max_tiles(g),
+            tiles=None if q.device.type == "cpu" else execute.max_tiles(choices, g),
             causal=causal,
             sliding_window=sliding_window,
             geometry=g,

@@ -34,9 +34,9 @@ def list_tile(geometry: Geometry) -> int:
     return max(1, LIST_TOKENS // geometry.block)
 
 
-def max_tiles(geometry: Geometry) -> int:
-    """Tiles that hold all choices of a query block."""
-    return -(-geometry.choices // list_tile(geometry))
+def max_tiles(choices: Tensor, geometry: Geometry) -> int:
+    """Tiles that hold all choices [..., E] of a query block."""
+    return -(-choices.shape[-1] // list_tile(geometry))
 
 
 @lru_cache(maxsize=64)

@@ -196,7 +196,7 @@ def add_choices(choices: Tensor, levels: Tensor, new: Tensor, row: Tensor, geome
         of, at = rises.flatten(0, -2).nonzero(as_tuple=True)
         each = of.bincount(minlength=len(found))
         to = (count.flatten() - each.cumsum(0) + each)[of] + torch.arange(len(of))
-        of, at, to = (x[to < g.choices] for x in (of, at, to))
+        of, at, to = (x[to < found.shape[1]] for x in (of, at, to))
         place, candidate = at // g.leaf_width, at % g.leaf_width
         packed = g.packed(
             row.flatten(0, -2)[of, place].int(), candidate.int(), rises.flatten(0, -2)[of, at].int()
@@ -204,7 +204,8 @@ def add_choices(choices: Tensor, levels: Tensor, new: Tensor, row: Tensor, geome
         found[of, to] = packed
         return found.view_as(choices)
     to = count[..., None] + (rises > 0).to(torch.int64).cumsum(-1) - 1
-    to = torch.where(rises > 0, to, g.choices).clamp(max=g.choices)
+    most = choices.shape[-1]
+    to = torch.where(rises > 0, to, most).clamp(max=most)
     candidate = torch.arange(g.leaf_width, device=levels.device)
     packed = g.packed(row[..., None].to(torch.int64), candidate, 0).flatten(-2) + rises.to(torch.int64)
     return F.pad(choices, (0, 1)).scatter(-1, to, packed.to(torch.int32))[..., :-1].contiguous()

@@ -182,10 +182,11 @@ class Geometry:
         """Leaves that each query chooses for itself, at most."""
         return min(self.budget // self.block, self.leaf_width)
 
-    @property
-    def choices(self) -> int:
-        """Choices E of a query block, at most: each of its leaves may have risen further for each query."""
-        return self.query_block * self.leaves_per_query
+    def choices(self, votes: Votes) -> int:
+        """Choices E of a query block, at most: each query may have chosen as many leaves as it can, if they fade in, and
+        whole ones are chosen once."""
+        most = self.query_block * self.leaves_per_query
+        return most if votes.parts < FADE else min(most, self.leaf_width)
 
     def least_vote(self, votes: Votes) -> int:
         """The vote above which a leaf counts."""
@@ -305,7 +306,9 @@ class Geometry:
         """
         shape = (*k.shape[:2], self.blocks(k.shape[2]))
         spans = torch.full((*shape, self.beam), -1, dtype=torch.int32, device=k.device)
-        choices = torch.full((*shape, self.choices), UNUSED, dtype=torch.int32, device=k.device)
+        choices = torch.full(
+            (*shape, self.choices(Votes.of(k.dtype))), UNUSED, dtype=torch.int32, device=k.device
+        )
         if past_spans is not None and past_choices is not None:
             spans[:, :, : past_spans.shape[2]] = past_spans
             choices[:, :, : past_choices.shape[2]] = past_choices

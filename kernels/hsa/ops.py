@@ -21,7 +21,7 @@ from retrofit.errors import ConfigError
 from retrofit.kernels.dense.ops import visible_pairs
 from retrofit.kernels.dense.scores import PLAIN, ScoreRules
 from retrofit.kernels.hsa import account, blocked, reference
-from retrofit.kernels.hsa.geometry import Geometry
+from retrofit.kernels.hsa.geometry import Geometry, Votes
 from retrofit.kernels.repeat import PYTHON, has_triton, repeated_call
 
 IMPLEMENTATIONS = ("auto", "reference", "blocked", "triton")
@@ -115,7 +115,7 @@ def _fake(
     return (
         out,
         q.new_empty((*shape, g.beam), dtype=torch.int32),
-        q.new_empty((*shape, g.choices), dtype=torch.int32),
+        q.new_empty((*shape, g.choices(Votes.of(q.dtype))), dtype=torch.int32),
         q.new_empty(q.shape[:3] if name == "triton" else (0,), dtype=torch.float32),
     )
 

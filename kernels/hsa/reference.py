@@ -220,7 +220,7 @@ class _Row:
                 risen += rise
                 candidate = rise.nonzero().flatten()
                 made += g.packed(row, candidate, rise[candidate]).tolist()
-            made = made[: g.choices]
+            made = made[: found.shape[1]]
             found[head, : len(made)] = torch.tensor(made, dtype=found.dtype)
         return found
 

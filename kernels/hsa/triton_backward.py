@@ -159,7 +159,9 @@ def _entries(
     )
     ends = counts.flatten().cumsum(0)
     places = ends - counts.flatten()
-    most = call.entries_per_block * (min(g.choices, constants["WIDTH_PAD"] // leaves) if whole else g.choices)
+    most = call.entries_per_block * (
+        min(call.choices, constants["WIDTH_PAD"] // leaves) if whole else call.choices
+    )
     entries = torch.empty(call.rows * call.blocks * most, dtype=torch.int64, device=device)
     inverse.write_entries[(CHUNKS, call.rows)](
         start, length, spans, choices, choosers, places, entries, *extent, **constants, num_warps=1

@@ -227,7 +227,12 @@ class Call:
     @cached_property
     def leaves(self) -> dict[str, Any]:
         """Constants of the kernels that meet leaf candidates."""
-        return {**self.candidates, "CHOICES": self.geometry.choices}
+        return {**self.candidates, "CHOICES": self.choices}
+
+    @cached_property
+    def choices(self) -> int:
+        """Choices of a query block, at most."""
+        return self.geometry.choices(self.votes)
 
     @cached_property
     def candidates(self) -> dict[str, Any]:
@@ -293,12 +298,12 @@ class Call:
         """Places of the list of a block: sinks, window, all choices, and room to read on."""
         g = self.geometry
         room = MOST_KEYS.value // g.block
-        return power(g.choices + room) + (g.sink + g.window) // g.block + 1
+        return power(self.choices + room) + (g.sink + g.window) // g.block + 1
 
     def empty_selection(self, k: Tensor) -> tuple[Tensor, Tensor]:
         """``spans`` and ``choices`` as in ``Geometry.selection``, to be filled."""
         shape, g = (self.batch, self.kv_heads, self.total_blocks), self.geometry
-        spans, choices = (k.new_empty(*shape, size, dtype=torch.int32) for size in (g.beam, g.choices))
+        spans, choices = (k.new_empty(*shape, size, dtype=torch.int32) for size in (g.beam, self.choices))
         return spans, choices
 
     def empty_votes(self, blocks: int, device: torch.device) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from retrofit.kernels.hsa.geometry import UNUSED, Geometry
+from retrofit.kernels.hsa.geometry import UNUSED, Geometry, Votes
 from retrofit.onnx.bodies.chunks import run_if, scan_chunks
 from retrofit.onnx.bodies.hsa_block import Rules, coarse, covered_leaves, near, sparse
 
@@ -54,7 +54,7 @@ def hsa_attention(
     by_head = torch.arange(batch * kv_heads, device=q.device).unflatten(0, (batch, kv_heads))
     by_row = torch.arange(batch, device=q.device)
     no_spans = torch.full((1, kv_heads, 1, beam), -1, dtype=torch.int32).expand(batch, -1, -1, -1)
-    no_choices = torch.full((1, kv_heads, 1, g.choices), UNUSED, dtype=torch.int32)
+    no_choices = torch.full((1, kv_heads, 1, g.choices(Votes.of(q.dtype))), UNUSED, dtype=torch.int32)
     no_choices = no_choices.expand(batch, -1, -1, -1)
     # One more place, for blocks that have no past.
     past_spans = no_spans if past_spans is None else torch.cat([past_spans, no_spans], 2)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from retrofit.kernels.hsa.account import count
-from retrofit.kernels.hsa.geometry import UNUSED, Geometry
+from retrofit.kernels.hsa.geometry import UNUSED, Geometry, Votes
 from tests.kernels.hsa.conftest import Case
 
 pytestmark = pytest.mark.usefixtures("whole_leaves")
@@ -165,7 +165,9 @@ def test_cost_grows_like_the_logarithm_of_the_position() -> None:
         choices = (
             g.packed(candidate.remainder(g.query_block), candidate, candidate * 0 + 4096).int().sort().values
         )
-        choices = pad(choices, (0, g.choices - g.leaf_width), value=UNUSED).expand(1, 1, blocks, -1)
+        choices = pad(choices, (0, g.choices(Votes.of(torch.float32)) - g.leaf_width), value=UNUSED).expand(
+            1, 1, blocks, -1
+        )
         keys, nodes = count(
             spans,
             choices,

@@ -395,7 +395,7 @@ def test_rows_choose_the_highest_votes_that_fit(threshold: float, sliding_window
     packed = g.packed(by_row, torch.arange(g.leaf_width), FADE)
     expected = torch.where(by_row < g.query_block, packed, UNUSED).sort()[0]
 
-    choices = torch.zeros(1, 1, call.blocks, g.choices, dtype=torch.int32, device=device)
+    choices = torch.zeros(1, 1, call.blocks, call.choices, dtype=torch.int32, device=device)
     lists = call.empty_lists(q.device)
     settle[(call.blocks,)](
         *[torch.zeros(1, dtype=torch.int64, device=device)] * 2, spans.to(device, torch.int32), choices,
