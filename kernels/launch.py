@@ -43,6 +43,8 @@ class Launched:
 
 
 class _Thread(threading.local):
+    """Who is told of a thread's launches, and on which devices it has a context."""
+
     def __init__(self) -> None:
         self.listener: Callable[[Launched], None] | None = None
         self.devices: set[int] = set()

@@ -127,7 +127,7 @@ def vote(
     leaves = nodes.shape[2] // size
     by_leaf = nodes[:, :, : leaves * size].view(call.rows, leaves, size, call.dim).transpose(1, 2)
     block = [1, size, g.fanout, SLAB.value]
-    vote_by_roles[(min(end - first, call.settings.programs * processors(q.device)),)](
+    vote_by_roles[(min(end - first, call.programs(q.device)),)](
         _blocks_of(q, call.heads_per_tile(tile.rows), g.query_block // 2), *_of_keys(call, k), described(by_leaf, block),
         spreads, sinks, spans, votes, shift, todo, *spreads.stride()[:2],
         *call.extent, call.total_blocks, leaves, first, end, scale, g.spread,

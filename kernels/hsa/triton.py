@@ -28,7 +28,7 @@ from retrofit.kernels.hsa.triton_backward import hsa_attention_backward
 from retrofit.kernels.hsa.triton_call import CALLS, Call, padded, power
 from retrofit.kernels.hsa.triton_choose import settle
 from retrofit.kernels.hsa.triton_vote import vote
-from retrofit.kernels.tuned import processors, settings
+from retrofit.kernels.tuned import settings
 
 __all__ = ["hsa_attention", "hsa_attention_backward", "unsupported"]
 
@@ -144,7 +144,7 @@ def hsa_attention(
         end = geometry.dense_end
         before = dense.attend(q[:, :, :end], k[:, :, :end], v[:, :, :end], scale)
         out[:, :, :end], lse[:, :, :end] = _with_sinks(*before, sinks)
-    execute.attend_run[(min(tiles, call.settings.programs * processors(q.device)),)](
+    execute.attend_run[(min(tiles, call.programs(q.device)),)](
         q, k, v, sinks, start, length, *lists, todo, out, lse, *strides(q, k, v), *call.extent, call.batch,
         0 if fused else min(call.blocks, geometry.dense_end // geometry.query_block), scale, **_execution(call),
     )  # fmt: skip
@@ -222,7 +222,7 @@ def _choose_leaves(
     """
     g, tiles = call.geometry, call.blocks * call.rows
     leaves = nodes.shape[2] // g.nodes_in_span(0)
-    programs = call.settings.programs * processors(q.device)
+    programs = call.programs(q.device)
     at_once = _at_once(tiles, programs)
     votes = call.empty_votes(at_once, q.device)
     shift = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)

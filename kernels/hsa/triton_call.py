@@ -12,7 +12,7 @@ from torch import Tensor
 from retrofit.kernels.hsa.geometry import FADE, Geometry, Votes
 from retrofit.kernels.hsa.triton_choose import MOST_KEYS, list_blocks
 from retrofit.kernels.hsa.triton_select import ENDING, PADDED, WHOLE
-from retrofit.kernels.tuned import Settings, Tile, Tiles, settings
+from retrofit.kernels.tuned import Settings, Tile, Tiles, processors, settings
 
 CALLS = 256
 """Calls of different sizes that are remembered."""
@@ -111,6 +111,10 @@ class Call:
     def tiles(self) -> tuple[int, int]:
         """Grid of the kernels that attend."""
         return self.grid(self.tile(self.settings.attend).rows, self.blocks)
+
+    def programs(self, device: torch.device) -> int:
+        """Programs of a kernel whose programs take one tile after another, at most."""
+        return self.settings.programs * processors(device)
 
     def grid(self, rows: int, blocks: int) -> tuple[int, int]:
         """Grid of a kernel with tiles of so many rows, for so many query blocks."""

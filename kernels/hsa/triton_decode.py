@@ -32,7 +32,6 @@ from retrofit.kernels.hsa.triton_choose import settle
 from retrofit.kernels.hsa.triton_select import WHOLE
 from retrofit.kernels.hsa.triton_vote import vote_parts
 from retrofit.kernels.pyramid import triton as pyramid
-from retrofit.kernels.tuned import processors
 
 FEWEST_ROWS = 64
 """Queries times heads in a product, at least."""
@@ -188,4 +187,4 @@ def _may_complete(call: Call, size: int, offset: int) -> bool:
 
 def _parts(call: Call, device: torch.device, tiles: int, most: int) -> int:
     """Into how many parts the work on each of so many tiles is cut, for as many programs as there is room for."""
-    return max(1, min(most, call.settings.programs * processors(device) // tiles))
+    return max(1, min(most, call.programs(device) // tiles))

@@ -285,14 +285,6 @@ def cast(
 
 
 @gluon.jit
-def product(x, s, ring, n, DIM: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr):
-    """The scores of place n, whose slot is free then; takes the registers of s."""
-    s = hopper.warpgroup_mma_wait(0, deps=[begin_scores(x, s, ring, n, DIM, KEYS, STAGES)])
-    release(ring, n, STAGES)
-    return s
-
-
-@gluon.jit
 def weigh_near(
     top, total, s, turn: gl.constexpr, t, from_, t0, slots, factor, column,
     WINDOW: gl.constexpr, SINK: gl.constexpr, BLOCK: gl.constexpr, QUERY_BLOCK: gl.constexpr, KEYS: gl.constexpr,
@@ -357,7 +349,9 @@ def ballot(
             total = gl.zeros([HALF], gl.float32, OF_ROW)
             s = gl.zeros([HALF, KEYS], gl.float32, SCORES)
             for turn in gl.static_range(near_slots(WINDOW, SINK, BLOCK, QUERY_BLOCK, KEYS)):
-                s = product(x, s, ring, n, DIM, KEYS, STAGES)
+                s = begin_scores(x, s, ring, n, DIM, KEYS, STAGES)
+                s = hopper.warpgroup_mma_wait(0, deps=[s])
+                release(ring, n, STAGES)
                 top, total = weigh_near(
                     top, total, s, turn, t, from_, t0, slots, factor, column,
                     WINDOW, SINK, BLOCK, QUERY_BLOCK, KEYS,
