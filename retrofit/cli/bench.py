@@ -40,6 +40,9 @@ def bench(
     graph: Annotated[
         bool, typer.Option("--graph", help="Time the converted attention in a CUDA graph as well.")
     ] = False,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="Time each kernel of the converted attention as well, on CUDA.")
+    ] = False,
     random: Annotated[bool, typer.Option("--random", help="Time independent random inputs as well.")] = False,
     decode: Annotated[
         int, typer.Option(help="Time one decoded token in a batch of so many rows as well, on CUDA.")
@@ -84,6 +87,7 @@ def bench(
         backward=backward,
         rivals=[name.strip() for name in rivals.split(",") if name.strip()],
         graph=graph,
+        kernels=kernels,
         random=random,
         decode=decode,
         scaling=() if scaling is None else whole_numbers("--scaling", scaling),
@@ -91,6 +95,7 @@ def bench(
     document = {"model": model, **found.to_dict()}
     notes = [f"{name} left out: {reason}" for name, reason in found.left_out.items()]
     tables = [_table(found, earlier), *([_decoding(found)] if found.decoding else [])]
+    tables += [_kernels(timing) for timing in found.timings if timing.kernels_us]
     if found.scaling:
         tables.append(_growth(found.scaling))
         notes.insert(0, f"converted attention's time grows as length^{found.scaling.exponent:.3f}")
@@ -154,6 +159,20 @@ def _decoding(found: Any) -> Table:
     for row in found.decoding:
         numbers = (row.dense_us, row.target_us, row.speedup, row.first_us)
         table.add_row(f"{row.length:,}", *(f"{number:,.1f}" for number in numbers))
+    return table
+
+
+def _kernels(timing: Any) -> Table:
+    share = timing.selection_share
+    table = Table(
+        title=f"kernels at {timing.length:,} tokens, {timing.inputs}",
+        caption=None if share is None else f"pooling and selection take {share:.1%}",
+        title_justify="left",
+    )
+    table.add_column("kernel")
+    table.add_column("µs", justify="right")
+    for name, microseconds in timing.kernels_us.items():
+        table.add_row(name, f"{microseconds:,.1f}")
     return table
 
 

@@ -78,7 +78,7 @@ def test_tokens_from_a_graph_are_those_without(
     script: Script, tiny_folder: Path, arguments: list[str], tmp_path: Path
 ) -> None:
     pytest.importorskip("triton")
-    wide = [*arguments, "--device", "cuda", "--parts", "prefill", "graph", "--prompts", "800"]
+    wide = [*arguments, "--device", "cuda", "--parts", "prefill", "graph", "--prompts", "1100"]
     wide[wide.index("--config") + 1] = str(_default(tmp_path))
     assert script("whole_model").main(wide) == 0
     for row in json.loads((tmp_path / "out.json").read_text())["rows"]:

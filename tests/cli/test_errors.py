@@ -219,6 +219,8 @@ def test_usage_errors_exit_2(retrofit: Run) -> None:
         (("report", "{model}", "--output", "{model}/no/where.html"), "is no folder"),
         (("bench", "{model}", "--repeats", 0), "repeats must be at least 1"),
         (("bench", "{model}", "--shape", "8,2"), "heads, kv heads and dims"),
+        (("bench", "{model}", "--graph"), "graph needs a model on CUDA"),
+        (("bench", "{model}", "--kernels"), "kernels needs a model on CUDA"),
         (("bench", "{model}", "--scaling", "256"), "scaling needs at least two lengths"),
     ],
 )
