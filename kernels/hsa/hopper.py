@@ -41,15 +41,16 @@ def attend_listed(
     todo: Tensor,
     out: Tensor,
     lse: Tensor,
+    skipped: int,
     scale: float,
     limit: float,
 ) -> None:
-    """Writes ``out`` and ``lse`` of all sparse tiles; arguments are those of ``attend_by_roles``."""
+    """Writes ``out`` and ``lse``; arguments are those of ``attend_by_roles``."""
     tile, queries = _known(call.attend_by_roles), call.geometry.query_block
     tiles = prod(call.tiles)
     attend_by_roles[(min(tiles, processors(q.device)),)](
         *_of_queries(call, tile, queries, q), *_of_keys(call, k, v),
-        sinks, ordered, counts, shift, todo, out, lse, *call.extent, tiles, scale, limit,
+        sinks, ordered, counts, shift, todo, out, lse, *call.extent, tiles, skipped, scale, limit,
         LIST=call.list_width, KEYS=tile.keys, **_constants(call, tile, queries),
     )  # fmt: skip
 
@@ -68,7 +69,7 @@ def query_gradients(
     delta: Tensor,
     scale: float,
 ) -> None:
-    """Writes ``grad_q`` and ``delta`` of all sparse tiles; arguments are those of ``query_gradients_by_roles``."""
+    """Writes ``grad_q`` and ``delta``; arguments are those of ``query_gradients_by_roles``."""
     tile, queries = _known(call.query_gradients_by_roles), call.geometry.query_block
     tiles = prod(call.tiles)
     query_gradients_by_roles[(min(tiles, processors(q.device)),)](

@@ -125,6 +125,7 @@ def hsa_attention(
     tiles = call.tiles[0] * call.tiles[1]
     room = execute.LISTED.value + hopper.GROUPS * tiles
     todo = (torch.zeros if call.is_dense else torch.empty)(room, dtype=torch.int32, device=q.device)
+    by_roles = not call.is_dense and hopper.can_run(call.attend_by_roles, q, k, v)
     if not call.is_dense:
         nodes = [x.contiguous() for x in nodes]
         keep_spans(call, q, nodes, start, length, spans, scale, fresh=fresh)
@@ -132,9 +133,12 @@ def hsa_attention(
             call, q, k, nodes[0], spreads, sinks, start, length, spans, choices, todo, scale, fresh=fresh
         )
         limit = LARGEST_SUM[q.dtype]
-        if hopper.can_run(call.attend_by_roles, q, k, v):
+        if by_roles:
             ordered, _shares, counts = lists
-            hopper.attend_listed(call, q, k, v, sinks, ordered, counts, shift, todo, out, lse, scale, limit)
+            skipped = geometry.dense_end if fused else 0
+            hopper.attend_listed(
+                call, q, k, v, sinks, ordered, counts, shift, todo, out, lse, skipped, scale, limit
+            )
         else:
             execute.attend_listed[call.tiles](
                 q, k, v, sinks, start, length, *lists, shift, todo, out, lse, *strides(q, k, v), *call.extent,
@@ -146,7 +150,8 @@ def hsa_attention(
         out[:, :, :end], lse[:, :, :end] = _with_sinks(*before, sinks)
     execute.attend_run[(min(tiles, call.programs(q.device)),)](
         q, k, v, sinks, start, length, *lists, todo, out, lse, *strides(q, k, v), *call.extent, call.batch,
-        0 if fused else min(call.blocks, geometry.dense_end // geometry.query_block), scale, **_execution(call),
+        0 if fused or by_roles else min(call.blocks, geometry.dense_end // geometry.query_block), scale,
+        **_execution(call),
     )  # fmt: skip
     return out, spans, choices, lse
 

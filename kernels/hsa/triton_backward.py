@@ -1,6 +1,6 @@
 """The backward pass of hierarchical sparse attention by Triton kernels.
 
-    list_blocks, query_gradients                 →  grad_q; on Hopper query_gradients_by_roles where it is sparse
+    list_blocks, query_gradients                 →  grad_q; on Hopper query_gradients_by_roles where it can
     count_entries, write_entries, count_steps    →  which query blocks see each tile of keys
     key_gradients, join_gradients                →  grad_k, grad_v; on Hopper key_gradients_by_roles where it can
 
@@ -79,14 +79,12 @@ def hsa_attention_backward(
     q, k, v, grad = (_in_rows(x) for x in (q, k, v, grad))
     delta = make(lse)
     lists = call.list_blocks(start, length, spans, choices)
-    blocks = call.blocks
     if not call.is_dense and hopper.can_run(call.query_gradients_by_roles, q, k, v, grad):
         ordered, _shares, counts = lists
         hopper.query_gradients(call, q, k, v, out, grad, lse, ordered, counts, grad_q, delta, scale)
-        blocks = call.dense_blocks
-    if blocks:
+    else:
         tile = call.tile(call.settings.query_gradients)
-        gradients.query_gradients[call.grid(tile.rows, blocks)](
+        gradients.query_gradients[call.grid(tile.rows, call.blocks)](
             q, k, v, out, grad, lse, start, length, *lists, grad_q, delta,
             *_strides(q, k, v, out, grad, grad_q), *call.extent, scale,
             LIST=call.list_width, GROUP=call.group, HEADS=call.heads_per_tile(tile.rows), QUERIES=call.queries_per_tile(tile.rows),

@@ -192,13 +192,6 @@ class Call:
         """Whether no row can have a query behind the dense start."""
         return self.slots <= self.geometry.dense_end
 
-    @cached_property
-    def dense_blocks(self) -> int:
-        """Query blocks that end by the dense start, of rows that have all slots."""
-        size = self.geometry.query_block
-        count = self.geometry.dense_end // size - (self.slots - self.tokens) // size
-        return max(0, min(self.blocks, count))
-
     @property
     def extent(self) -> tuple[int, int, int]:
         """What every kernel is told of the lengths."""

@@ -6,7 +6,8 @@ A tile is a query block times up to HEADS heads of a group. What its rows see is
     edges    the window's two ends, where rows differ key by key
 
     attend_listed   shift, list  →  out, lse     tiles that end behind DENSE_END
-    attend_run      →  out, lse                  tiles that end by DENSE_END, which see all keys up to themselves
+    attend_run      →  out, lse                  tiles that end by DENSE_END, which see all keys up to themselves, unless
+                                                 others have done them
 
 The weights of a listed block are times its share. ``attend_listed`` shifts its scores by the highest one among sinks and
 window, which the selection has found, and needs no maximum of its own. Where that is too low for the range of numbers, the
@@ -273,8 +274,8 @@ def attend_run(
         new = (t >= low) & (t < high) & (head < (h + 1) * GROUP)
         at = (t + offset).to(tl.int64)
         at_out = (b * KV_HEADS * GROUP + head) * tokens + at
-        sparse = w >= dense
-        if sparse:
+        sparse = (w >= dense) & (t0 + QUERY_BLOCK > DENSE_END)
+        if w >= dense:
             found = tl.load(lse + at_out, mask=new, other=0.0)
             new = new & (found != found)
         else:

@@ -1,4 +1,4 @@
-"""Attention of sparse tiles on Hopper, where warps have roles.
+"""Attention of tiles on Hopper, where warps have roles.
 
     fetch     list                        →  queries of a tile; keys and values of one step after another, ahead of use
     attend    rows of half a tile, those  →  out, lse
@@ -7,6 +7,9 @@ What it computes is what ``attend_listed`` of ``triton_execute`` does, up to the
 four warps attend, each to HALF rows of a tile: while the values of a step are added, the scores of the next one are
 computed and weighed. Queries, keys and values have each their own ring. A program that has done a tile takes the next one
 that nobody has, for some take longer than others.
+
+Tiles that end by DENSE_END see all keys up to themselves, which are gone through like a list without gaps. Nobody voted
+there, so the highest score of their first step shifts the others.
 """
 
 from __future__ import annotations
@@ -75,6 +78,27 @@ def window_ends(
 
 
 @gluon.jit
+def steps_of(
+    t0, most, WINDOW: gl.constexpr, SINK: gl.constexpr, BLOCK: gl.constexpr, QUERY_BLOCK: gl.constexpr,
+    DENSE_END: gl.constexpr, LEAVES: gl.constexpr,
+):  # fmt: skip
+    """(whether a tile is dense, steps of blocks that are seen whole, of which it lists ``most``) and, as ``window_ends``
+    says, the blocks that rows see differently much of."""
+    dense = t0 + QUERY_BLOCK <= DENSE_END
+    whole, right, first, edges = window_ends(t0, WINDOW, SINK, BLOCK, QUERY_BLOCK)
+    before = t0 // BLOCK // LEAVES
+    others = (t0 + QUERY_BLOCK + BLOCK - 1) // BLOCK - before * LEAVES
+    return (
+        dense,
+        gl.where(dense, before, (most + LEAVES - 1) // LEAVES),
+        gl.where(dense, before * LEAVES, whole),
+        gl.where(dense, others, right),
+        gl.where(dense, 0, first),
+        gl.where(dense, others, edges),
+    )
+
+
+@gluon.jit
 def edge_block(e, whole, right, first, edges, beyond):
     """Number of block e of the window's ends; ``beyond`` all keys if there is none."""
     return gl.where(e < edges, gl.where(e < right, whole + e, first + e - right), beyond)
@@ -101,14 +125,15 @@ def tile_of(number_of_tile, queries, n):
 @gluon.jit
 def fetch(
     desc_q, desc_g, desc_k, desc_v, number_of_tile, queries, grads, keys, values, ordered, counts, taken,
-    slots, tokens, blocks, tiles,
+    slots, tokens, blocks, tiles, skipped,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, HEADS: gl.constexpr, DIM: gl.constexpr, WINDOW: gl.constexpr,
     SINK: gl.constexpr, BLOCK: gl.constexpr, QUERY_BLOCK: gl.constexpr, DENSE_END: gl.constexpr,
     LIST: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The role of the warp that fetches; with queries come the gradients of their outputs, if there are any.
 
-    ``taken`` counts the tiles that programs have taken besides their first ones.
+    ``taken`` counts the tiles that programs have taken besides their first ones. Tiles that end by ``skipped`` are left
+    out.
     """
     LEAVES: gl.constexpr = KEYS // BLOCK
     SLABS: gl.constexpr = DIM // SLAB
@@ -119,29 +144,32 @@ def fetch(
     while w >= 0:
         next_tile = tiles - 1 - gl.num_programs(0) - gl.atomic_add(taken, 1)
         b, h, head, t0, number = tile_at(w, slots, tokens, blocks, KV_HEADS, GROUP, HEADS, QUERY_BLOCK)
-        if (t0 < slots) & (t0 + QUERY_BLOCK > DENSE_END):
-            whole, right, first, edges = window_ends(t0, WINDOW, SINK, BLOCK, QUERY_BLOCK)
+        if (t0 < slots) & (t0 + QUERY_BLOCK > skipped):
             listed = ordered + number * LIST
             following = entries(listed, LEAVES)
             most = gl.load(counts + number * QUERY_BLOCK + QUERY_BLOCK - 1)
-            from_list = (most + LEAVES - 1) // LEAVES
+            dense, before_edges, whole, right, first, edges = steps_of(
+                t0, most, WINDOW, SINK, BLOCK, QUERY_BLOCK, DENSE_END, LEAVES
+            )
+            last_listed = gl.where(dense, 0, gl.maximum(before_edges - 1, 0))
             at = t0 - (slots - tokens)
             bring(desc_q, queries, seen_tiles, b, head, at, TILE_BYTES, SLABS, 1, QUERY_BLOCK, 1)
             tell(number_of_tile, w, queries)
             if grads is not None:
                 bring(desc_g, grads, seen_tiles, b, head, at, TILE_BYTES, SLABS, 1, QUERY_BLOCK, 1)
             seen_tiles += 1
-            for step in range(0, from_list + (edges + LEAVES - 1) // LEAVES):
+            for step in range(0, before_edges + (edges + LEAVES - 1) // LEAVES):
                 own = following
-                following = entries(
-                    listed + gl.minimum(step + 1, gl.maximum(from_list - 1, 0)) * LEAVES, LEAVES
-                )
+                following = entries(listed + gl.minimum(step + 1, last_listed) * LEAVES, LEAVES)
                 for which in gl.static_range(2):
                     ring = values if which else keys
                     begin_slot(ring, n, KEYS * DIM * 2, STAGES)
                     for u in gl.static_range(LEAVES):
-                        edge = edge_block((step - from_list) * LEAVES + u, whole, right, first, edges, beyond)
-                        begin = gl.where(step < from_list, own[u], edge) * BLOCK
+                        edge = edge_block(
+                            (step - before_edges) * LEAVES + u, whole, right, first, edges, beyond
+                        )
+                        seen_whole = gl.where(dense, step * LEAVES + u, own[u])
+                        begin = gl.where(step < before_edges, seen_whole, edge) * BLOCK
                         for d in gl.static_range(SLABS):
                             copy(
                                 desc_v if which else desc_k, [b, h, begin, d * SLAB], ring[1].index(n % STAGES),
@@ -179,15 +207,17 @@ def attend(
     while w >= 0:
         b, h, head0, t0, number = tile_at(w, slots, tokens, blocks, KV_HEADS, GROUP, HEADS, QUERY_BLOCK)
         row_b = b.to(gl.int64)
-        whole, right, first, edges = window_ends(t0, WINDOW, SINK, BLOCK, QUERY_BLOCK)
         head, t, new = rows_at(SHARE, h, head0, t0, low, slots, GROUP, QUERY_BLOCK, ROWS)
         at = (row_b * KV_HEADS * GROUP + head) * tokens + t - low
         # Not loaded a tile ahead: Triton 3.6 took ``most``, loaded so in this role, for the same in all tiles.
         top = gl.load(shift + at, mask=new, other=0.0)
         seen = gl.load(counts + number * QUERY_BLOCK + place)
         most = gl.load(counts + number * QUERY_BLOCK + QUERY_BLOCK - 1)
-        from_list = (most + LEAVES - 1) // LEAVES
-        from_ = gl.maximum(t + 1 - WINDOW, 0) // BLOCK * BLOCK
+        dense, before_edges, whole, right, first, edges = steps_of(
+            t0, most, WINDOW, SINK, BLOCK, QUERY_BLOCK, DENSE_END, LEAVES
+        )
+        seen = gl.where(dense, before_edges * LEAVES, seen)
+        from_ = gl.where(dense, 0, gl.maximum(t + 1 - WINDOW, 0) // BLOCK * BLOCK)
         x = half_tile(queries, SHARE, HEADS * QUERY_BLOCK, DIM, gl.DotOperandLayout(0, SCORES, 2))
         release(queries, seen_tiles, 1)
         seen_tiles += 1
@@ -196,23 +226,25 @@ def attend(
         s = begin_scores(x, gl.zeros([HALF, KEYS], gl.float32, SCORES), keys, n, DIM, KEYS, STAGES)
         s = hopper.warpgroup_mma_wait(0, deps=[s])
         release(keys, n, STAGES)
-        if from_list > 0:
+        if dense:
+            top = gl.max(gl.where(column[None] <= t[:, None], s, -float("inf")), 1) * factor
+        if before_edges > 0:
             p = weigh_listed(s, 0, seen, top, factor, column, BLOCK, KEYS)
         else:
             p = weigh_edge(s, 0, t, from_, top, factor, column, whole, right, first, edges, beyond, BLOCK)
         total = partial_sums(p)
         p = gl.convert_layout(p.to(dtype), WEIGHTS)
         acc = gl.zeros([HALF, DIM], gl.float32, SUMS)
-        for step in range(1, from_list):
+        for step in range(1, before_edges):
             n += 1
             s, acc = products(x, p, s, acc, keys, values, n, DIM, KEYS, STAGES)
             y = weigh_listed(s, step * LEAVES, seen, top, factor, column, BLOCK, KEYS)
             total += partial_sums(y)
             acc, p = finish(acc, p, gl.convert_layout(y.to(dtype), WEIGHTS), values, n - 1, STAGES)
-        for step in range(gl.maximum(from_list, 1), from_list + (edges + LEAVES - 1) // LEAVES):
+        for step in range(gl.maximum(before_edges, 1), before_edges + (edges + LEAVES - 1) // LEAVES):
             n += 1
             s, acc = products(x, p, s, acc, keys, values, n, DIM, KEYS, STAGES)
-            e = (step - from_list) * LEAVES
+            e = (step - before_edges) * LEAVES
             y = weigh_edge(s, e, t, from_, top, factor, column, whole, right, first, edges, beyond, BLOCK)
             total += partial_sums(y)
             acc, p = finish(acc, p, gl.convert_layout(y.to(dtype), WEIGHTS), values, n - 1, STAGES)
@@ -270,15 +302,16 @@ def products(x, p, s, acc, keys, values, n, DIM: gl.constexpr, KEYS: gl.constexp
 
 
 @Kernel
-@gluon.jit(do_not_specialize=["slots", "tokens", "blocks", "tiles"])
+@gluon.jit(do_not_specialize=["slots", "tokens", "blocks", "tiles", "skipped"])
 def attend_by_roles(
     desc_q, desc_k, desc_v, sinks, ordered, counts, shift, todo, out, lse,
-    slots, tokens, blocks, tiles, scale, limit,
+    slots, tokens, blocks, tiles, skipped, scale, limit,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, HEADS: gl.constexpr, DIM: gl.constexpr, WINDOW: gl.constexpr,
     SINK: gl.constexpr, BLOCK: gl.constexpr, QUERY_BLOCK: gl.constexpr, DENSE_END: gl.constexpr,
     LIST: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Writes ``out`` [B, T, Hq, DIM] and ``lse`` [B, Hq, T] of sparse tiles, as ``attend_listed`` does.
+    """Writes ``out`` [B, T, Hq, DIM] and ``lse`` [B, Hq, T] of all tiles but those that end by ``skipped``, as
+    ``attend_listed`` does.
 
     Rows have all slots, and the queries are the last tokens. The descriptors' blocks are [1, HEADS, QUERY_BLOCK, SLAB] of
     q and [1, 1, BLOCK, SLAB] of k and v. A tile that has to be done again may stand on the list ``todo`` twice, once for
@@ -303,7 +336,7 @@ def attend_by_roles(
             )),
             (fetch, (
                 desc_q, None, desc_k, desc_v, number_of_tile, queries, None, keys, values, ordered, counts, todo + TAKEN,
-                slots, tokens, blocks, tiles,
+                slots, tokens, blocks, tiles, skipped,
                 KV_HEADS, GROUP, HEADS, DIM, WINDOW, SINK, BLOCK, QUERY_BLOCK, DENSE_END, LIST, KEYS, STAGES,
             )),
         ],

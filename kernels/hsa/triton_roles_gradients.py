@@ -1,4 +1,4 @@
-"""Gradients of the queries of sparse tiles on Hopper, where warps have roles.
+"""Gradients of the queries on Hopper, where warps have roles.
 
     fetch     list                        →  queries of a tile and the gradients of their outputs; keys, values
     descend   rows of half a tile, those  →  grad_q, delta
@@ -15,11 +15,11 @@ from triton.experimental.gluon.language.nvidia import hopper
 
 from retrofit.kernels.hsa.triton_roles import (
     fetch,
+    steps_of,
     tile_at,
     tile_of,
     weigh_edge,
     weigh_listed,
-    window_ends,
 )
 from retrofit.kernels.launch import Kernel
 from retrofit.kernels.roles import (
@@ -81,14 +81,16 @@ def descend(
     while w >= 0:
         b, h, head0, t0, number = tile_at(w, slots, tokens, blocks, KV_HEADS, GROUP, HEADS, QUERY_BLOCK)
         row_b = b.to(gl.int64)
-        whole, right, first, edges = window_ends(t0, WINDOW, SINK, BLOCK, QUERY_BLOCK)
         head, t, new = rows_at(SHARE, h, head0, t0, low, slots, GROUP, QUERY_BLOCK, ROWS)
         at = (row_b * KV_HEADS * GROUP + head) * tokens + t - low
         top = gl.load(lse + at, mask=new, other=float("inf")) * LOG2E
         seen = gl.load(counts + number * QUERY_BLOCK + place)
         most = gl.load(counts + number * QUERY_BLOCK + QUERY_BLOCK - 1)
-        from_list = (most + LEAVES - 1) // LEAVES
-        from_ = gl.maximum(t + 1 - WINDOW, 0) // BLOCK * BLOCK
+        dense, before_edges, whole, right, first, edges = steps_of(
+            t0, most, WINDOW, SINK, BLOCK, QUERY_BLOCK, DENSE_END, LEAVES
+        )
+        seen = gl.where(dense, before_edges * LEAVES, seen)
+        from_ = gl.where(dense, 0, gl.maximum(t + 1 - WINDOW, 0) // BLOCK * BLOCK)
 
         head_w, t_w, new_w = rows_at(
             SHARE, h, head0, t0, low, slots, GROUP, QUERY_BLOCK, gl.SliceLayout(1, WIDE)
@@ -112,22 +114,22 @@ def descend(
         products = begin_scores(dy, zeros, values, n, DIM, KEYS, STAGES)
         s, products = hopper.warpgroup_mma_wait(0, deps=[s, products])
         release(values, n, STAGES)
-        if from_list > 0:
+        if before_edges > 0:
             p = weigh_listed(s, 0, seen, top, factor, column, BLOCK, KEYS)
         else:
             p = weigh_edge(s, 0, t, from_, top, factor, column, whole, right, first, edges, beyond, BLOCK)
         ds = gl.convert_layout((p * (products - mean[:, None])).to(dtype), SLOPES)
         acc = gl.zeros([HALF, DIM], gl.float32, SUMS)
-        for step in range(1, from_list):
+        for step in range(1, before_edges):
             n += 1
             s, products, acc = begin_step(x, dy, ds, s, products, acc, keys, values, n, DIM, KEYS, STAGES)
             p = weigh_listed(s, step * LEAVES, seen, top, factor, column, BLOCK, KEYS)
             following = gl.convert_layout((p * (products - mean[:, None])).to(dtype), SLOPES)
             acc, ds = finish(acc, ds, following, keys, n - 1, STAGES)
-        for step in range(gl.maximum(from_list, 1), from_list + (edges + LEAVES - 1) // LEAVES):
+        for step in range(gl.maximum(before_edges, 1), before_edges + (edges + LEAVES - 1) // LEAVES):
             n += 1
             s, products, acc = begin_step(x, dy, ds, s, products, acc, keys, values, n, DIM, KEYS, STAGES)
-            e = (step - from_list) * LEAVES
+            e = (step - before_edges) * LEAVES
             p = weigh_edge(s, e, t, from_, top, factor, column, whole, right, first, edges, beyond, BLOCK)
             following = gl.convert_layout((p * (products - mean[:, None])).to(dtype), SLOPES)
             acc, ds = finish(acc, ds, following, keys, n - 1, STAGES)
@@ -151,7 +153,7 @@ def query_gradients_by_roles(
     SINK: gl.constexpr, BLOCK: gl.constexpr, QUERY_BLOCK: gl.constexpr, DENSE_END: gl.constexpr,
     LIST: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Writes ``grad_q`` as q and ``delta`` [B, Hq, T] of sparse tiles, as ``query_gradients`` does.
+    """Writes ``grad_q`` as q and ``delta`` [B, Hq, T], as ``query_gradients`` does.
 
     Descriptors are those of ``attend_by_roles``, of the output's gradient as of q. ``taken`` [1] is 0.
     """
@@ -175,7 +177,7 @@ def query_gradients_by_roles(
             )),
             (fetch, (
                 desc_q, desc_g, desc_k, desc_v, number_of_tile, queries, grads, keys, values, ordered, counts, taken,
-                slots, tokens, blocks, tiles,
+                slots, tokens, blocks, tiles, 0,
                 KV_HEADS, GROUP, HEADS, DIM, WINDOW, SINK, BLOCK, QUERY_BLOCK, DENSE_END, LIST, KEYS, STAGES,
             )),
         ],

@@ -122,14 +122,17 @@ def test_roles_change_nothing(
     size = case.geometry.query_block
     tiles = case.k.shape[0] * case.k.shape[1] * (-(-case.tokens // size) - (case.tokens - 70) // size)
     assert programs["vote_by_roles"] == (min(tiles, 4) if case.q.shape[1] <= 4 * case.k.shape[1] else 0)
-    assert bool(machines["attend_by_roles"].added[0]) == (
-        "sharpness" in inputs
-    )  # tiles whose sums exceed the limit
+    # Tiles whose sums exceed the limit.
+    assert bool(machines["attend_by_roles"].added[0]) == ("sharpness" in inputs)
     with tuned.using(case.q.device, replace(tuned.SM_90, **dict.fromkeys(machines))):
         expected, expected_grads = run(case)
     assert torch.equal(actual.spans, expected.spans)
     assert torch.equal(actual.choices, expected.choices)
-    torch.testing.assert_close(actual.out, expected.out, rtol=2e-3, atol=1e-4)
+    dense = case.geometry.dense_end
+    torch.testing.assert_close(actual.out[:, :, dense:], expected.out[:, :, dense:], rtol=2e-3, atol=1e-4)
+    # Where all is dense, weights are shifted by another score, so that they round otherwise.
+    difference = (actual.out - expected.out)[:, :, :dense].float().norm(dim=-1)
+    assert (difference < 1e-3 * expected.out[:, :, :dense].float().norm(dim=-1)).all()
     for found, other in zip(grads, expected_grads, strict=True):
         assert (found.float() - other.float()).norm() < 1e-3 * other.float().norm()
     assert torch.equal(chunks, actual.out[:, :, -70:])
