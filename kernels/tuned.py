@@ -87,7 +87,7 @@ class Settings:
         coarse: HSA's ``top_scores`` (rows) and ``refine``.
         vote: HSA's ``vote`` and ``vote_parts``, which have to see the same numbers.
         attend: ``attend_listed`` and ``attend_run``.
-        attend_by_roles: The kernel of this name, for heads of 64 or 128 dims in half precision that are listed; None if
+        attend_by_roles: The kernel of this name, for heads of 64 or 128 dims in half precision that stand here; None if
             this is not for it. Its stages are slots of a ring.
         query_gradients_by_roles: As attend_by_roles, with tiles of as many rows.
         key_gradients_by_roles: As attend_by_roles, with tiles of 64 rows and 64 keys.

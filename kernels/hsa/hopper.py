@@ -29,7 +29,7 @@ def can_run(tile: Tile | None, *inputs: Tensor) -> bool:
     return tile is not None and not INTERPRETED.value and can_describe(*inputs)
 
 
-def attend_listed(
+def attend(
     call: Call,
     q: Tensor,
     k: Tensor,

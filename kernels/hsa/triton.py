@@ -5,7 +5,8 @@
     settle                     votes                         →  choices, and the list of what each block executes
     attend_listed, attend_run  list                          →  out, lse
 
-On Hopper vote_by_roles and attend_by_roles take the places of vote and attend_listed where they can.
+On Hopper vote_by_roles takes the place of vote where it can, and attend_by_roles that of attend_listed, in the dense start
+also that of attend_run.
 Nothing is read back from the device, and every buffer's size follows from shapes: a call can be captured in a
 CUDA graph.
 """
@@ -43,7 +44,7 @@ SETTLING = {"num_warps": 1, "maxnreg": 64}
 be, for each waits for itself."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_SUM = {torch.float32: 2.0**100, torch.bfloat16: 2.0**100, torch.float16: 2.0**15}
-"""Sum of a query's weights, shifted by the highest score among sinks and window, from which a row is done again."""
+"""Sum of a query's weights, shifted by the highest score among some of its keys, from which a row is done again."""
 
 
 def unsupported(q: Tensor, v: Tensor, *, causal: bool, gate: Tensor | None, geometry: Geometry) -> str | None:
@@ -136,9 +137,7 @@ def hsa_attention(
         if by_roles:
             ordered, _shares, counts = lists
             skipped = geometry.dense_end if fused else 0
-            hopper.attend_listed(
-                call, q, k, v, sinks, ordered, counts, shift, todo, out, lse, skipped, scale, limit
-            )
+            hopper.attend(call, q, k, v, sinks, ordered, counts, shift, todo, out, lse, skipped, scale, limit)
         else:
             execute.attend_listed[call.tiles](
                 q, k, v, sinks, start, length, *lists, shift, todo, out, lse, *strides(q, k, v), *call.extent,

@@ -11,7 +11,7 @@ A tile is a query block times up to HEADS heads of a group. What its rows see is
 
 The weights of a listed block are times its share. ``attend_listed`` shifts its scores by the highest one among sinks and
 window, which the selection has found, and needs no maximum of its own. Where that is too low for the range of numbers, the
-tile is put on the list ``todo``, and ``attend_run`` does it again with a running maximum:
+tile is put on the list ``todo``, as ``attend_by_roles`` does, and ``attend_run`` does it again with a running maximum:
 
     todo = how many, how many tiles programs have taken (which ``triton_roles`` counts), the tiles
 """
@@ -247,7 +247,8 @@ def attend_run(
     DENSE_END: tl.constexpr, LIST: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr, REACH: tl.constexpr,
     LAYOUT: tl.constexpr,
 ):  # fmt: skip
-    """Writes ``out`` and ``lse`` of the first ``dense_blocks`` of each row, and what is listed in ``todo``."""
+    """Writes ``out`` and ``lse`` of the first ``dense_blocks`` of each row, and of the tiles listed in ``todo``, which may
+    be dense as well."""
     ROWS: tl.constexpr = HEADS * QUERIES
     SPLIT: tl.constexpr = QUERY_BLOCK // QUERIES
     PARTS: tl.constexpr = (GROUP + HEADS - 1) // HEADS

@@ -82,8 +82,8 @@ def steps_of(
     t0, most, WINDOW: gl.constexpr, SINK: gl.constexpr, BLOCK: gl.constexpr, QUERY_BLOCK: gl.constexpr,
     DENSE_END: gl.constexpr, LEAVES: gl.constexpr,
 ):  # fmt: skip
-    """(whether a tile is dense, steps of blocks that are seen whole, of which it lists ``most``) and, as ``window_ends``
-    says, the blocks that rows see differently much of."""
+    """(whether a tile is dense, steps of blocks that all its rows see whole, and then as ``window_ends``) of a tile that
+    lists ``most`` blocks, if it is not dense."""
     dense = t0 + QUERY_BLOCK <= DENSE_END
     whole, right, first, edges = window_ends(t0, WINDOW, SINK, BLOCK, QUERY_BLOCK)
     before = t0 // BLOCK // LEAVES

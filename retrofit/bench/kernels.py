@@ -36,6 +36,8 @@ def kernel_times(run: Callable[[], Any]) -> dict[str, float]:
     return dict(sorted(times.items(), key=lambda item: -item[1]))
 
 
-def selection_share(times: Mapping[str, float]) -> float:
-    """Returns which part of the kernels' time pooling and selection take."""
+def selection_share(times: Mapping[str, float]) -> float | None:
+    """Returns which part of the kernels' time pooling and selection take; None where none of them chooses leaves."""
+    if "settle" not in times:
+        return None
     return sum(time for name, time in times.items() if name in SELECTING) / sum(times.values())

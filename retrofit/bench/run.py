@@ -77,10 +77,9 @@ class Timing:
 
     @property
     def selection_share(self) -> float | None:
-        """The part of HSA's kernels' time that pooling and selection take; None without ``kernels_us`` and for MAHA."""
-        if self.kernels_us is None or self.target_from_0_ms is None:
-            return None
-        return selection_share(self.kernels_us)
+        """The part of the kernels' time that HSA's pooling and selection take; None without ``kernels_us``, and where no
+        Triton kernel selects."""
+        return None if self.kernels_us is None else selection_share(self.kernels_us)
 
 
 @dataclass(frozen=True)
@@ -157,7 +156,8 @@ def benchmark(
 
     Raises:
         BenchmarkError: If the model is not converted, the site or a rival unknown, the text too short, the shape
-            does not fit, or the op differs from its reference on these very inputs: a wrong result is not timed.
+            does not fit, ``graph`` or ``kernels`` is asked for without CUDA, or the op differs from its reference on
+            these very inputs: a wrong result is not timed.
     """
     from retrofit.api import sites
 
@@ -201,7 +201,15 @@ def benchmark(
         for kind, tensors in kinds.items():
             timings.append(
                 _time(
-                    target, tensors.first(length), kind, repeats, backward, rivals, left_out, graph, kernels
+                    target,
+                    tensors.first(length),
+                    kind,
+                    repeats,
+                    rivals,
+                    left_out,
+                    backward=backward,
+                    graph=graph,
+                    kernels=kernels,
                 )
             )
     decoded = []
@@ -290,9 +298,10 @@ def _time(
     inputs: Inputs,
     kind: str,
     repeats: int,
-    backward: bool,
     rivals: Sequence[str],
     left_out: dict[str, str],
+    *,
+    backward: bool,
     graph: bool,
     kernels: bool,
 ) -> Timing:

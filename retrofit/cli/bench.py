@@ -12,6 +12,9 @@ from retrofit.cli.options import Converted, Data, Device, Dtype, read_json, whol
 from retrofit.cli.output import Shown, command
 from retrofit.errors import ConfigError
 
+LONGEST_NAME = 60
+"""Characters of a kernel's name that are shown; some of PyTorch's have hundreds."""
+
 
 @command
 def bench(
@@ -41,7 +44,11 @@ def bench(
         bool, typer.Option("--graph", help="Time the converted attention in a CUDA graph as well.")
     ] = False,
     kernels: Annotated[
-        bool, typer.Option("--kernels", help="Time each kernel of the converted attention as well, on CUDA.")
+        bool,
+        typer.Option(
+            "--kernels",
+            help="Time each kernel of the converted attention as well, on CUDA; for HSA with dense_until=0.",
+        ),
     ] = False,
     random: Annotated[bool, typer.Option("--random", help="Time independent random inputs as well.")] = False,
     decode: Annotated[
@@ -164,15 +171,18 @@ def _decoding(found: Any) -> Table:
 
 def _kernels(timing: Any) -> Table:
     share = timing.selection_share
+    where = "" if timing.target_from_0_ms is None else ", dense_until=0"
     table = Table(
-        title=f"kernels at {timing.length:,} tokens, {timing.inputs}",
+        title=f"kernels at {timing.length:,} tokens, {timing.inputs}{where}",
         caption=None if share is None else f"pooling and selection take {share:.1%}",
         title_justify="left",
     )
     table.add_column("kernel")
     table.add_column("µs", justify="right")
     for name, microseconds in timing.kernels_us.items():
-        table.add_row(name, f"{microseconds:,.1f}")
+        table.add_row(
+            name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}…", f"{microseconds:,.1f}"
+        )
     return table
 
 

@@ -42,12 +42,13 @@ import json, sys
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
+from retrofit.configs import HSAConfig
 from retrofit.kernels.hsa import triton as hsa, triton_decode
-from retrofit.kernels.hsa.geometry import Geometry
 from retrofit.kernels.maha import triton as maha
 from retrofit.kernels.maha.bands import Bands
 from retrofit.kernels.pyramid import triton as pyramid
 from retrofit.kernels.rotary import triton as rotary
+from retrofit.targets.hsa import geometry_of
 
 capability, dtype, dim, heads = int(sys.argv[1]), getattr(torch, sys.argv[2]), *map(int, sys.argv[3:])
 
@@ -69,7 +70,7 @@ def empty(heads, tokens): return torch.empty(1, heads, tokens, dim, dtype=dtype,
 slots = 2**18
 at = torch.zeros(1, dtype=torch.int64, device="meta")
 q, k, lse = empty(heads, slots), empty(2, slots), torch.empty(1, heads, slots, device="meta")
-g = Geometry(256, 32, 480, 32, 4, 8, 16, 31, max(32, 256 // heads), 0, 0.002, 1.4)
+g = geometry_of(HSAConfig(), heads // 2)
 nodes = [empty(2, slots // g.node_size(i)) for i in range(g.levels)]
 spreads = torch.empty(nodes[0].shape[:3], device="meta")
 spans, choices = g.selection(k, None, None)

@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from retrofit.configs import HSAConfig
 from retrofit.errors import ConfigError
 from retrofit.kernels.hsa.decode import hsa_decode
-from retrofit.kernels.hsa.geometry import FADE, Geometry
+from retrofit.kernels.hsa.geometry import FADE
 from retrofit.kernels.hsa.state import HSAState
 from retrofit.kernels.pyramid.ops import extend_spreads
+from retrofit.targets.hsa import geometry_of
 
 pytest.importorskip("triton")
 
@@ -123,20 +125,7 @@ def test_a_state_without_room_is_refused(build: Callable[..., Any]) -> None:
         hsa_decode(case.q[:, :, 109:], case.k, case.v, replace(state, spans=state.spans[:, :, :3]), **options)
 
 
-DEFAULT = Geometry(
-    window=128,
-    sink=32,
-    budget=480,
-    block=32,
-    node=4,
-    fanout=8,
-    nodes_per_span=16,
-    beam=31,
-    query_block=32,
-    dense_until=0,
-    threshold=0.002,
-    spread=1.4,
-)
+DEFAULT = geometry_of(HSAConfig(dense_until=0, query_block=32))
 
 
 def on_gpu(case: Any, dtype: torch.dtype, query_block: int = 32) -> Any:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from retrofit.kernels.hsa.geometry import MAX_POSITIONS, Geometry
 
-DEFAULT = Geometry(512, 64, 384, 16, 2, 8, 16, 32, 16, 960)
+LARGE = Geometry(512, 64, 384, 16, 2, 8, 16, 32, 16, 960)
 SMALL = Geometry(32, 8, 32, 8, 2, 4, 8, 4, 8, 72)
 
 
@@ -24,7 +24,7 @@ def canonical_cover(leaves: int, top: int, fanout: int) -> dict[int, list[int]]:
     return cover
 
 
-@pytest.mark.parametrize("geometry", [DEFAULT, SMALL])
+@pytest.mark.parametrize("geometry", [LARGE, SMALL])
 def test_levels_reach_the_longest_row(geometry: Geometry) -> None:
     leaves = geometry.covered(MAX_POSITIONS - 1)
     top = geometry.top_level(leaves)
@@ -33,7 +33,7 @@ def test_levels_reach_the_longest_row(geometry: Geometry) -> None:
     assert torch.tensor(geometry.ratios).cumprod(0).tolist() == list(geometry.node_sizes)
 
 
-@pytest.mark.parametrize("geometry", [DEFAULT, SMALL])
+@pytest.mark.parametrize("geometry", [LARGE, SMALL])
 def test_numbers_and_tensors_agree(geometry: Geometry) -> None:
     t = torch.arange(0, 20_000, 37)
     for method in (geometry.window_start, geometry.window_end, geometry.covered, geometry.top_level):

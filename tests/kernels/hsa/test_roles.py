@@ -17,6 +17,7 @@ from gluon_machine import Machine
 from retrofit.kernels import tuned
 from retrofit.kernels.hsa import (
     hopper,
+    triton,
     triton_roles,
     triton_roles_gradients,
     triton_roles_keys,
@@ -75,6 +76,12 @@ def run(case: Any) -> tuple[Any, tuple[Tensor, ...]]:
     return replace(result, out=result.out.detach()), grads
 
 
+def few_bits(case: Any, **sizes: int) -> Any:
+    """The case in half precision, with scores that are exact in whatever order a processor adds."""
+    exact = {name: (getattr(case, name) * 16).round() / 16 for name in "qk"}
+    return replace(case, **exact, geometry=replace(SMALL, **sizes), padded=False).to("cpu", torch.float16)
+
+
 @pytest.mark.parametrize(
     ("inputs", "sizes"),
     [
@@ -110,9 +117,7 @@ def test_roles_change_nothing(
     listed = {name: {(2, dim): (getattr(row, name) or {})[2, 128]} for name in machines}
     monkeypatch.setitem(tuned.ROWS, (9, 0), replace(row, **(listed if dim == 64 else {})))
     case = build(**{"dim": dim, **inputs})
-    # Of few bits, so that scores are exact in whatever order a processor adds, and weights are rounded alike.
-    exact = {name: (getattr(case, name) * 16).round() / 16 for name in "qk"}
-    case = replace(case, **exact, geometry=replace(SMALL, **sizes), padded=False).to("cpu", torch.float16)
+    case = few_bits(case, **sizes)  # so that weights are rounded alike
     actual, grads = run(case)
     chunks = case.run(case.tokens - 70, case.tokens, case.run(0, case.tokens - 70)).out
     programs = {name: machine.programs for name, machine in machines.items()}
@@ -136,3 +141,53 @@ def test_roles_change_nothing(
     for found, other in zip(grads, expected_grads, strict=True):
         assert (found.float() - other.float()).norm() < 1e-3 * other.float().norm()
     assert torch.equal(chunks, actual.out[:, :, -70:])
+
+
+def test_dense_rows_beyond_the_range_are_done_again(
+    machines: dict[str, Machine], build: Callable[..., Any]
+) -> None:
+    """A key outweighs the others that is behind a tile's first step and, for sparse rows, within their window."""
+    case = few_bits(build(140, dim=128, heads=8))
+    heavy, dense = 70, case.geometry.dense_end
+    assert dense == 128 and case.tokens - case.geometry.window < heavy + 16
+    q, k = case.q.clone(), case.k.clone()
+    q[..., 0], k[:, :, heavy, 0] = 10, 60
+    case = replace(case, q=q, k=k)
+    actual = case.run().out
+    assert machines["attend_by_roles"].added[0] > 0
+    value = case.v[:, :, heavy : heavy + 1].repeat_interleave(4, 1)
+    torch.testing.assert_close(actual[:, :, heavy:], value.expand_as(actual[:, :, heavy:]))
+    expected = replace(case, implementation="blocked").run().out
+    torch.testing.assert_close(actual[:, :, :heavy], expected[:, :, :heavy], rtol=2e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("sinks", [None, 0.5], ids=["plain", "sinks"])
+def test_a_dense_start_that_pytorch_does_is_left_out(
+    machines: dict[str, Machine],
+    build: Callable[..., Any],
+    sinks: float | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    case = few_bits(build(189, dim=128, heads=8, sinks=sinks))
+    expected, expected_grads = run(case)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1).float() for x in (k, v))
+        scores = (q.float() @ k.mT * scale).masked_fill(
+            ~torch.ones(q.shape[2], k.shape[2]).tril().bool(), -torch.inf
+        )
+        return (scores.softmax(-1) @ v).to(q.dtype), scores.logsumexp(-1)
+
+    monkeypatch.setattr(triton, "FUSED_FROM", 0)
+    monkeypatch.setattr(triton.dense, "can_attend", lambda *_: True)
+    monkeypatch.setattr(triton.dense, "attend", attend)
+    actual, grads = run(case)
+    dense = case.geometry.dense_end
+    assert torch.equal(actual.out[:, :, dense:], expected.out[:, :, dense:])
+    difference = (actual.out - expected.out)[:, :, :dense].float().norm(dim=-1)
+    assert (difference < 1e-3 * expected.out[:, :, :dense].float().norm(dim=-1)).all()
+    assert not torch.equal(
+        actual.out[:, :, :dense], expected.out[:, :, :dense]
+    )  # they are not the same kernels
+    for found, other in zip(grads, expected_grads, strict=True):
+        assert (found.float() - other.float()).norm() < 1e-3 * other.float().norm()

@@ -12,23 +12,14 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from retrofit.configs import HSAConfig
 from retrofit.kernels import tuned
 from retrofit.kernels.dense.scores import ScoreRules
 from retrofit.kernels.hsa import blocked, triton, triton_backward
-from retrofit.kernels.hsa.geometry import FADE, UNUSED, Geometry
+from retrofit.kernels.hsa.geometry import FADE, UNUSED
+from retrofit.targets.hsa import geometry_of
 
-DEFAULT = Geometry(
-    window=256,
-    sink=32,
-    budget=480,
-    block=32,
-    node=4,
-    fanout=8,
-    nodes_per_span=16,
-    beam=31,
-    query_block=32,
-    dense_until=0,
-)
+DEFAULT = geometry_of(HSAConfig(dense_until=0, query_block=32))
 
 interpreted = pytest.mark.skipif(
     torch.cuda.is_available(), reason="the interpreter is for machines without a GPU"
@@ -290,17 +281,21 @@ def test_gradients_on_a_gpu(build: Callable[..., Any], inputs: dict[str, Any], d
         ({"heads": 8}, {}),
         ({"heads": 9, "kv_heads": 3, "tokens": 2049, "dim": 64}, {}),
         ({"heads": 8, "kv_heads": 1, "batch": 2}, {"block": 16}),
-        ({"heads": 4}, {"query_block": 64, "block": 64, "node": 8, "sink": 64}),
+        ({"heads": 4}, {"query_block": 64, "block": 64, "budget": 704, "sink": 64}),
         ({"heads": 2}, {"query_block": 128}),
         ({"heads": 2, "dim": 64}, {"query_block": 128}),
+        ({"heads": 8, "tokens": 3001}, {"dense_until": triton.FUSED_FROM}),
     ],
-    ids=["llama", "group of 3", "small leaves", "group of 2", "heads alone", "heads alone, narrow"],
+    ids=[
+        *("llama", "group of 3", "small leaves", "group of 2", "heads alone", "heads alone, narrow"),
+        "long dense start",
+    ],
 )
 def test_roles_on_a_gpu_change_roundings_of_gradients(
     build: Callable[..., Any], inputs: dict[str, Any], sizes: dict[str, int], dtype: torch.dtype
 ) -> None:
     case = build(**{"tokens": 2500, "dim": 128, **inputs})
-    case = on_gpu(replace(case, geometry=replace(DEFAULT, threshold=0.002, **sizes), padded=False), dtype)
+    case = on_gpu(replace(case, geometry=replace(DEFAULT, **sizes), padded=False), dtype)
     own = tuned.settings(case.q.device)
     if own.query_gradients_by_roles is None:
         pytest.skip("is for Hopper")
