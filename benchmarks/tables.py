@@ -96,6 +96,7 @@ def timings(name: str, inputs: str = "recorded") -> list[Row]:
 
 TOKENS, KEYS = ("tokens", number("length")), ("keys per query", number("keys"))
 DENSE = "dense ms", number("dense_ms", 2)
+ORIGINAL = "original ms", number("dense_ms", 1)
 FROM_0 = (
     ("HSA ms, dense_until=0", number("target_from_0_ms", 2)),
     ("speed-up", times("dense_ms", "target_from_0_ms")),
@@ -175,8 +176,7 @@ def on_a_cpu() -> str:
         timings("speed-cpu"),
         TOKENS,
         ("dense ms", number("dense_ms")),
-        ("HSA ms", number("target_ms")),
-        ("speed-up", times("dense_ms", "target_ms")),
+        *of("HSA", 0),
         ("HSA ms, dense_until=0", number("target_from_0_ms")),
     )
 
@@ -217,46 +217,23 @@ def rivals(names: Sequence[str], *columns: Column) -> str:
     return table([row for name in names for row in timings(name)], TOKENS, *columns, KEYS)
 
 
+def whole_model(part: str) -> list[Row]:
+    """Times of a whole model, by the names that those of a layer have."""
+    return [
+        {**row, **row["converted"], "dense_ms": row["original"]["ms"], "target_ms": row["converted"]["ms"]}
+        for row in result(f"whole-model-{part}")["rows"]
+    ]
+
+
 def prefill() -> str:
     """Times of a whole model that reads a prompt."""
-    rows = [
-        {
-            "length": row["length"],
-            "dense_ms": row["original"]["ms"],
-            "target_ms": row["converted"]["ms"],
-            "keys": row["converted"]["keys"],
-        }
-        for row in result("whole-model-prefill")["rows"]
-    ]
-    return table(
-        rows,
-        TOKENS,
-        ("original ms", number("dense_ms", 1)),
-        ("converted ms", number("target_ms", 1)),
-        ("speed-up", times("dense_ms", "target_ms")),
-        KEYS,
-    )
+    return table(whole_model("prefill"), TOKENS, ORIGINAL, *of("converted", 1), KEYS)
 
 
 def generate() -> str:
     """Times of a whole model's tokens."""
-    rows = [
-        {
-            "length": row["length"],
-            "batch": row["batch"],
-            "dense_ms": row["original"]["ms"],
-            "target_ms": row["converted"]["ms"],
-        }
-        for row in sorted(result("whole-model-generate")["rows"], key=lambda row: row["length"])
-    ]
-    return table(
-        rows,
-        ("prompt", number("length")),
-        ("rows", number("batch")),
-        ("original ms", number("dense_ms", 1)),
-        ("converted ms", number("target_ms", 1)),
-        ("speed-up", times("dense_ms", "target_ms")),
-    )
+    rows = sorted(whole_model("generate"), key=lambda row: row["length"])
+    return table(rows, ("prompt", number("length")), ("rows", number("batch")), ORIGINAL, *of("converted", 1))
 
 
 def training_step(name: str, length: int) -> str:
@@ -275,7 +252,7 @@ def training_step(name: str, length: int) -> str:
         ("attention", lambda row: row["attention"]),
         ("ms", number("ms", 1)),
         ("peak memory", lambda row: f"{row['bytes'] / 1e6:,.0f} MB"),
-    )  # fmt: skip
+    )
 
 
 def exported_logits() -> str:

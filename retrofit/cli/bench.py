@@ -12,9 +12,6 @@ from retrofit.cli.options import Converted, Data, Device, Dtype, read_json, whol
 from retrofit.cli.output import Shown, command
 from retrofit.errors import ConfigError
 
-LONGEST_NAME = 60
-"""Characters of a kernel's name that are shown; some of PyTorch's have hundreds."""
-
 
 @command
 def bench(
@@ -177,12 +174,11 @@ def _kernels(timing: Any) -> Table:
         caption=None if share is None else f"pooling and selection take {share:.1%}",
         title_justify="left",
     )
-    table.add_column("kernel")
+    # Names of some of PyTorch's have hundreds of characters.
+    table.add_column("kernel", max_width=60, no_wrap=True, overflow="ellipsis")
     table.add_column("µs", justify="right")
     for name, microseconds in timing.kernels_us.items():
-        table.add_row(
-            name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}…", f"{microseconds:,.1f}"
-        )
+        table.add_row(name, f"{microseconds:,.1f}")
     return table
 
 

@@ -129,6 +129,12 @@ class Case:
         assert past is not None
         return replace(past, out=torch.cat(outs, dim=2))
 
+    def outweighed(self, key: int) -> Case:
+        """The same with a key of more weight than a float holds beside the others."""
+        q, k = self.q.clone(), self.k.clone()
+        q[..., 0], k[:, :, key, 0] = 10, 60
+        return replace(self, q=q, k=k)
+
     def alone(self, row: int) -> Case:
         """One row of the batch without its padding."""
         begin, count = int(self.start[row]), int(self.length[row])

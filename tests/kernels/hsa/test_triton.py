@@ -115,10 +115,8 @@ def test_no_block_that_begins_at_a_level_is_left_out(slots: int, tokens: int, le
 
 
 def outweighed(case: Any) -> Any:
-    """The case with a key, four behind the sinks, of more weight than a float holds beside the others."""
-    q, k = case.q.clone(), case.k.clone()
-    q[..., 0], k[:, :, case.geometry.sink + 4, 0] = 10, 60
-    return replace(case, q=q, k=k)
+    """The case with such a key four behind the sinks."""
+    return case.outweighed(case.geometry.sink + 4)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
