@@ -97,10 +97,6 @@ def timings(name: str, inputs: str = "recorded") -> list[Row]:
 TOKENS, KEYS = ("tokens", number("length")), ("keys per query", number("keys"))
 DENSE = "dense ms", number("dense_ms", 2)
 ORIGINAL = "original ms", number("dense_ms", 1)
-FROM_0 = (
-    ("HSA ms, dense_until=0", number("target_from_0_ms", 2)),
-    ("speed-up", times("dense_ms", "target_from_0_ms")),
-)
 IN_A_GRAPH = (
     ("in a CUDA graph, ms", number("target_graph_ms", 2)),
     ("speed-up", times("dense_ms", "target_graph_ms")),
@@ -236,9 +232,9 @@ def generate() -> str:
     return table(rows, ("prompt", number("length")), ("rows", number("batch")), ORIGINAL, *of("converted", 1))
 
 
-def training_step(name: str, length: int) -> str:
+def training_step(length: int) -> str:
     """Time and memory of a training step of one row of so many tokens."""
-    (found,) = (row for row in result(name)["rows"] if row["length"] == length)
+    (found,) = (row for row in result("training-step-smollm2")["rows"] if row["length"] == length)
     ways = {
         "eager": "eager: softmax(q kᵀ) v",
         **BACKENDS,
@@ -312,23 +308,16 @@ TABLES: dict[str, Callable[[], str]] = {
     "distillation": distillation,
     "speed-cpu": on_a_cpu,
     "hsa-32x8x128-forward": lambda: table(
-        timings("speed-h200-hsa-32x8x128-forward"), TOKENS, DENSE, *of("HSA"), *IN_A_GRAPH, *FROM_0, KEYS
+        timings("speed-h200-hsa-32x8x128-forward"), TOKENS, DENSE, *of("HSA"), *IN_A_GRAPH, KEYS
     ),
     "hsa-kernels": kernels,
-    "hsa-128k": lambda: table(timings("speed-h200-hsa-128k"), TOKENS, DENSE, *of("HSA"), *FROM_0, KEYS),
+    "hsa-128k": lambda: table(timings("speed-h200-hsa-128k"), TOKENS, DENSE, *of("HSA"), KEYS),
     "hsa-scaling": scaling,
     "hsa-decode": decoding,
     "hsa-smollm2-forward": lambda: table(
-        timings("speed-h200-hsa-smollm2-forward"), TOKENS, DENSE, *of("HSA"), *IN_A_GRAPH, *FROM_0, KEYS
+        timings("speed-h200-hsa-smollm2-forward"), TOKENS, DENSE, *of("HSA"), *IN_A_GRAPH, KEYS
     ),
-    "hsa-32x8x128": lambda: table(
-        timings("speed-h200-hsa-32x8x128"),
-        TOKENS,
-        *both("HSA"),
-        ("HSA ms, dense_until=0", number("both_from_0_ms", 1)),
-        ("speed-up", times("both_dense_ms", "both_from_0_ms")),
-        KEYS,
-    ),
+    "hsa-32x8x128": lambda: table(timings("speed-h200-hsa-32x8x128"), TOKENS, *both("HSA"), KEYS),
     "hsa-32x32x128": lambda: table(
         timings("speed-h200-hsa-32x32x128"),
         TOKENS,
@@ -352,9 +341,7 @@ TABLES: dict[str, Callable[[], str]] = {
         ("NSA ms", number("both_nsa_ms", 1)),
         ("times as fast", times("both_nsa_ms", "both_target_ms")),
     ),
-    "hsa-random": lambda: table(
-        timings("speed-h200-hsa-random", "random"), TOKENS, DENSE, *of("HSA"), *FROM_0, KEYS
-    ),
+    "hsa-random": lambda: table(timings("speed-h200-hsa-random", "random"), TOKENS, DENSE, *of("HSA"), KEYS),
     "maha-32x8x128-forward": lambda: table(
         timings("speed-h200-maha-32x8x128-forward"), TOKENS, DENSE, *of("MAHA"), *IN_A_GRAPH, KEYS
     ),
@@ -362,8 +349,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "speed-in-short": speed_in_short,
     "prefill": prefill,
     "generate": generate,
-    "training-step": partial(training_step, "training-step-smollm2", 8192),
-    "training-step-32k": partial(training_step, "training-step-smollm2-32k", 32768),
+    "training-step": partial(training_step, 8192),
+    "training-step-32k": partial(training_step, 32768),
     "exported-logits": exported_logits,
     "exports": exports,
 }

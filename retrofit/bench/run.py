@@ -44,7 +44,8 @@ class Timing:
         target_ms: Median of the converted attention, pooling and selection included.
         target_graph_ms: The same in a CUDA graph, without the time the host takes to launch kernels;
             None if it was not asked for.
-        target_from_0_ms: As ``target_ms`` with ``dense_until=0``; None for a target without that option.
+        target_from_0_ms: As ``target_ms`` with ``dense_until=0``, of which it is the same number where the dense start is
+            the shortest there is; None for a target without that option.
         kernels_us: Time that each kernel of the converted attention takes on the GPU, in microseconds, the longest
             first; for HSA with ``dense_until=0``. None if it was not asked for.
         keys: Keys executed per query and kv head, mean over all positions.
@@ -265,8 +266,8 @@ def _error(target: TargetAttention, inputs: Inputs) -> float:
 
 
 def _from_0(target: TargetAttention) -> TargetAttention:
-    """The target with ``dense_until=0``; itself where it has no such option."""
-    if not isinstance(target.config, HSAConfig):
+    """The target with ``dense_until=0``; itself where that changes nothing."""
+    if not isinstance(target, HSAAttention) or target.geometry.dense_end == target.geometry.fitting_end:
         return target
     return with_changes(target, config=replace(target.config, dense_until=0))
 
@@ -308,8 +309,9 @@ def _time(
     tensors, device = (inputs.q, inputs.k, inputs.v), inputs.q.device
     call = unpadded(inputs.q)
     runs = {"target": Run(partial(attend, target, call), tensors)}
-    if isinstance(target.config, HSAConfig):
-        runs["from_0"] = Run(partial(attend, _from_0(target), call), tensors)
+    from_0 = _from_0(target)
+    if from_0 is not target:
+        runs["from_0"] = Run(partial(attend, from_0, call), tensors)
     dense = dense_runs(inputs, target.causal)
     others = _rivals(target, inputs, call, rivals, left_out)
     everyone = {**runs, **dense, **others}
@@ -328,7 +330,9 @@ def _time(
         dense_backends_ms={name: forward[name] for name in dense},
         target_ms=forward["target"],
         target_graph_ms=graph_ms(runs["target"].forward) if graph else None,
-        target_from_0_ms=forward.get("from_0"),
+        target_from_0_ms=forward.get("from_0", forward["target"])
+        if isinstance(target, HSAAttention)
+        else None,
         kernels_us=kernel_times(runs.get("from_0", runs["target"]).forward) if kernels else None,
         keys=keys[0],
         target_tflops=products * keys[0] / forward["target"] / 1e9,

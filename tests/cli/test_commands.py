@@ -103,6 +103,15 @@ def test_bench_and_report_work_together(retrofit: Run, converted_folder: Path, t
     assert "Forward time" in page.read_text()
 
 
+@pytest.mark.parametrize(("dense_until", "once"), [(0, True), (192, False)])
+def test_bench_times_the_shortest_dense_start_once(
+    retrofit: Run, converted_folder: Path, dense_until: int, once: bool
+) -> None:
+    sizes = ("--lengths", "256", "--repeats", 1, "--dense-until", dense_until)
+    (timing,) = _document(retrofit("bench", converted_folder, *sizes, "--json"))["timings"]
+    assert (timing["target_from_0_ms"] == timing["target_ms"]) is once
+
+
 def test_bench_says_how_the_time_grows(retrofit: Run, converted_folder: Path) -> None:
     sizes = ("--lengths", "128", "--scaling", "256,512,1024", "--repeats", 1)
     document = _document(retrofit("bench", converted_folder, *sizes, "--json"))
