@@ -2,7 +2,7 @@
 
     at first    function(*tensors)
     then once   the same, and what it allocates, launches and calls is noted: a tape
-    from then   the tape is played
+    from then   the tape is played, its launches prepared (``prepared``)
 
 Up to some thousand tokens the host takes longer to find out what to launch than the GPU takes to run it, and it finds
 the same for every layer of a model. A tape knows each launch but for the addresses, and allocates at once whatever only
@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from retrofit.kernels.launch import Launched, current_device, current_stream, has_hooks, listening
+from retrofit.kernels.prepared import MOST_STORAGES, Captured, Prepared, can_capture, captured, made_up
 from retrofit.kernels.repeat import PYTHON
 from retrofit.kernels.tuned import settings
 
@@ -159,6 +161,21 @@ class Launch:
     arguments: list[Any]
     addresses: list[tuple[int, int, int]]
     nested: list[tuple[int, Any]]
+
+    def launch(self, stream: Any, begins: Sequence[int]) -> None:
+        """Launches on a stream for storages that begin at ``begins``."""
+        arguments = self.arguments.copy()
+        for i, number, offset in self.addresses:
+            arguments[i] = begins[number] + offset
+        for i, x in self.nested:
+            arguments[i] = among(x, begins)
+        self.run(stream, arguments)
+
+    def captured(self, begins: Sequence[int]) -> tuple[Captured, list[tuple[int, int]]] | None:
+        """What ``Prepared`` is made of, for storages that are said to begin at ``begins``; None if it cannot be."""
+        found = captured(partial(self.launch, begins=begins))
+        places = [x.place for x in tree_leaves([x for _, x in self.nested]) if isinstance(x, Description)]
+        return None if found is None else (found, [(place.number, place.offset) for place in places])
 
 
 @dataclass(frozen=True)
@@ -359,7 +376,8 @@ class Tape:
         alike: list[tuple[int, int]],
     ) -> None:
         self.offsets, self.new = offsets, count - len(offsets)
-        self.steps, self.result, self.alike = steps, result, alike
+        self.steps: list[Launch | Operation | Prepared] = [*steps]
+        self.result, self.alike, self.prepared = result, alike, False
         self.shared: list[tuple[int, int, torch.dtype]] = []
         self.places: list[tuple[int, int]] = []
         self.room = 0
@@ -378,6 +396,8 @@ class Tape:
 
     def play(self, tensors: Sequence[Any]) -> Any:
         """Does it with other tensors."""
+        if not self.prepared and can_capture():
+            self.steps, self.prepared = prepared(self.steps, len(self.offsets) + self.new), True
         new = tensors[0].new_empty
         owners = [*tensors, *[None] * self.new]
         begins = [0 if x is None else x.data_ptr() - at for x, at in zip(tensors, self.offsets, strict=True)]
@@ -393,19 +413,31 @@ class Tape:
 
         stream = current_stream()
         for step in self.steps:
-            if isinstance(step, Launch):
-                arguments = step.arguments.copy()
-                for i, number, offset in step.addresses:
-                    arguments[i] = begins[number] + offset
-                for i, x in step.nested:
-                    arguments[i] = among(x, begins)
-                step.run(stream, arguments)
+            if not isinstance(step, Operation):
+                step.launch(stream, begins)
             else:
                 plain, named = put_together(step.arguments, owners)
                 outputs = tree_leaves(step.operator(*plain, **named))
                 for i, number in step.made:
                     owners[number], begins[number] = outputs[i], begin_of(outputs[i])
         return put_together(self.result, owners)
+
+
+def prepared(
+    steps: Sequence[Launch | Operation | Prepared], storages: int
+) -> list[Launch | Operation | Prepared]:
+    """The steps; launches that follow one another are prepared together, where that can be."""
+    begins, found = made_up(storages), list[Any]()
+    for step in steps:
+        few = storages <= MOST_STORAGES
+        got = step.captured(begins) if few and isinstance(step, Launch) else None
+        if got is None:
+            found.append(step)
+        elif found and isinstance(found[-1], list):
+            found[-1].append(got)
+        else:
+            found.append([got])
+    return [Prepared(step) if isinstance(step, list) else step for step in found]
 
 
 def put_together(x: Any, owners: Sequence[Any]) -> Any:

@@ -41,7 +41,6 @@ def attend(
     todo: Tensor,
     out: Tensor,
     lse: Tensor,
-    skipped: int,
     scale: float,
     limit: float,
 ) -> None:
@@ -50,7 +49,7 @@ def attend(
     tiles = prod(call.tiles)
     attend_by_roles[(min(tiles, processors(q.device)),)](
         *_of_queries(call, tile, queries, q), *_of_keys(call, k, v),
-        sinks, ordered, counts, shift, todo, out, lse, *call.extent, tiles, skipped, scale, limit,
+        sinks, ordered, counts, shift, todo, out, lse, *call.extent, tiles, scale, limit,
         LIST=call.list_width, KEYS=tile.keys, **_constants(call, tile, queries),
     )  # fmt: skip
 

@@ -34,7 +34,7 @@ from retrofit.kernels.tuned import settings
 __all__ = ["hsa_attention", "hsa_attention_backward", "unsupported"]
 
 FUSED_FROM = 2048
-"""Tokens of the dense start from which PyTorch's kernel is worth its launch and two copies."""
+"""Tokens of the dense start from which PyTorch's kernel is worth its launch and two copies, where warps have no roles."""
 BLOCKS_AT_ONCE = 8192
 """Query blocks whose votes wait in memory, about."""
 MOST_NODES = 128
@@ -55,11 +55,18 @@ def unsupported(q: Tensor, v: Tensor, *, causal: bool, gate: Tensor | None, geom
         return "summaries"
     if q.dtype not in DTYPES:
         return f"{q.dtype}"
-    if geometry.query_block % 8:
-        return f"a query_block that is no multiple of 8, got {geometry.query_block}"
     for name, dim in (("head_dim", q.shape[3]), ("the values' head_dim", v.shape[3])):
         if dim > 256:
             return f"{name} above 256, got {dim}"
+    if q.dtype == torch.float32 and q.shape[3] > 128 and (4, 256) not in settings(q.device).vote:
+        return f"float32 heads of {q.shape[3]} dims on this GPU"
+    return _unsupported_sizes(geometry)
+
+
+@lru_cache(CALLS)
+def _unsupported_sizes(geometry: Geometry) -> str | None:
+    if geometry.query_block % 8:
+        return f"a query_block that is no multiple of 8, got {geometry.query_block}"
     for name in ("block", "fanout", "query_block"):
         if (size := getattr(geometry, name)) & (size - 1):
             return f"a {name} that is no power of two, got {size}"
@@ -73,8 +80,6 @@ def unsupported(q: Tensor, v: Tensor, *, causal: bool, gate: Tensor | None, geom
         return "fewer than 16 nodes to a product"
     if geometry.dense_end < geometry.sink + geometry.block:
         return f"a dense start that ends before the first leaf does, got {geometry.dense_end} tokens"
-    if q.dtype == torch.float32 and q.shape[3] > 128 and (4, 256) not in settings(q.device).vote:
-        return f"float32 heads of {q.shape[3]} dims on this GPU"
     return None
 
 
@@ -108,11 +113,12 @@ def hsa_attention(
     call = Call.of(q, k, v, geometry, sliding_window=sliding_window, padded=padded)
     fresh = past_spans is None and call.tokens == call.slots and not call.is_dense
     spans, choices = call.empty_selection(k) if fresh else geometry.selection(k, past_spans, past_choices)
+    by_roles = not call.is_dense and hopper.can_run(call.attend_by_roles, q, k, v)
     alike = min(call.slots, geometry.dense_end)
     fused = (
         call.is_whole
         and dense.can_attend(q, k, v)
-        and (call.is_dense or alike >= FUSED_FROM)
+        and (call.is_dense or (alike >= FUSED_FROM and not by_roles))
         and (not sliding_window or alike <= sliding_window)
     )
     if call.is_dense and fused:
@@ -126,7 +132,6 @@ def hsa_attention(
     tiles = call.tiles[0] * call.tiles[1]
     room = execute.LISTED.value + hopper.GROUPS * tiles
     todo = (torch.zeros if call.is_dense else torch.empty)(room, dtype=torch.int32, device=q.device)
-    by_roles = not call.is_dense and hopper.can_run(call.attend_by_roles, q, k, v)
     if not call.is_dense:
         nodes = [x.contiguous() for x in nodes]
         keep_spans(call, q, nodes, start, length, spans, scale, fresh=fresh)
@@ -136,8 +141,7 @@ def hsa_attention(
         limit = LARGEST_SUM[q.dtype]
         if by_roles:
             ordered, _shares, counts = lists
-            skipped = geometry.dense_end if fused else 0
-            hopper.attend(call, q, k, v, sinks, ordered, counts, shift, todo, out, lse, skipped, scale, limit)
+            hopper.attend(call, q, k, v, sinks, ordered, counts, shift, todo, out, lse, scale, limit)
         else:
             execute.attend_listed[call.tiles](
                 q, k, v, sinks, start, length, *lists, shift, todo, out, lse, *strides(q, k, v), *call.extent,

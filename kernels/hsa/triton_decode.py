@@ -102,10 +102,11 @@ def _choose(
     """The leaf step: adds to ``choices``, and returns the lists as ``Call.list_blocks`` does."""
     g, tiles = call.geometry, call.blocks * call.rows
     pairs = -(-g.leaf_width // (2 * g.fanout))
-    each = -(-pairs // _parts(call, q.device, tiles, pairs))
     votes, lists = call.empty_votes(tiles, q.device), call.empty_lists(q.device)
     constants = _scoring(call)
     halves = g.query_block // constants["PLACES"]
+    # Of a block's halves, those that have none of the few new tokens leave their room to others.
+    each = -(-pairs // min(pairs, halves * _parts(call, q.device, tiles, pairs)))
     vote_parts[(call.blocks * halves, call.rows, -(-pairs // each))](
         q, k, nodes, spreads, sinks, start, length, spans, votes, *strides(q, k), *nodes.stride()[:2],
         *spread_strides(spreads), *call.extent, call.total_blocks, nodes.shape[2] // g.nodes_in_span(0), each,

@@ -6,12 +6,11 @@ join_parts     sums of the parts                  →  out
 
 from __future__ import annotations
 
+import triton
 import triton.language as tl
 
 from retrofit.kernels.hsa.triton_execute import (
     add_tile,
-    listed_keys,
-    listed_shares,
     load_keys,
     load_values,
     near_edges,
@@ -19,6 +18,13 @@ from retrofit.kernels.hsa.triton_execute import (
 )
 from retrofit.kernels.hsa.triton_select import LOG2E, in_reach, row_range
 from retrofit.kernels.launch import kernel
+
+
+@triton.jit
+def listed_at(listed, shares, step, seen, key, BLOCK: tl.constexpr, LEAVES: tl.constexpr):
+    """(block, share) of each key of a step; 0 and 1 behind the ``seen`` blocks of the list."""
+    u = step * LEAVES + key // BLOCK
+    return tl.load(listed + u, mask=u < seen, other=0), tl.load(shares + u, mask=u < seen, other=1.0)
 
 
 @kernel(do_not_specialize=["slots", "tokens", "blocks"])
@@ -76,17 +82,17 @@ def attend_parts(
         from_list = (seen + LEAVES - 1) // LEAVES
         steps = from_list + (edges + KEYS - 1) // KEYS
         each = (steps + parts - 1) // parts
-        for step in range(part * each, tl.minimum(steps, part * each + each)):
+        begin_step = part * each
+        block, share = listed_at(listed, weights, begin_step, seen, key, BLOCK, LEAVES)
+        for step in range(begin_step, tl.minimum(steps, begin_step + each)):
+            # The keys and values of a step are fetched ahead, for which its list has to be there before.
+            next_block, next_share = listed_at(listed, weights, step + 1, seen, key, BLOCK, LEAVES)
             is_listed = step < from_list
-            u = tl.where(is_listed, step * LEAVES, 0)
             n = (step - from_list) * KEYS + key
-            j = n + tl.where(n < right, whole, first - right)
-            inside = n < edges
-            share = key * 0.0 + 1.0
-            if is_listed:
-                share = listed_shares(weights, u, KEYS, BLOCK)
-                j = listed_keys(listed, u, KEYS, BLOCK)
-                inside = u + key // BLOCK < seen
+            j = tl.where(
+                is_listed, block * BLOCK + key % BLOCK, n + tl.where(n < right, whole, first - right)
+            )
+            inside = tl.where(is_listed, step * LEAVES + key // BLOCK < seen, n < edges)
             visible = inside & (j >= tl.where(is_listed, 0, from_))
             if REACH:
                 visible &= in_reach(j, t, REACH)
@@ -95,6 +101,7 @@ def attend_parts(
             s = tl.where(visible[None], s + tl.log2(share)[None], -float("inf"))
             z = load_values(values, j, stride_vt, visible, VALUE_DIM, VALUE_PAD)
             acc, total, top = add_tile(acc, total, top, s, z, PRECISION)
+            block, share = next_block, next_share
 
         to = (((i * tl.num_programs(1)).to(tl.int64) + bh) * parts + part) * GROUP + row
         tl.store(

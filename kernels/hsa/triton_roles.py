@@ -125,15 +125,14 @@ def tile_of(number_of_tile, queries, n):
 @gluon.jit
 def fetch(
     desc_q, desc_g, desc_k, desc_v, number_of_tile, queries, grads, keys, values, ordered, counts, taken,
-    slots, tokens, blocks, tiles, skipped,
+    slots, tokens, blocks, tiles,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, HEADS: gl.constexpr, DIM: gl.constexpr, WINDOW: gl.constexpr,
     SINK: gl.constexpr, BLOCK: gl.constexpr, QUERY_BLOCK: gl.constexpr, DENSE_END: gl.constexpr,
     LIST: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The role of the warp that fetches; with queries come the gradients of their outputs, if there are any.
 
-    ``taken`` counts the tiles that programs have taken besides their first ones. Tiles that end by ``skipped`` are left
-    out.
+    ``taken`` counts the tiles that programs have taken besides their first ones.
     """
     LEAVES: gl.constexpr = KEYS // BLOCK
     SLABS: gl.constexpr = DIM // SLAB
@@ -144,7 +143,7 @@ def fetch(
     while w >= 0:
         next_tile = tiles - 1 - gl.num_programs(0) - gl.atomic_add(taken, 1)
         b, h, head, t0, number = tile_at(w, slots, tokens, blocks, KV_HEADS, GROUP, HEADS, QUERY_BLOCK)
-        if (t0 < slots) & (t0 + QUERY_BLOCK > skipped):
+        if t0 < slots:
             listed = ordered + number * LIST
             following = entries(listed, LEAVES)
             most = gl.load(counts + number * QUERY_BLOCK + QUERY_BLOCK - 1)
@@ -302,16 +301,15 @@ def products(x, p, s, acc, keys, values, n, DIM: gl.constexpr, KEYS: gl.constexp
 
 
 @Kernel
-@gluon.jit(do_not_specialize=["slots", "tokens", "blocks", "tiles", "skipped"])
+@gluon.jit(do_not_specialize=["slots", "tokens", "blocks", "tiles"])
 def attend_by_roles(
     desc_q, desc_k, desc_v, sinks, ordered, counts, shift, todo, out, lse,
-    slots, tokens, blocks, tiles, skipped, scale, limit,
+    slots, tokens, blocks, tiles, scale, limit,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, HEADS: gl.constexpr, DIM: gl.constexpr, WINDOW: gl.constexpr,
     SINK: gl.constexpr, BLOCK: gl.constexpr, QUERY_BLOCK: gl.constexpr, DENSE_END: gl.constexpr,
     LIST: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Writes ``out`` [B, T, Hq, DIM] and ``lse`` [B, Hq, T] of all tiles but those that end by ``skipped``, as
-    ``attend_listed`` does.
+    """Writes ``out`` [B, T, Hq, DIM] and ``lse`` [B, Hq, T], as ``attend_listed`` does, and those of the dense start.
 
     Rows have all slots, and the queries are the last tokens. The descriptors' blocks are [1, HEADS, QUERY_BLOCK, SLAB] of
     q and [1, 1, BLOCK, SLAB] of k and v. A tile that has to be done again may stand on the list ``todo`` twice, once for
@@ -336,7 +334,7 @@ def attend_by_roles(
             )),
             (fetch, (
                 desc_q, None, desc_k, desc_v, number_of_tile, queries, None, keys, values, ordered, counts, todo + TAKEN,
-                slots, tokens, blocks, tiles, skipped,
+                slots, tokens, blocks, tiles,
                 KV_HEADS, GROUP, HEADS, DIM, WINDOW, SINK, BLOCK, QUERY_BLOCK, DENSE_END, LIST, KEYS, STAGES,
             )),
         ],

@@ -177,7 +177,7 @@ def query_gradients_by_roles(
             )),
             (fetch, (
                 desc_q, desc_g, desc_k, desc_v, number_of_tile, queries, grads, keys, values, ordered, counts, taken,
-                slots, tokens, blocks, tiles, 0,
+                slots, tokens, blocks, tiles,
                 KV_HEADS, GROUP, HEADS, DIM, WINDOW, SINK, BLOCK, QUERY_BLOCK, DENSE_END, LIST, KEYS, STAGES,
             )),
         ],

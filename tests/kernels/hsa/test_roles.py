@@ -17,7 +17,6 @@ from gluon_machine import Machine
 from retrofit.kernels import tuned
 from retrofit.kernels.hsa import (
     hopper,
-    triton,
     triton_roles,
     triton_roles_gradients,
     triton_roles_keys,
@@ -161,34 +160,3 @@ def test_dense_rows_beyond_the_range_are_done_again(
     torch.testing.assert_close(actual[:, :, heavy:], value.expand_as(actual[:, :, heavy:]))
     expected = replace(case, implementation="blocked").run().out
     torch.testing.assert_close(actual[:, :, :heavy], expected[:, :, :heavy], rtol=2e-3, atol=1e-3)
-
-
-@pytest.mark.parametrize("sinks", [None, 0.5], ids=["plain", "sinks"])
-def test_a_dense_start_that_pytorch_does_is_left_out(
-    machines: dict[str, Machine],
-    build: Callable[..., Any],
-    sinks: float | None,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    case = few_bits(build(189, dim=128, heads=8, sinks=sinks))
-    expected, expected_grads = run(case)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1).float() for x in (k, v))
-        scores = (q.float() @ k.mT * scale).masked_fill(
-            ~torch.ones(q.shape[2], k.shape[2]).tril().bool(), -torch.inf
-        )
-        return (scores.softmax(-1) @ v).to(q.dtype), scores.logsumexp(-1)
-
-    monkeypatch.setattr(triton, "FUSED_FROM", 0)
-    monkeypatch.setattr(triton.dense, "can_attend", lambda *_: True)
-    monkeypatch.setattr(triton.dense, "attend", attend)
-    actual, grads = run(case)
-    dense = case.geometry.dense_end
-    assert torch.equal(actual.out[:, :, dense:], expected.out[:, :, dense:])
-    assert (row_errors(actual.out, expected.out)[:, :, :dense] < 1e-3).all()
-    assert not torch.equal(
-        actual.out[:, :, :dense], expected.out[:, :, :dense]
-    )  # they are not the same kernels
-    for found, other in zip(grads, expected_grads, strict=True):
-        assert (found.float() - other.float()).norm() < 1e-3 * other.float().norm()

@@ -331,12 +331,17 @@ def test_votes_by_roles_on_a_gpu_are_the_same_bits(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("roles", [True, False], ids=["roles", "fused"])
 @pytest.mark.parametrize("sinks", [None, 1.0], ids=["plain", "sinks"])
-def test_on_a_gpu_a_long_dense_start_equals_blocked(build: Callable[..., Any], sinks: float | None) -> None:
+def test_on_a_gpu_a_long_dense_start_equals_blocked(
+    build: Callable[..., Any], sinks: float | None, roles: bool
+) -> None:
     case = build(4100, heads=8, dim=128, sinks=sinks)
     case = replace(case, geometry=replace(DEFAULT, dense_until=FUSED_FROM), padded=False)
     case = case.to("cuda", torch.bfloat16)
-    actual, expected = both(case)
+    own = tuned.settings(case.q.device)
+    with tuned.using(case.q.device, own if roles else replace(own, attend_by_roles=None)):
+        actual, expected = both(case)
     exact = replace(case, implementation="blocked").to("cuda", torch.float64).run()
     for part in (slice(FUSED_FROM), slice(FUSED_FROM, None)):
         error, bound = (
