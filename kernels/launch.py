@@ -35,11 +35,14 @@ class Launched:
         run: Does it again for a stream and all arguments, addresses in the place of tensors; None in the interpreter.
         arguments: What the kernel was given, in the order of its parameters.
         others: Its constants.
+        plain: Whether there is no more to it than its grid and what it is given: no clusters, no grid that is resident as
+            a whole, no launch before the last kernel has ended, and no memory from Triton's allocators.
     """
 
     run: Callable[[Any, list[Any]], None] | None
     arguments: tuple[Any, ...]
     others: tuple[Any, ...]
+    plain: bool
 
 
 class _Thread(threading.local):
@@ -103,11 +106,22 @@ class Kernel:
                 self._compiled[key] = compiled, others
         if _thread.listener is not None:
             run = None if compiled is None else partial(_run, compiled, grid)
-            _thread.listener(Launched(run, arguments, others))
+            _thread.listener(Launched(run, arguments, others, compiled is not None and _is_plain(compiled)))
 
 
 def _run(compiled: Any, grid: tuple[int, ...], stream: Any, values: list[Any]) -> None:
     compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *values)
+
+
+def _is_plain(compiled: Any) -> bool:
+    about = compiled.metadata
+    more = (
+        about.launch_cooperative_grid,
+        about.launch_pdl,
+        about.global_scratch_size,
+        about.profile_scratch_size,
+    )
+    return about.num_ctas == 1 and not any(more)
 
 
 def current_stream() -> Any:

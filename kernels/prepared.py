@@ -20,17 +20,23 @@ from typing import Any
 import numpy as np
 import torch
 
-MADE_UP, APART, MOST_STORAGES = 0x5A00_0000_0000, 1 << 36, 256
-"""Address at which the first storage is said to begin; bytes from one storage to the next; and how many there may be, so
-that all is below 2⁴⁷, as addresses are."""
+MADE_UP, APART, MOST_STORAGES = 1 << 44, 1 << 39, 128
+"""Address at which the first storage is said to begin; bytes from one to the next, more than a GPU has; and how many
+there may be, so that all is below 2⁴⁷, as addresses are."""
 MAP = 128
-"""Bytes of a tensor map, by which blocks are copied; no other parameter of a kernel has as many."""
-ALIGNED = 64
-"""Bytes that a tensor map begins at multiples of."""
-RELAXED = 2
-"""CU_STREAM_CAPTURE_MODE_RELAXED: what this thread and others do meanwhile is their own concern."""
-CLUSTER, COOPERATIVE = 4, 2
-"""CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION, _COOPERATIVE."""
+"""Bytes of a tensor map, by which blocks are copied, and what it begins at multiples of; no other parameter of a kernel
+is as long."""
+NON_BLOCKING, RELAXED, INVALID_VALUE = 1, 2, 1
+"""CU_STREAM_NON_BLOCKING; CU_STREAM_CAPTURE_MODE_RELAXED; CUDA_ERROR_INVALID_VALUE."""
+FUNCTIONS = (
+    *("cuStreamCreate", "cuStreamBeginCapture_v2", "cuStreamEndCapture"),
+    *("cuGraphGetNodes", "cuGraphKernelNodeGetParams_v2", "cuFuncGetParamInfo", "cuGraphDestroy"),
+    *("cuTensorMapReplaceAddress", "cuLaunchKernel", "cuGetErrorName"),
+)
+"""What is asked of CUDA's driver; it has all of it since 12.4."""
+Place = tuple[int, int]
+"""The number of a storage, and the bytes from its begin."""
+_capturing = threading.Lock()
 
 
 class NodeParams(ctypes.Structure):
@@ -51,129 +57,146 @@ class Captured:
     """A launch as the driver has got it.
 
     Attributes:
+        owner: Keeps the kernel loaded.
         function: Handle of the kernel.
         sizes: Its grid and its block, by x, y and z, and bytes of dynamic shared memory.
         parameters: The bytes of each.
+        addresses: Which parameter is an address, and of which place.
+        maps: Which one is a tensor map, and of which place.
     """
 
+    owner: Any
     function: int
     sizes: tuple[int, ...]
     parameters: list[bytes]
+    addresses: list[tuple[int, Place]]
+    maps: list[tuple[int, Place]]
 
 
 class Prepared:
-    """Launches, one after the other.
+    """Launches, one after the other."""
 
-    Args:
-        launches: Each as it was captured for the addresses that ``made_up`` gives, and what its tensor maps describe: a
-            storage's number, and the bytes from its begin.
-    """
-
-    def __init__(self, launches: Sequence[tuple[Captured, Sequence[tuple[int, int]]]]) -> None:
+    def __init__(self, launches: Sequence[Captured]) -> None:
         begins: list[list[int]] = []
         size = 0
-        for launch, _ in launches:
+        for launch in launches:
             begins.append([])
             for value in launch.parameters:
-                size += -size % (ALIGNED if len(value) >= ALIGNED else 8)
+                size += -size % (MAP if len(value) == MAP else 8)
                 begins[-1].append(size)
                 size += len(value)
         size += -size % 8
-        self._memory = np.zeros(size + ALIGNED, np.uint8)
-        first = -self._memory.ctypes.data % ALIGNED
+        self._owners = [launch.owner for launch in launches]
+        self._memory = np.zeros(size + MAP, np.uint8)
+        first = -self._memory.ctypes.data % MAP
         memory = self._memory[first : first + size]
         self._words = memory.view(np.int64)
         self._maps: list[tuple[c_void_p, int, int]] = []
         self._calls: list[tuple[Any, ...]] = []
         self._lock = threading.Lock()
         places = []
-        for (launch, described), at in zip(launches, begins, strict=True):
-            own = iter(described)
+        for launch, at in zip(launches, begins, strict=True):
             for begin, value in zip(at, launch.parameters, strict=True):
                 memory[begin : begin + len(value)] = np.frombuffer(value, np.uint8)
-                if len(value) == MAP:
-                    self._maps.append((c_void_p(memory.ctypes.data + begin), *next(own)))
-                elif (place := _place(value)) is not None:
-                    places.append((begin // 8, *place))
-            addresses = (c_void_p * len(at))(*(memory.ctypes.data + begin for begin in at))
-            self._calls.append((c_void_p(launch.function), *map(c_uint, launch.sizes), addresses))
+            pointers = [memory.ctypes.data + begin for begin in at]
+            places += [(at[i] // 8, *place) for i, place in launch.addresses]
+            self._maps += [(c_void_p(pointers[i]), *place) for i, place in launch.maps]
+            self._calls.append(
+                (c_void_p(launch.function), *map(c_uint, launch.sizes), (c_void_p * len(at))(*pointers))
+            )
         self._at, self._numbers, self._offsets = np.array(places, np.int64).reshape(-1, 3).T.copy()
 
     def launch(self, stream: int, begins: Sequence[int]) -> None:
-        """Launches on a stream for storages that begin at ``begins``."""
+        """Launches on a stream for storages that begin at ``begins``.
+
+        Raises:
+            RuntimeError: If the driver reports an error.
+        """
         driver = _driver()
         on = c_void_p(stream)
         with self._lock:  # other threads put other addresses into the same parameters
             self._words[self._at] = np.array(begins, np.int64)[self._numbers] + self._offsets
             for described, number, offset in self._maps:
                 _check(driver.cuTensorMapReplaceAddress(described, c_void_p(begins[number] + offset)))
-            for *kernel, addresses in self._calls:
-                _check(driver.cuLaunchKernel(*kernel, on, addresses, None))
-
-
-def made_up(storages: int) -> list[int]:
-    """Where storages are said to begin."""
-    return [MADE_UP + number * APART for number in range(storages)]
-
-
-def captured(launch: Callable[[int], None]) -> Captured | None:
-    """What the driver gets when ``launch`` launches one kernel on a stream; it does not run. None if there is more to the
-    launch than its parameters and sizes."""
-    driver, stream, graph = _driver(), torch.cuda.Stream(), c_void_p()
-    handle = c_void_p(stream.cuda_stream)
-    _check(driver.cuStreamBeginCapture_v2(handle, RELAXED))
-    try:
-        launch(stream.cuda_stream)
-    finally:
-        status = driver.cuStreamEndCapture(handle, byref(graph))
-    _check(status)
-    try:
-        return _read(driver, graph)
-    finally:
-        _check(driver.cuGraphDestroy(graph))
+            for *kernel, pointers in self._calls:
+                _check(driver.cuLaunchKernel(*kernel, on, pointers, None))
 
 
 def can_capture() -> bool:
-    """Whether launches can be captured here and now: on a GPU of NVIDIA's, and by nobody else at the same time."""
-    return (
-        torch.version.cuda is not None
-        and torch.cuda.is_initialized()
-        and not torch.cuda.is_current_stream_capturing()
-    )
+    """Whether launches can be captured: by a driver that has all it takes, while this thread's stream is not captured."""
+    return torch.cuda.is_initialized() and not torch.cuda.is_current_stream_capturing() and _has_functions()
 
 
-def _read(driver: Any, graph: c_void_p) -> Captured | None:
-    """The only kernel of a graph."""
-    node, count, params = c_void_p(), c_size_t(1), NodeParams()
-    _check(driver.cuGraphGetNodes(graph, None, byref(count)))
-    if count.value != 1:
+def captured(
+    launch: Callable[[int, Sequence[int]], None],
+    addresses: Sequence[Place],
+    maps: Sequence[Place],
+    owner: Any = None,
+) -> Captured | None:
+    """What the driver gets when a kernel is launched; it does not run.
+
+    Args:
+        launch: Launches one kernel on a stream, for storages that begin where they are said to.
+        addresses: Of which places the kernel is given addresses.
+        maps: Of which places it is given tensor maps, in their order.
+        owner: Keeps the kernel loaded.
+
+    Returns:
+        The launch; None if it is of more storages than can be told apart, or not every place is found in it.
+    """
+    if any(number >= MOST_STORAGES for number, _ in (*addresses, *maps)):
         return None
-    _check(driver.cuGraphGetNodes(graph, byref(node), byref(count)))
-    _check(driver.cuGraphKernelNodeGetParams_v2(node, byref(params)))
-    cluster, cooperative = (_attribute(driver, node, kind) for kind in (CLUSTER, COOPERATIVE))
-    if not params.function or not params.parameters or max(cluster) > 1 or cooperative[0]:
+    begins = [MADE_UP + number * APART for number in range(MOST_STORAGES)]
+    driver, graph = _driver(), c_void_p()
+    with _capturing:
+        stream = _stream(torch.cuda.current_device())
+        if driver.cuStreamBeginCapture_v2(c_void_p(stream), RELAXED):
+            return None
+        try:
+            try:
+                launch(stream, begins)
+            finally:
+                driver.cuStreamEndCapture(c_void_p(stream), byref(graph))
+            read = _read(driver, graph) if graph.value else None
+        finally:
+            if graph.value:
+                _check(driver.cuGraphDestroy(graph))
+    if read is None:
+        return None
+    function, sizes, values = read
+    known = {begins[number] + offset: (number, offset) for number, offset in addresses}
+    found = [
+        (i, known[address])
+        for i, value in enumerate(values)
+        if len(value) == 8 and (address := int.from_bytes(value, "little")) in known
+    ]
+    described = [i for i, value in enumerate(values) if len(value) == MAP]
+    if {place for _, place in found} != {*addresses} or len(described) != len(maps):
+        return None
+    return Captured(owner, function, sizes, values, found, list(zip(described, maps, strict=True)))
+
+
+def _read(driver: Any, graph: c_void_p) -> tuple[int, tuple[int, ...], list[bytes]] | None:
+    """The only kernel of a graph, its sizes and its parameters; None if there is no such thing."""
+    node, count, params = c_void_p(), c_size_t(), NodeParams()
+    if driver.cuGraphGetNodes(graph, None, byref(count)) or count.value != 1:
+        return None
+    if driver.cuGraphGetNodes(graph, byref(node), byref(count)):
+        return None
+    if driver.cuGraphKernelNodeGetParams_v2(node, byref(params)) or not (
+        params.function and params.parameters
+    ):
         return None
     values: list[bytes] = []
-    at, size = c_size_t(), c_size_t()
-    while (
-        driver.cuFuncGetParamInfo(c_void_p(params.function), c_size_t(len(values)), byref(at), byref(size))
-        == 0
-    ):
-        values.append(ctypes.string_at(params.parameters[len(values)], size.value))
-    return Captured(params.function, tuple(params.sizes), values)
-
-
-def _attribute(driver: Any, node: c_void_p, kind: int) -> tuple[int, ...]:
-    """The first three numbers of an attribute of a launch."""
-    value = (c_uint * 16)()
-    _check(driver.cuGraphKernelNodeGetAttribute(node, c_int(kind), byref(value)))
-    return tuple(value[:3])
-
-
-def _place(value: bytes) -> tuple[int, int] | None:
-    """The storage, and the bytes from its begin, that a parameter is the address of; None if it is none."""
-    number, offset = divmod(int.from_bytes(value, "little") - MADE_UP, APART)
-    return (number, offset) if len(value) == 8 and 0 <= number < MOST_STORAGES else None
+    at, size, status = c_size_t(), c_size_t(), 0
+    while not status:
+        function, i = c_void_p(params.function), c_size_t(len(values))
+        status = driver.cuFuncGetParamInfo(function, i, byref(at), byref(size))
+        if not status:
+            values.append(ctypes.string_at(params.parameters[len(values)], size.value))
+    if status != INVALID_VALUE or not values:
+        return None
+    return params.function, tuple(params.sizes), values
 
 
 @cache
@@ -181,9 +204,27 @@ def _driver() -> Any:
     return ctypes.CDLL("libcuda.so.1")
 
 
+@cache
+def _has_functions() -> bool:
+    if torch.version.cuda is None:
+        return False
+    try:
+        return all(hasattr(_driver(), name) for name in FUNCTIONS)
+    except OSError:  # there is no such library
+        return False
+
+
+@cache
+def _stream(device: int) -> int:
+    """A stream of the current device on which nobody else puts anything."""
+    found = c_void_p()
+    _check(_driver().cuStreamCreate(byref(found), c_uint(NON_BLOCKING)))
+    assert found.value is not None
+    return found.value
+
+
 def _check(status: int) -> None:
-    """Raises RuntimeError if the driver reports an error."""
     if status:
         name = ctypes.c_char_p()
-        _driver().cuGetErrorName(status, byref(name))
+        _driver().cuGetErrorName(c_int(status), byref(name))
         raise RuntimeError(f"CUDA's driver reports {(name.value or b'?').decode()} ({status})")

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from retrofit.kernels.launch import Launched, current_device, current_stream, has_hooks, listening
-from retrofit.kernels.prepared import MOST_STORAGES, Captured, Prepared, can_capture, captured, made_up
+from retrofit.kernels.prepared import Captured, Prepared, can_capture, captured
 from retrofit.kernels.repeat import PYTHON
 from retrofit.kernels.tuned import settings
 
@@ -155,12 +154,14 @@ class Launch:
         arguments: What has no address.
         addresses: Which argument is an address: its number, that of the storage, bytes from there.
         nested: Which argument has addresses, with places for them.
+        plain: As ``Launched`` has it.
     """
 
     run: Callable[..., None]
     arguments: list[Any]
     addresses: list[tuple[int, int, int]]
     nested: list[tuple[int, Any]]
+    plain: bool
 
     def launch(self, stream: Any, begins: Sequence[int]) -> None:
         """Launches on a stream for storages that begin at ``begins``."""
@@ -171,11 +172,15 @@ class Launch:
             arguments[i] = among(x, begins)
         self.run(stream, arguments)
 
-    def captured(self, begins: Sequence[int]) -> tuple[Captured, list[tuple[int, int]]] | None:
-        """What ``Prepared`` is made of, for storages that are said to begin at ``begins``; None if it cannot be."""
-        found = captured(partial(self.launch, begins=begins))
-        places = [x.place for x in tree_leaves([x for _, x in self.nested]) if isinstance(x, Description)]
-        return None if found is None else (found, [(place.number, place.offset) for place in places])
+    def captured(self) -> Captured | None:
+        """What ``Prepared`` is made of; None if there is more to it than its parameters and its grid."""
+        if not self.plain:
+            return None
+        nested = tree_leaves([x for _, x in self.nested])
+        places = [(number, offset) for _, number, offset in self.addresses]
+        places += [(x.number, x.offset) for x in nested if isinstance(x, Place)]
+        maps = [(x.place.number, x.place.offset) for x in nested if isinstance(x, Description)]
+        return captured(self.launch, places, maps, self.run)
 
 
 @dataclass(frozen=True)
@@ -234,6 +239,9 @@ class Operation:
     operator: Any
     arguments: tuple[Any, Any]
     made: list[tuple[int, int]]
+
+
+Step = Launch | Operation | Prepared
 
 
 class Notes(TorchDispatchMode):
@@ -309,7 +317,7 @@ class Notes(TorchDispatchMode):
             return
         addresses = [(i, x.number, x.offset) for i, x in places if isinstance(x, Place)]
         nested = [(i, x) for i, x in places if not isinstance(x, Place)]
-        self._steps.append(Launch(launch.run, arguments, addresses, nested))
+        self._steps.append(Launch(launch.run, arguments, addresses, nested, launch.plain))
 
     def tape(self, result: Any) -> Tape | str:
         """The tape of a function that has returned ``result``, or what it cannot do."""
@@ -376,7 +384,7 @@ class Tape:
         alike: list[tuple[int, int]],
     ) -> None:
         self.offsets, self.new = offsets, count - len(offsets)
-        self.steps: list[Launch | Operation | Prepared] = [*steps]
+        self.steps: list[Step] = [*steps]
         self.result, self.alike, self.prepared = result, alike, False
         self.shared: list[tuple[int, int, torch.dtype]] = []
         self.places: list[tuple[int, int]] = []
@@ -397,7 +405,7 @@ class Tape:
     def play(self, tensors: Sequence[Any]) -> Any:
         """Does it with other tensors."""
         if not self.prepared and can_capture():
-            self.steps, self.prepared = prepared(self.steps, len(self.offsets) + self.new), True
+            self.steps, self.prepared = with_prepared(self.steps), True
         new = tensors[0].new_empty
         owners = [*tensors, *[None] * self.new]
         begins = [0 if x is None else x.data_ptr() - at for x, at in zip(tensors, self.offsets, strict=True)]
@@ -423,14 +431,11 @@ class Tape:
         return put_together(self.result, owners)
 
 
-def prepared(
-    steps: Sequence[Launch | Operation | Prepared], storages: int
-) -> list[Launch | Operation | Prepared]:
+def with_prepared(steps: Sequence[Step]) -> list[Step]:
     """The steps; launches that follow one another are prepared together, where that can be."""
-    begins, found = made_up(storages), list[Any]()
-    for step in steps:
-        few = storages <= MOST_STORAGES
-        got = step.captured(begins) if few and isinstance(step, Launch) else None
+    found: list[Any] = []
+    for step in steps:  # of which another thread may have prepared some
+        got = step.captured() if isinstance(step, Launch) else None
         if got is None:
             found.append(step)
         elif found and isinstance(found[-1], list):

@@ -78,8 +78,9 @@ def hsa_decode(
             k, nodes, spreads, start, length,
             new=call.tokens, ratios=g.ratios, offset=g.sink, pooling=pooling, weights=weights,
         )  # fmt: skip
-    lists = length, length, length  # not read where nothing is sparse
-    if not call.is_dense:
+    if call.is_dense:
+        lists = call.empty_lists(q.device)  # which nobody reads
+    else:
         if _may_complete(call, g.query_block, 1):  # the token behind a block begins the next one
             keep_spans(call, q, nodes, start, length, spans, scale, fresh=False)
         lists = _choose(call, q, k, nodes[0], spreads, sinks, start, length, spans, choices, scale)

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import ctypes
 import struct
+import threading
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
 from retrofit.kernels import prepared, tape
-from retrofit.kernels.prepared import MAP, MOST_STORAGES
+from retrofit.kernels.prepared import MAP, MOST_STORAGES, Prepared
 from retrofit.kernels.tape import Description, Launch, Operation, Place
 
-STREAM = 5
+STREAM, CAPTURING, GRAPH = 5, 6, 11
 
 
 class Driver:
@@ -23,12 +26,17 @@ class Driver:
 
     Attributes:
         launched: The kernel, its sizes and its parameters, of each launch.
+        graphs: Those that are there.
+        kernels: How many there are in a graph, if not as many as were launched.
+        statuses: What functions report, by their names.
     """
 
     def __init__(self) -> None:
         self.launched: list[tuple[int, tuple[int, ...], list[bytes]]] = []
+        self.graphs = 0
         self.nodes: list[list[bytes]] | None = None
-        self.cluster, self.status = 1, 0
+        self.kernels: int | None = None
+        self.statuses: dict[str, int] = {}
         self.sizes: dict[int, list[int]] = {}
 
     def run(self, function: int, values: list[bytes]) -> None:
@@ -39,18 +47,21 @@ class Driver:
         self.function = function
 
     def cuStreamBeginCapture_v2(self, stream: Any, mode: int) -> int:
-        assert stream.value == STREAM and mode == prepared.RELAXED and self.nodes is None
-        self.nodes = []
-        return 0
+        assert stream.value == CAPTURING and mode == prepared.RELAXED and self.nodes is None
+        status = self.statuses.get("begin", 0)
+        if not status:
+            self.nodes = []
+        return status
 
     def cuStreamEndCapture(self, stream: Any, graph: Any) -> int:
-        assert self.nodes is not None
+        assert self.nodes is not None and stream.value == CAPTURING
         self.captured, self.nodes = self.nodes, None
-        graph._obj.value = 11
+        graph._obj.value = GRAPH
+        self.graphs += 1
         return 0
 
     def cuGraphGetNodes(self, graph: Any, node: Any, count: Any) -> int:
-        count._obj.value = len(self.captured)
+        count._obj.value = len(self.captured) if self.kernels is None else self.kernels
         return 0
 
     def cuGraphKernelNodeGetParams_v2(self, node: Any, params: Any) -> int:
@@ -62,37 +73,34 @@ class Driver:
         found.parameters = ctypes.cast(self.array, ctypes.POINTER(ctypes.c_void_p))
         return 0
 
-    def cuGraphKernelNodeGetAttribute(self, node: Any, kind: Any, value: Any) -> int:
-        value._obj[0] = self.cluster if kind.value == prepared.CLUSTER else 0
-        return 0
-
     def cuFuncGetParamInfo(self, function: Any, index: Any, at: Any, size: Any) -> int:
         sizes = self.sizes[function.value]
         if index.value >= len(sizes):
-            return 1
+            return self.statuses.get("parameter", prepared.INVALID_VALUE)
         size._obj.value = sizes[index.value]
         return 0
 
     def cuGraphDestroy(self, graph: Any) -> int:
-        assert graph.value == 11
+        assert graph.value == GRAPH
+        self.graphs -= 1
         return 0
 
     def cuTensorMapReplaceAddress(self, described: Any, address: Any) -> int:
-        assert described.value % prepared.ALIGNED == 0
+        assert described.value % MAP == 0
         ctypes.memmove(described.value, struct.pack("<q", address.value), 8)
         return 0
 
     def cuLaunchKernel(self, function: Any, *others: Any) -> int:
-        *sizes, stream, addresses, extra = others
+        *sizes, stream, pointers, extra = others
         assert stream.value == STREAM and extra is None
         values = [
-            ctypes.string_at(address, size)
-            for address, size in zip(addresses, self.sizes[function.value], strict=True)
+            ctypes.string_at(pointer, size)
+            for pointer, size in zip(pointers, self.sizes[function.value], strict=True)
         ]
         self.launched.append((function.value, tuple(x.value for x in sizes), values))
-        return self.status
+        return self.statuses.get("launch", 0)
 
-    def cuGetErrorName(self, status: int, name: Any) -> int:
+    def cuGetErrorName(self, status: Any, name: Any) -> int:
         name._obj.value = b"CUDA_ERROR_OUT_OF_BOXES"
         return 0
 
@@ -101,7 +109,8 @@ class Driver:
 def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     found = Driver()
     monkeypatch.setattr(prepared, "_driver", lambda: found)
-    monkeypatch.setattr(prepared.torch.cuda, "Stream", lambda: SimpleNamespace(cuda_stream=STREAM))
+    monkeypatch.setattr(prepared, "_stream", lambda device: CAPTURING)
+    monkeypatch.setattr(prepared.torch.cuda, "current_device", lambda: 0)
     return found
 
 
@@ -121,7 +130,12 @@ def launch_of(driver: Driver, function: int, **options: Any) -> Launch:
                     ]
         driver.run(function, values)
 
-    return Launch(run, **options)
+    return Launch(run, **{"nested": [], "plain": True, **options})
+
+
+def writing(driver: Driver, function: int, number: int = 0) -> Launch:
+    """A launch that is given the begin of a storage, and nothing else."""
+    return launch_of(driver, function, arguments=[None], addresses=[(0, number, 0)])
 
 
 def described(number: int, offset: int) -> Description:
@@ -129,9 +143,8 @@ def described(number: int, offset: int) -> Description:
 
 
 def test_addresses_are_put_where_they_were(driver: Driver) -> None:
-    one = launch_of(
-        driver, 21, arguments=[None, 7, None, 2**40, -3], addresses=[(0, 0, 0), (2, 2, 512)], nested=[]
-    )
+    far = 100 * 2**30  # bytes from a storage's begin
+    one = launch_of(driver, 21, arguments=[None, 7, None, 2**40, -3], addresses=[(0, 0, 0), (2, 2, far)])
     other = launch_of(
         driver,
         22,
@@ -139,8 +152,8 @@ def test_addresses_are_put_where_they_were(driver: Driver) -> None:
         addresses=[(0, 1, 8)],
         nested=[(1, described(2, 32)), (3, (described(0, 16), 5, Place(1, 24)))],
     )
-    (step,) = tape.prepared([one, other], 3)
-    assert isinstance(step, prepared.Prepared) and not driver.launched
+    (step,) = tape.with_prepared([one, other])
+    assert isinstance(step, Prepared) and not driver.launched and not driver.graphs
     for begins in ([2**44, 2**45, 2**46], [4096, 8192, 2**33]):
         driver.launched.clear()
         step.launch(STREAM, begins)
@@ -150,7 +163,7 @@ def test_addresses_are_put_where_they_were(driver: Driver) -> None:
         assert values == [
             struct.pack("<q", a),
             struct.pack("<i", 7),
-            struct.pack("<q", c + 512),
+            struct.pack("<q", c + far),
             struct.pack("<q", 2**40),
             struct.pack("<q", -3),
         ]
@@ -168,31 +181,123 @@ def test_addresses_are_put_where_they_were(driver: Driver) -> None:
 
 
 def test_operations_stand_between(driver: Driver) -> None:
-    launches = [
-        launch_of(driver, number, arguments=[None], addresses=[(0, 0, 0)], nested=[]) for number in (1, 2, 3)
-    ]
+    launches = [writing(driver, number) for number in (1, 2, 3)]
     operation = Operation(None, ((), {}), [])
-    found = tape.prepared([launches[0], operation, *launches[1:]], 1)
-    assert [type(step) for step in found] == [prepared.Prepared, Operation, prepared.Prepared]
+    found = tape.with_prepared([launches[0], operation, *launches[1:]])
+    assert [type(step) for step in found] == [Prepared, Operation, Prepared]
+    assert isinstance(found[2], Prepared)
     found[2].launch(STREAM, [2**40])
     assert [function for function, *_ in driver.launched] == [2, 3]
+    assert tape.with_prepared(found) == found
+
+
+def test_threads_keep_their_addresses_apart(driver: Driver) -> None:
+    (step,) = tape.with_prepared([writing(driver, number) for number in range(1, 21)])
+    assert isinstance(step, Prepared)
+
+    def launch(begin: int) -> None:
+        for _ in range(50):
+            step.launch(STREAM, [begin])
+
+    threads = [threading.Thread(target=launch, args=(2**40 + number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    addresses = [values[0] for _, _, values in driver.launched]
+    assert len(addresses) == 4 * 50 * 20
+    assert all(len({*addresses[i : i + 20]}) == 1 for i in range(0, len(addresses), 20))
+
+
+@pytest.mark.parametrize("kernels", [0, 2])
+def test_what_is_not_one_kernel_is_left_to_triton(driver: Driver, kernels: int) -> None:
+    launch = writing(driver, 1)
+    driver.kernels = kernels
+    assert tape.with_prepared([launch]) == [launch]
+    assert not driver.graphs
 
 
 def test_what_is_more_than_parameters_is_left_to_triton(driver: Driver) -> None:
-    launch = launch_of(driver, 1, arguments=[None], addresses=[(0, 0, 0)], nested=[])
-    assert tape.prepared([launch], MOST_STORAGES + 1) == [launch]
-    driver.cluster = 2
-    assert tape.prepared([launch], 1) == [launch]
+    plain = writing(driver, 1)
+    other = replace(plain, plain=False)
+    assert [type(step) for step in tape.with_prepared([plain, other, plain])] == [Prepared, Launch, Prepared]
+
+
+@pytest.mark.parametrize("what", ["begin", "parameter"])
+def test_what_the_driver_does_not_tell_is_left_to_triton(driver: Driver, what: str) -> None:
+    launch = writing(driver, 1)
+    driver.statuses[what] = 999
+    assert tape.with_prepared([launch]) == [launch]
+    assert not driver.graphs
+
+
+def test_places_that_are_not_found_are_left_to_triton(driver: Driver) -> None:
+    many = writing(driver, 1, MOST_STORAGES)
+    hidden = launch_of(driver, 2, arguments=[3], addresses=[])
+    hidden = replace(hidden, run=lambda stream, arguments: driver.run(2, [bytes(16)]))
+    unseen = replace(hidden, addresses=[(0, 0, 0)])
+    no_map = replace(hidden, arguments=[None], nested=[(0, described(0, 0))])
+    unknown_map = replace(hidden, run=lambda stream, arguments: driver.run(2, [bytes(MAP)]))
+    for launch in (many, unseen, no_map, unknown_map):
+        assert tape.with_prepared([launch]) == [launch]
+    assert [type(step) for step in tape.with_prepared([hidden])] == [Prepared]
+
+
+def test_a_launch_that_fails_leaves_no_graph(driver: Driver) -> None:
+    def fail(stream: Any, arguments: list[Any]) -> None:
+        raise ValueError("too large")
+
+    with pytest.raises(ValueError, match="too large"):
+        tape.with_prepared([replace(writing(driver, 1), run=fail)])
+    assert driver.nodes is None and not driver.graphs
 
 
 def test_the_driver_is_named_by_what_it_reports(driver: Driver) -> None:
-    launch = launch_of(driver, 1, arguments=[None], addresses=[(0, 0, 0)], nested=[])
-    (step,) = tape.prepared([launch], 1)
-    driver.status = 719
+    (step,) = tape.with_prepared([writing(driver, 1)])
+    assert isinstance(step, Prepared)
+    driver.statuses["launch"] = 719
     with pytest.raises(RuntimeError, match=r"CUDA_ERROR_OUT_OF_BOXES \(719\)"):
         step.launch(STREAM, [2**40])
 
 
-def test_nothing_is_captured_without_a_gpu() -> None:
-    if not prepared.torch.cuda.is_available():
-        assert not prepared.can_capture()
+@pytest.mark.parametrize(
+    ("initialized", "captures", "missing", "expected"),
+    [
+        (True, False, "", True),
+        (False, False, "", False),
+        (True, True, "", False),
+        (True, False, "cuLaunchKernel", False),
+    ],
+    ids=["can", "no GPU in use", "being captured", "an old driver"],
+)
+def test_where_launches_can_be_captured(
+    initialized: bool, captures: bool, missing: str, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = SimpleNamespace(**{name: None for name in prepared.FUNCTIONS if name != missing})
+    monkeypatch.setattr(prepared, "_driver", lambda: driver)
+    monkeypatch.setattr(prepared.torch.version, "cuda", "13.0")
+    monkeypatch.setattr(prepared.torch.cuda, "is_initialized", lambda: initialized)
+    monkeypatch.setattr(prepared.torch.cuda, "is_current_stream_capturing", lambda: captures)
+    prepared._has_functions.cache_clear()
+    assert prepared.can_capture() is expected
+    prepared._has_functions.cache_clear()
+
+
+def test_a_tape_is_prepared_once_and_not_while_it_is_captured(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = []
+    launch = replace(writing(driver, 1), run=lambda stream, arguments: runs.append(stream))
+    found = tape.Tape([0], 1, {}, [launch], None, [])
+    monkeypatch.setattr(tape, "current_stream", lambda: STREAM)
+    monkeypatch.setattr(tape, "can_capture", lambda: False)
+    x = torch.zeros(3)
+    for _ in range(2):
+        found.play([x])
+    assert runs == [STREAM] * 2
+    found.steps = [writing(driver, 1)]
+    monkeypatch.setattr(tape, "can_capture", lambda: True)
+    for _ in range(2):
+        found.play([x])
+    assert [type(step) for step in found.steps] == [Prepared]
+    assert [values for _, _, values in driver.launched] == [[struct.pack("<q", x.data_ptr())]] * 2

@@ -39,6 +39,13 @@ class Doubling:
     """Compiled: writes twice the floats at one address to another one."""
 
     function, packed_metadata = "function", "metadata"
+    metadata = SimpleNamespace(
+        num_ctas=1,
+        launch_cooperative_grid=False,
+        launch_pdl=False,
+        global_scratch_size=0,
+        profile_scratch_size=0,
+    )
 
     def run(self, *arguments: Any) -> None:
         to, source, count, *_ = arguments[9:]
@@ -230,7 +237,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
 
         run(None, [*map(addressed, arguments), *constants.values()])
         if launch._thread.listener is not None:
-            launch._thread.listener(Launched(run, arguments, tuple(constants.values())))
+            launch._thread.listener(Launched(run, arguments, tuple(constants.values()), True))
 
     monkeypatch.setattr(Kernel, "_launch", launched)
     monkeypatch.setattr(launch.driver, "_active", SimpleNamespace(get_current_stream=lambda device: None))
@@ -424,18 +431,18 @@ def test_on_a_gpu_tokens_from_a_tape_are_the_same() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dense_until", [0, 4096])
+@pytest.mark.parametrize(("tokens", "dense_until"), [(1001, 0), (9001, 0), (9001, 4096)])
 @pytest.mark.parametrize("packed", [False, True], ids=["apart", "packed"])
 @pytest.mark.parametrize("name", TARGETS)
 @torch.no_grad()
-def test_on_a_gpu_tapes_change_nothing(name: str, packed: bool, dense_until: int) -> None:
+def test_on_a_gpu_tapes_change_nothing(name: str, packed: bool, tokens: int, dense_until: int) -> None:
     target = target_of(name, "cuda", "auto")
     if isinstance(target, HSAAttention):
         target = HSAAttention(
             retrofit.HSAConfig(dense_until=dense_until, pooling=target.config.pooling), **OPTIONS
         ).to("cuda", torch.bfloat16)
     for seed in range(5):
-        q, k, v = (x.cuda() for x in inputs(9001, seed, packed))
+        q, k, v = (x.cuda() for x in inputs(tokens, seed, packed))
         layers = RetrofitLayer(), RetrofitLayer()
         out = target(q, k, v, unpadded(q, layers[0]))
         with pytest.MonkeyPatch.context() as patch:
@@ -446,6 +453,30 @@ def test_on_a_gpu_tapes_change_nothing(name: str, packed: bool, dense_until: int
         for own, other in zip(*(tensors_of(layer.state) for layer in layers), strict=True):
             assert torch.equal(own, other), seed
     (only,) = kept()
+    assert {type(step) for step in only.steps} <= {Prepared, tape.Operation}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("prepared", [False, True], ids=["as noted", "prepared"])
+@torch.no_grad()
+def test_on_a_gpu_a_tape_is_played_into_a_graph(prepared: bool) -> None:
+    target = target_of("hsa", "cuda", "auto")
+    given, others = ([x.cuda() for x in inputs(1001, seed)] for seed in range(2))
+    call = unpadded(given[0])
+    expected = target(*others, call).clone()
+    for _ in range(1 + prepared):
+        target(*given, call)
+    (only,) = kept()
+    assert isinstance(only, tape.Tape) and only.prepared is prepared
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = target(*given, call)
+    assert only.prepared is prepared
+    for x, y in zip(given, others, strict=True):
+        x.copy_(y)
+    graph.replay()
+    assert torch.equal(out, expected)
+    assert torch.equal(target(*given, call), expected)
     assert {type(step) for step in only.steps} <= {Prepared, tape.Operation}
 
 

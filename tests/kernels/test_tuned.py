@@ -83,10 +83,11 @@ for given, options["sliding_window"] in ((None, 0), (sinks, 4096)) if dim == 64 
 part = "hsa_backward"
 hsa.hsa_attention_backward(q, q, k, k, at, at, nodes, [], spans, choices, q, lse, sinks, **options)
 part, none = "decode", [None] * g.levels
-triton_decode.hsa_decode(
-    *(q[:, :, :1], k, k, at, at, nodes, spreads, spans, choices, sinks, none),
-    **{"pooling": "mean", "ending": True, **options},
-)
+for x in (k, k[:, :, :512]):
+    triton_decode.hsa_decode(
+        *(q[:, :, :1], x, x, at, at, nodes, spreads, spans, choices, sinks, none),
+        **{"pooling": "mean", "ending": True, **options},
+    )
 part, bands = "maha", Bands((224,), None, 32, 2)
 cells = [empty(2, slots // 2)]
 maha.maha_attention_backward(
