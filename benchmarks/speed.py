@@ -125,7 +125,7 @@ def _lines(report: BenchmarkReport) -> Iterator[str]:
     for step in report.decoding:
         yield (
             f"a token behind {step.length:,}: dense {step.dense_us:.1f} µs, converted {step.target_us:.1f} µs, "
-            f"{step.speedup:.2f} times as fast; first of a block {step.first_us:.1f} µs"
+            f"{step.speedup:.2f} times as fast, {step.keys:,.0f} keys; first of a block {step.first_us:.1f} µs"
         )
     if report.scaling is not None:
         yield f"exponent {report.scaling.exponent:.3f}, {report.scaling.target_ms}"

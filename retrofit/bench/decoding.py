@@ -38,6 +38,7 @@ class Decoding:
         target_us: The converted attention, mean over the tokens of a query block: those after the first cost what the
             one in its middle does.
         first_us: The first token of a query block, with which its coarse steps are done.
+        keys: Keys executed per query and kv head, mean over the tokens of the query block.
         error: Relative difference from what one call over all tokens gives.
     """
 
@@ -47,6 +48,7 @@ class Decoding:
     dense_backends_us: Mapping[str, float]
     target_us: float
     first_us: float
+    keys: float
     error: float
 
     @property
@@ -94,7 +96,7 @@ def decoding(target: HSAAttention, inputs: Inputs, batch: int) -> Decoding:
             ending=True,
         )
 
-    error = _error(target, partial(step, layer.state.with_room(k)), (q, k, v), length)
+    error, executed = _compared(target, partial(step, layer.state.with_room(k)), (q, k, v), length)
     state, middle = layer.state.with_room(k), length + g.query_block // 2
     first = 1e3 * graph_ms(step(state, length))
     for at in range(length, middle):
@@ -112,6 +114,7 @@ def decoding(target: HSAAttention, inputs: Inputs, batch: int) -> Decoding:
         dense,
         (first + (g.query_block - 1) * later) / g.query_block,
         first,
+        executed,
         error,
     )
 
@@ -120,21 +123,25 @@ def _rows(x: Tensor, batch: int) -> Tensor:
     return torch.cat([x.roll(SHIFT * row, 2) for row in range(batch)])
 
 
-def _error(
+def _compared(
     target: HSAAttention,
     step: Callable[[int], Callable[[], Tensor]],
     tensors: tuple[Tensor, Tensor, Tensor],
     length: int,
-) -> float:
-    """Decodes the last query block, and compares it with one call over all tokens."""
+) -> tuple[float, float]:
+    """Decodes the last query block, and compares it with one call over all tokens: the relative difference, and the keys
+    that this executes for the block."""
     size = target.geometry.query_block
     end = length + size
     found = torch.cat([step(at)() for at in range(length, end)], 2).double()
     q, k, v = (x[:, :, :end] for x in tensors)
+    keys: list[float] = []
+    target.observer = lambda counts: keys.append(counts["keys"][..., length:].float().mean().item())
     expected = target(q, k, v, unpadded(k))[:, :, length:].double()
+    target.observer = None
     error = float((found - expected).norm() / expected.norm())
     if not error <= TOLERANCE:
         raise BenchmarkError(
             f"decoded tokens differ from one call by {error:.2e}, at most {TOLERANCE:.0e} is allowed; nothing was timed"
         )
-    return error
+    return error, keys[0]

@@ -158,11 +158,11 @@ def _table(found: Any, earlier: Any) -> Table:
 
 def _decoding(found: Any) -> Table:
     table = Table(title=f"one token, batch {found.decoding[0].batch}, in a CUDA graph", title_justify="left")
-    for column in ("tokens before", "dense µs", "converted µs", "speed-up", "first of a block µs"):
+    for column in ("tokens before", "dense µs", "converted µs", "speed-up", "first of a block µs", "keys"):
         table.add_column(column, justify="right")
     for row in found.decoding:
         numbers = (row.dense_us, row.target_us, row.speedup, row.first_us)
-        table.add_row(f"{row.length:,}", *(f"{number:,.1f}" for number in numbers))
+        table.add_row(f"{row.length:,}", *(f"{number:,.1f}" for number in numbers), f"{row.keys:,.0f}")
     return table
 
 
