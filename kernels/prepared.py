@@ -34,9 +34,24 @@ FUNCTIONS = (
     *("cuTensorMapReplaceAddress", "cuLaunchKernel", "cuGetErrorName"),
 )
 """What is asked of CUDA's driver; it has all of it since 12.4."""
-Place = tuple[int, int]
-"""The number of a storage, and the bytes from its begin."""
 _capturing = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Place:
+    """An address.
+
+    Attributes:
+        number: Of the storage.
+        offset: Bytes from its begin.
+    """
+
+    number: int
+    offset: int
+
+    def among(self, begins: Sequence[int]) -> int:
+        """The address, where storages begin at ``begins``."""
+        return begins[self.number] + self.offset
 
 
 class NodeParams(ctypes.Structure):
@@ -91,7 +106,7 @@ class Prepared:
         first = -self._memory.ctypes.data % MAP
         memory = self._memory[first : first + size]
         self._words = memory.view(np.int64)
-        self._maps: list[tuple[c_void_p, int, int]] = []
+        self._maps: list[tuple[c_void_p, Place]] = []
         self._calls: list[tuple[Any, ...]] = []
         self._lock = threading.Lock()
         places = []
@@ -99,8 +114,8 @@ class Prepared:
             for begin, value in zip(at, launch.parameters, strict=True):
                 memory[begin : begin + len(value)] = np.frombuffer(value, np.uint8)
             pointers = [memory.ctypes.data + begin for begin in at]
-            places += [(at[i] // 8, *place) for i, place in launch.addresses]
-            self._maps += [(c_void_p(pointers[i]), *place) for i, place in launch.maps]
+            places += [(at[i] // 8, place.number, place.offset) for i, place in launch.addresses]
+            self._maps += [(c_void_p(pointers[i]), place) for i, place in launch.maps]
             self._calls.append(
                 (c_void_p(launch.function), *map(c_uint, launch.sizes), (c_void_p * len(at))(*pointers))
             )
@@ -116,8 +131,8 @@ class Prepared:
         on = c_void_p(stream)
         with self._lock:  # other threads put other addresses into the same parameters
             self._words[self._at] = np.array(begins, np.int64)[self._numbers] + self._offsets
-            for described, number, offset in self._maps:
-                _check(driver.cuTensorMapReplaceAddress(described, c_void_p(begins[number] + offset)))
+            for described, place in self._maps:
+                _check(driver.cuTensorMapReplaceAddress(described, c_void_p(place.among(begins))))
             for *kernel, pointers in self._calls:
                 _check(driver.cuLaunchKernel(*kernel, on, pointers, None))
 
@@ -144,27 +159,22 @@ def captured(
     Returns:
         The launch; None if it is of more storages than can be told apart, or not every place is found in it.
     """
-    if any(number >= MOST_STORAGES for number, _ in (*addresses, *maps)):
+    if any(place.number >= MOST_STORAGES for place in (*addresses, *maps)):
         return None
     begins = [MADE_UP + number * APART for number in range(MOST_STORAGES)]
-    driver, graph = _driver(), c_void_p()
+    driver = _driver()
     with _capturing:
         stream = _stream(torch.cuda.current_device())
         if driver.cuStreamBeginCapture_v2(c_void_p(stream), RELAXED):
             return None
         try:
-            try:
-                launch(stream, begins)
-            finally:
-                driver.cuStreamEndCapture(c_void_p(stream), byref(graph))
-            read = _read(driver, graph) if graph.value else None
+            launch(stream, begins)
         finally:
-            if graph.value:
-                _check(driver.cuGraphDestroy(graph))
+            read = _ended(driver, stream)
     if read is None:
         return None
     function, sizes, values = read
-    known = {begins[number] + offset: (number, offset) for number, offset in addresses}
+    known = {place.among(begins): place for place in addresses}
     found = [
         (i, known[address])
         for i, value in enumerate(values)
@@ -174,6 +184,18 @@ def captured(
     if {place for _, place in found} != {*addresses} or len(described) != len(maps):
         return None
     return Captured(owner, function, sizes, values, found, list(zip(described, maps, strict=True)))
+
+
+def _ended(driver: Any, stream: int) -> tuple[int, tuple[int, ...], list[bytes]] | None:
+    """Ends a capture; what ``_read`` says of it."""
+    graph = c_void_p()
+    driver.cuStreamEndCapture(c_void_p(stream), byref(graph))
+    if not graph.value:
+        return None
+    try:
+        return _read(driver, graph)
+    finally:
+        _check(driver.cuGraphDestroy(graph))
 
 
 def _read(driver: Any, graph: c_void_p) -> tuple[int, tuple[int, ...], list[bytes]] | None:

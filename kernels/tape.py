@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from retrofit.kernels.launch import Launched, current_device, current_stream, has_hooks, listening
-from retrofit.kernels.prepared import Captured, Prepared, can_capture, captured
+from retrofit.kernels.prepared import Captured, Place, Prepared, can_capture, captured
 from retrofit.kernels.repeat import PYTHON
 from retrofit.kernels.tuned import settings
 
@@ -152,23 +152,19 @@ class Launch:
     Attributes:
         run: Launches for a stream and arguments.
         arguments: What has no address.
-        addresses: Which argument is an address: its number, that of the storage, bytes from there.
-        nested: Which argument has addresses, with places for them.
+        places: Which argument is an address or has some, with places for them.
         plain: As ``Launched`` has it.
     """
 
     run: Callable[..., None]
     arguments: list[Any]
-    addresses: list[tuple[int, int, int]]
-    nested: list[tuple[int, Any]]
+    places: list[tuple[int, Any]]
     plain: bool
 
     def launch(self, stream: Any, begins: Sequence[int]) -> None:
         """Launches on a stream for storages that begin at ``begins``."""
         arguments = self.arguments.copy()
-        for i, number, offset in self.addresses:
-            arguments[i] = begins[number] + offset
-        for i, x in self.nested:
+        for i, x in self.places:
             arguments[i] = among(x, begins)
         self.run(stream, arguments)
 
@@ -176,28 +172,10 @@ class Launch:
         """What ``Prepared`` is made of; None if there is more to it than its parameters and its grid."""
         if not self.plain:
             return None
-        nested = tree_leaves([x for _, x in self.nested])
-        places = [(number, offset) for _, number, offset in self.addresses]
-        places += [(x.number, x.offset) for x in nested if isinstance(x, Place)]
-        maps = [(x.place.number, x.place.offset) for x in nested if isinstance(x, Description)]
-        return captured(self.launch, places, maps, self.run)
-
-
-@dataclass(frozen=True)
-class Place:
-    """An address.
-
-    Attributes:
-        number: Of the storage.
-        offset: Bytes from its begin.
-    """
-
-    number: int
-    offset: int
-
-    def among(self, begins: Sequence[int]) -> int:
-        """The address, where storages begin at ``begins``."""
-        return begins[self.number] + self.offset
+        found = tree_leaves([x for _, x in self.places])
+        addresses = [x for x in found if isinstance(x, Place)]
+        maps = [x.place for x in found if isinstance(x, Description)]
+        return captured(self.launch, addresses, maps, self.run)
 
 
 @dataclass(frozen=True)
@@ -315,9 +293,7 @@ class Notes(TorchDispatchMode):
         if launch.run is None:
             self._cannot("a launch is interpreted")
             return
-        addresses = [(i, x.number, x.offset) for i, x in places if isinstance(x, Place)]
-        nested = [(i, x) for i, x in places if not isinstance(x, Place)]
-        self._steps.append(Launch(launch.run, arguments, addresses, nested, launch.plain))
+        self._steps.append(Launch(launch.run, arguments, places, launch.plain))
 
     def tape(self, result: Any) -> Tape | str:
         """The tape of a function that has returned ``result``, or what it cannot do."""

@@ -117,8 +117,9 @@ def hsa_attention(
     alike = min(call.slots, geometry.dense_end)
     fused = (
         call.is_whole
+        and not by_roles
         and dense.can_attend(q, k, v)
-        and (call.is_dense or (alike >= FUSED_FROM and not by_roles))
+        and (call.is_dense or alike >= FUSED_FROM)
         and (not sliding_window or alike <= sliding_window)
     )
     if call.is_dense and fused:

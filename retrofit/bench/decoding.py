@@ -12,7 +12,7 @@ from torch import Tensor
 
 from retrofit.attention_call import unpadded
 from retrofit.bench.inputs import Inputs
-from retrofit.bench.measure import graph_ms
+from retrofit.bench.measure import executed_keys, graph_ms
 from retrofit.bench.rivals import dense_runs
 from retrofit.cache import RetrofitLayer
 from retrofit.errors import BenchmarkError
@@ -135,13 +135,11 @@ def _compared(
     end = length + size
     found = torch.cat([step(at)() for at in range(length, end)], 2).double()
     q, k, v = (x[:, :, :end] for x in tensors)
-    keys: list[float] = []
-    target.observer = lambda counts: keys.append(counts["keys"][..., length:].float().mean().item())
-    expected = target(q, k, v, unpadded(k))[:, :, length:].double()
-    target.observer = None
+    with executed_keys(target) as keys:
+        expected = target(q, k, v, unpadded(k))[:, :, length:].double()
     error = float((found - expected).norm() / expected.norm())
     if not error <= TOLERANCE:
         raise BenchmarkError(
             f"decoded tokens differ from one call by {error:.2e}, at most {TOLERANCE:.0e} is allowed; nothing was timed"
         )
-    return error, keys[0]
+    return error, keys[0][..., length:].mean().item()

@@ -13,6 +13,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from retrofit.targets.base import TargetAttention
 
 CUDA_MS = 100
 """Milliseconds spent on timing one function on a GPU, repetitions included."""
@@ -87,6 +90,17 @@ def _once_ms(run: Callable[[], Any], device: torch.device) -> float:
     end.record()
     torch.cuda.synchronize(device)
     return float(begin.elapsed_time(end))
+
+
+@contextmanager
+def executed_keys(target: TargetAttention) -> Iterator[list[Tensor]]:
+    """Collects, of each call of ``target``, the keys that it executes per query and kv head, float [B, Hkv, T]."""
+    keys: list[Tensor] = []
+    target.observer = lambda counts: keys.append(counts["keys"].float())
+    try:
+        yield keys
+    finally:
+        target.observer = None
 
 
 def peak_memory(run: Callable[[], Any], device: torch.device) -> int:

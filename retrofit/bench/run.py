@@ -14,7 +14,7 @@ from retrofit.attention_call import AttentionCall, unpadded
 from retrofit.bench.decoding import Decoding, decoding
 from retrofit.bench.inputs import Inputs, record
 from retrofit.bench.kernels import kernel_times, selection_share
-from retrofit.bench.measure import environment, graph_ms, medians, peak_memory
+from retrofit.bench.measure import environment, executed_keys, graph_ms, medians, peak_memory
 from retrofit.bench.rivals import Run, dense_runs, flex_run, nsa_run
 from retrofit.bench.scaling import Scaling, time_scaling
 from retrofit.cache import RetrofitLayer
@@ -316,10 +316,9 @@ def _time(
     others = _rivals(target, inputs, call, rivals, left_out)
     everyone = {**runs, **dense, **others}
 
-    keys: list[float] = []
-    target.observer = lambda counts: keys.append(counts["keys"].float().mean().item())
-    runs["target"].forward()
-    target.observer = None
+    with executed_keys(target) as counted:
+        runs["target"].forward()
+    keys = counted[0].mean().item()
     forward = medians({name: run.forward for name, run in everyone.items()}, repeats, device)
     fastest = min(dense, key=forward.__getitem__)
     products = 2 * inputs.q.shape[1] * inputs.q.shape[2] * (inputs.q.shape[3] + inputs.v.shape[3])
@@ -334,8 +333,8 @@ def _time(
         if isinstance(target, HSAAttention)
         else None,
         kernels_us=kernel_times(runs.get("from_0", runs["target"]).forward) if kernels else None,
-        keys=keys[0],
-        target_tflops=products * keys[0] / forward["target"] / 1e9,
+        keys=keys,
+        target_tflops=products * keys / forward["target"] / 1e9,
         dense_bytes=peak_memory(dense[fastest].forward, device),
         target_bytes=peak_memory(runs["target"].forward, device),
         rivals_ms={name: forward[name] for name in others},

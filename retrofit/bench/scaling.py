@@ -12,7 +12,7 @@ from math import log
 
 from retrofit.attention_call import unpadded
 from retrofit.bench.inputs import Inputs
-from retrofit.bench.measure import medians
+from retrofit.bench.measure import executed_keys, medians
 from retrofit.bench.rivals import Run
 from retrofit.errors import BenchmarkError
 from retrofit.targets.base import TargetAttention
@@ -47,13 +47,9 @@ def time_scaling(target: TargetAttention, inputs: Inputs, lengths: Sequence[int]
     for length in sorted(set(lengths)):
         first = inputs.first(length)
         run = Run(partial(target, call=unpadded(first.q)), (first.q, first.k, first.v))
-        counted: list[float] = []
-        target.observer = lambda seen, counted=counted: counted.append(seen["keys"].float().mean().item())
-        try:
+        with executed_keys(target) as counted:
             run.forward()
-        finally:
-            target.observer = None
-        keys[length] = counted[0]
+        keys[length] = counted[0].mean().item()
         found[length] = medians({"target": run.forward}, repeats, first.q.device)["target"]
     return Scaling(found, keys, exponent(found))
 

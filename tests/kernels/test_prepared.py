@@ -15,8 +15,8 @@ import torch
 pytest.importorskip("triton")
 
 from retrofit.kernels import prepared, tape
-from retrofit.kernels.prepared import MAP, MOST_STORAGES, Prepared
-from retrofit.kernels.tape import Description, Launch, Operation, Place
+from retrofit.kernels.prepared import MAP, MOST_STORAGES, Place, Prepared
+from retrofit.kernels.tape import Description, Launch, Operation
 
 STREAM, CAPTURING, GRAPH = 5, 6, 11
 
@@ -130,12 +130,12 @@ def launch_of(driver: Driver, function: int, **options: Any) -> Launch:
                     ]
         driver.run(function, values)
 
-    return Launch(run, **{"nested": [], "plain": True, **options})
+    return Launch(run, **{"plain": True, **options})
 
 
 def writing(driver: Driver, function: int, number: int = 0) -> Launch:
     """A launch that is given the begin of a storage, and nothing else."""
-    return launch_of(driver, function, arguments=[None], addresses=[(0, number, 0)])
+    return launch_of(driver, function, arguments=[None], places=[(0, Place(number, 0))])
 
 
 def described(number: int, offset: int) -> Description:
@@ -144,13 +144,14 @@ def described(number: int, offset: int) -> Description:
 
 def test_addresses_are_put_where_they_were(driver: Driver) -> None:
     far = 100 * 2**30  # bytes from a storage's begin
-    one = launch_of(driver, 21, arguments=[None, 7, None, 2**40, -3], addresses=[(0, 0, 0), (2, 2, far)])
+    one = launch_of(
+        driver, 21, arguments=[None, 7, None, 2**40, -3], places=[(0, Place(0, 0)), (2, Place(2, far))]
+    )
     other = launch_of(
         driver,
         22,
         arguments=[None, None, 1, None],
-        addresses=[(0, 1, 8)],
-        nested=[(1, described(2, 32)), (3, (described(0, 16), 5, Place(1, 24)))],
+        places=[(0, Place(1, 8)), (1, described(2, 32)), (3, (described(0, 16), 5, Place(1, 24)))],
     )
     (step,) = tape.with_prepared([one, other])
     assert isinstance(step, Prepared) and not driver.launched and not driver.graphs
@@ -233,10 +234,10 @@ def test_what_the_driver_does_not_tell_is_left_to_triton(driver: Driver, what: s
 
 def test_places_that_are_not_found_are_left_to_triton(driver: Driver) -> None:
     many = writing(driver, 1, MOST_STORAGES)
-    hidden = launch_of(driver, 2, arguments=[3], addresses=[])
+    hidden = launch_of(driver, 2, arguments=[3], places=[])
     hidden = replace(hidden, run=lambda stream, arguments: driver.run(2, [bytes(16)]))
-    unseen = replace(hidden, addresses=[(0, 0, 0)])
-    no_map = replace(hidden, arguments=[None], nested=[(0, described(0, 0))])
+    unseen = replace(hidden, places=[(0, Place(0, 0))])
+    no_map = replace(hidden, arguments=[None], places=[(0, described(0, 0))])
     unknown_map = replace(hidden, run=lambda stream, arguments: driver.run(2, [bytes(MAP)]))
     for launch in (many, unseen, no_map, unknown_map):
         assert tape.with_prepared([launch]) == [launch]
