@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.autograd import forward_ad
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from retrofit.kernels.autograd import is_watched
 from retrofit.kernels.launch import Launched, current_device, current_stream, has_hooks, listening
 from retrofit.kernels.prepared import Captured, Place, Prepared, can_capture, captured
 from retrofit.kernels.repeat import PYTHON
@@ -83,17 +83,9 @@ def _device(tensors: Sequence[Tensor | None]) -> torch.device:
 def _is_plain(tensors: Sequence[Tensor | None]) -> bool:
     """Whether the current GPU's work is all that is asked for: no gradients, no transforms of functions, and nobody who
     watches operators or launches."""
-    if torch._C._len_torch_dispatch_stack() or torch.autograd.profiler._is_profiler_enabled or has_hooks():
+    if is_watched(tensors) or has_hooks() or _device(tensors).index != current_device():
         return False
-    if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
-        return False
-    if _device(tensors).index != current_device():
-        return False
-    graded = torch.is_grad_enabled()
-    for x in tensors:
-        if x is not None and (type(x) not in (Tensor, nn.Parameter) or (graded and x.requires_grad)):
-            return False
-    return True
+    return not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors))
 
 
 def _kind(x: Tensor | None) -> Hashable:
@@ -237,12 +229,11 @@ class Notes(TorchDispatchMode):
         self._storages: dict[int, Storage] = {}
         self._steps: list[Launch | Operation] = []
         self._device = _device(tensors)
-        self._offsets = [0 if x is None else int(x.storage_offset()) * x.element_size() for x in tensors]
-        self._next = len(tensors)
+        self._given = self._next = len(tensors)
         self._kept: list[Any] = []  # so that no address is one of two tensors
         for number, x in enumerate(tensors):
             if x is not None:
-                address = x.untyped_storage().data_ptr()
+                address = begin_of(x)
                 if address in self._numbers:
                     self._alike.append((self._numbers[address], number))
                 else:
@@ -300,7 +291,7 @@ class Notes(TorchDispatchMode):
         pieces = tree_map(self._piece, result)
         if self.why is not None:
             return self.why
-        return Tape(self._offsets, self._next, self._storages, self._steps, pieces, self._alike)
+        return Tape(self._given, self._next, self._storages, self._steps, pieces, self._alike)
 
     def _cannot(self, why: str) -> None:
         if self.why is None:
@@ -309,10 +300,10 @@ class Notes(TorchDispatchMode):
             self._steps.clear()
 
     def _number(self, x: Tensor) -> int | None:
-        return self._numbers.get(x.untyped_storage().data_ptr())
+        return self._numbers.get(begin_of(x))
 
     def _add(self, x: Tensor, size: int | None = None) -> int:
-        number = self._numbers[x.untyped_storage().data_ptr()] = self._next
+        number = self._numbers[begin_of(x)] = self._next
         self._storages[number] = Storage(x.dtype, size)
         self._next += 1
         return number
@@ -331,7 +322,7 @@ class Notes(TorchDispatchMode):
         if number is None:
             self._cannot("a tensor is used that was not given")
             return None
-        return Place(number, x.data_ptr() - begin_of(x))
+        return Place(number, int(x.storage_offset()) * x.element_size())
 
     def _piece(self, x: Any) -> Any:
         if not isinstance(x, Tensor):
@@ -352,14 +343,14 @@ class Tape:
 
     def __init__(
         self,
-        offsets: list[int],
+        given: int,
         count: int,
         storages: dict[int, Storage],
         steps: list[Launch | Operation],
         result: Any,
         alike: list[tuple[int, int]],
     ) -> None:
-        self.offsets, self.new = offsets, count - len(offsets)
+        self.new = count - given
         self.steps: list[Step] = [*steps]
         self.result, self.alike, self.prepared = result, alike, False
         self.shared: list[tuple[int, int, torch.dtype]] = []
@@ -384,7 +375,7 @@ class Tape:
             self.steps, self.prepared = with_prepared(self.steps), True
         new = tensors[0].new_empty
         owners = [*tensors, *[None] * self.new]
-        begins = [0 if x is None else x.data_ptr() - at for x, at in zip(tensors, self.offsets, strict=True)]
+        begins = [0 if x is None else begin_of(x) for x in tensors]
         begins += [0] * self.new
         if self.room:
             room = new(self.room, dtype=torch.uint8)
@@ -434,7 +425,7 @@ def put_together(x: Any, owners: Sequence[Any]) -> Any:
 
 def begin_of(x: Tensor) -> int:
     """Address of a tensor's storage."""
-    return x.data_ptr() - int(x.storage_offset()) * x.element_size()
+    return x.untyped_storage().data_ptr()
 
 
 class Address(int):

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
 from retrofit.errors import ConfigError
+from retrofit.kernels.autograd import differentiable, direct
 from retrofit.kernels.dense.ops import visible_pairs
 from retrofit.kernels.dense.scores import PLAIN, ScoreRules
 from retrofit.kernels.hsa import account, blocked, reference
@@ -159,17 +160,17 @@ def _backward_fake(*tensors: Any, **options: Any) -> list[Tensor]:
 
 
 torch.library.register_fake("retrofit::hsa_attention_backward", _backward_fake, lib=_LIBRARY)
+_backward_operator = direct("hsa_attention_backward", _hsa_attention_backward)
 
 
-def _setup_context(
-    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any
-) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], options: dict[str, Any], output: Any) -> None:
     q, k, v, start, length, nodes, _, value_nodes, gate, _, _, sinks = inputs
     out, spans, choices, lse = output
     ctx.counts = len(nodes), len(value_nodes)
+    ctx.select_only = gate is None and not any(x.requires_grad for x in (*nodes, *value_nodes))
     used = (out, lse) if lse.ndim > 1 else (None, None)
     ctx.save_for_backward(q, k, v, start, length, *nodes, *value_nodes, gate, spans, choices, *used, sinks)
-    ctx.options = {name: value for name, value in keyword_only_inputs.items() if name != "implementation"}
+    ctx.options = {name: value for name, value in options.items() if name != "implementation"}
     ctx.mark_non_differentiable(spans, choices, lse)
 
 
@@ -178,14 +179,13 @@ def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     levels, value_levels = ctx.counts
     nodes, value_nodes = rest[:levels], rest[levels : levels + value_levels]
     gate, spans, choices, out, lse, sinks = rest[levels + value_levels :]
-    select_only = gate is None and not any((*ctx.needs_input_grad[5], *ctx.needs_input_grad[7]))
-    grads = torch.ops.retrofit.hsa_attention_backward(
+    grads = _backward_operator(
         *(grad, q, k, v, start, length),
-        *((), ()) if select_only else (nodes, value_nodes),
+        *((), ()) if ctx.select_only else (nodes, value_nodes),
         *(gate, spans, choices, out, lse, sinks),
         **ctx.options,
     )
-    if select_only:
+    if ctx.select_only:
         grads = [*grads[:3], *[None] * (levels + value_levels), *grads[3:]]
     pooled = grads[3 : 3 + levels], grads[3 + levels : 3 + levels + value_levels]
     by_head = iter(grads[3 + levels + value_levels :])
@@ -194,9 +194,7 @@ def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     return (*grads[:3], None, None, grad_nodes, None, grad_value_nodes, grad_gate, None, None, grad_sinks)
 
 
-torch.library.register_autograd(
-    "retrofit::hsa_attention", _backward, setup_context=_setup_context, lib=_LIBRARY
-)
+_operator = differentiable(_LIBRARY, "hsa_attention", _hsa_attention, _backward, _setup_context)
 
 
 def hsa_attention(
@@ -261,7 +259,7 @@ def hsa_attention(
         start = torch.zeros(q.shape[0], dtype=torch.int64, device=q.device)
     if length is None:
         length = k.shape[2] - start
-    out, spans, choices, _ = torch.ops.retrofit.hsa_attention(
+    out, spans, choices, _ = _operator(
         q,
         k,
         v,

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
 from retrofit.errors import ConfigError
+from retrofit.kernels.autograd import differentiable, direct
 from retrofit.kernels.maha import backward, blocked, reference
 from retrofit.kernels.maha.account import visible_pairs
 from retrofit.kernels.maha.bands import Bands
@@ -144,20 +145,19 @@ def _backward_fake(
 
 
 torch.library.register_fake("retrofit::maha_attention_backward", _backward_fake, lib=_LIBRARY)
+_backward_operator = direct("maha_attention_backward", _maha_attention_backward)
 
 
-def _setup_context(
-    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any
-) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], options: dict[str, Any], output: Any) -> None:
     q, k, v, start, length, keys, values, offsets = inputs
     ctx.save_for_backward(q, k, v, start, length, offsets, *keys, *values)
-    ctx.options = {name: value for name, value in keyword_only_inputs.items() if name != "causal"}
+    ctx.options = {name: value for name, value in options.items() if name != "causal"}
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     q, k, v, start, length, offsets, *levels = ctx.saved_tensors
     half = len(levels) // 2
-    grad_q, grad_keys, grad_values, grad_offsets = torch.ops.retrofit.maha_attention_backward(
+    grad_q, grad_keys, grad_values, grad_offsets = _backward_operator(
         grad, q, k, v, start, length, levels[:half], levels[half:], offsets, **ctx.options
     )
     return (
@@ -172,9 +172,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     )
 
 
-torch.library.register_autograd(
-    "retrofit::maha_attention", _backward, setup_context=_setup_context, lib=_LIBRARY
-)
+_operator = differentiable(_LIBRARY, "maha_attention", _maha_attention, _backward, _setup_context)
 
 
 def _pairs(q: Tensor, k: Tensor, start: Tensor, length: Tensor, options: dict[str, Any]) -> int:
@@ -269,7 +267,7 @@ def maha_attention(
         raise ConfigError(f"offsets must be [{q.shape[1]}, {scales}], got {list(offsets.shape)}")
     if sink % ratio ** (scales - 1):
         raise ConfigError(f"sink must be a multiple of ratio**(scales-1)={ratio ** (scales - 1)}, got {sink}")
-    out: Tensor = torch.ops.retrofit.maha_attention(
+    out: Tensor = _operator(
         q,
         k,
         v,

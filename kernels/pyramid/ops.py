@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from retrofit.kernels.pyramid import blocked
-from retrofit.kernels.repeat import has_triton
+from retrofit.kernels.repeat import has_triton, repeated_call
 
 
 def extend_pyramid(
@@ -79,8 +79,9 @@ def build_with_spreads(
     kernels = _implementation(x, pooling, weights, differentiable=False)
     if torch.compiler.is_exporting() or kernels is blocked:
         return None
-    built: tuple[list[Tensor], Tensor] = kernels.build_with_spreads(
-        x, start, ratios=ratios, offset=offset, pooling=pooling, weights=weights
+    options = {"ratios": tuple(ratios), "offset": offset, "pooling": pooling}
+    built: tuple[list[Tensor], Tensor] = repeated_call(
+        kernels.build_with_spreads, (x, start, weights), options
     )
     return built
 

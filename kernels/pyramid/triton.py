@@ -105,11 +105,11 @@ def extend_pyramid(
 def build_with_spreads(
     x: Tensor,
     start: Tensor,
+    weights: Sequence[Tensor | None],
     *,
     ratios: Sequence[int],
     offset: int,
     pooling: str,
-    weights: Sequence[Tensor | None],
 ) -> tuple[list[Tensor], Tensor]:
     """``extend_pyramid`` from nothing, and ``extend_spreads`` of its first level."""
     x, cells, taps = _prepared(x, ratios, offset, weights)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from retrofit.kernels.autograd import differentiable, direct
 from retrofit.kernels.repeat import has_triton
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -38,7 +39,7 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
         Both rotated, in the dtype of their products with ``cos``.
     """
     if _is_for_kernel(q, k, cos, sin):
-        found: tuple[Tensor, Tensor] = torch.ops.retrofit.rotary(q, k, cos, sin)
+        found: tuple[Tensor, Tensor] = _operator(q, k, cos, sin)
         return found
     return rotated(q, cos, sin), rotated(k, cos, sin)
 
@@ -107,9 +108,12 @@ def _backward_fake(
 
 
 torch.library.register_fake("retrofit::rotary_backward", _backward_fake, lib=_LIBRARY)
+_backward_operator = direct("rotary_backward", _rotary_backward)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
+def _setup_context(
+    ctx: Any, inputs: tuple[Tensor, ...], options: dict[str, Any], output: tuple[Tensor, Tensor]
+) -> None:
     q, _, cos, sin = inputs
     ctx.save_for_backward(cos, sin)
     ctx.dtype = q.dtype
@@ -117,7 +121,7 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
 
 def _backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
     cos, sin = ctx.saved_tensors
-    return (*torch.ops.retrofit.rotary_backward(grad_q, grad_k, cos, sin, ctx.dtype), None, None)
+    return (*_backward_operator(grad_q, grad_k, cos, sin, ctx.dtype), None, None)
 
 
-torch.library.register_autograd("retrofit::rotary", _backward, setup_context=_setup_context, lib=_LIBRARY)
+_operator = differentiable(_LIBRARY, "rotary", _rotary, _backward, _setup_context)
