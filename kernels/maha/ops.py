@@ -57,9 +57,12 @@ def _maha_attention(
         found: Tensor = run(*tensors, **options, **sizes).contiguous()
         return found
     kernels = implementation_of(implementation, tensors[0], tensors[2], aggregation, regularizer)
-    out: Tensor = kernels.maha_attention(
-        *tensors, **options, bands=Bands(tuple(widths), last_width, sink, ratio)
-    )
+    options["bands"] = Bands(tuple(widths), last_width, sink, ratio)
+    out: Tensor
+    if kernels is blocked:
+        out = blocked.maha_attention(*tensors, **options)
+    else:
+        out = repeated_call(kernels.maha_attention, tensors, options)
     return out
 
 

@@ -30,6 +30,7 @@ from retrofit.kernels.pyramid.triton_pool import (
     pool_cells,
     pool_levels,
 )
+from retrofit.kernels.repeat import repeated_call
 from retrofit.kernels.tuned import settings
 
 MOST_CELLS = 256
@@ -78,7 +79,7 @@ def extend_pyramid(
     """As :func:`retrofit.kernels.pyramid.blocked.extend_pyramid`."""
     batch, heads, tokens, dim = x.shape
     if levels is None and has_gradients(x, weights):
-        options = {"ratios": ratios, "offset": offset, "pooling": pooling}
+        options = {"ratios": tuple(ratios), "offset": offset, "pooling": pooling}
         return list(_Built.apply(x, start, options, *weights))  # type: ignore[no-untyped-call]
     children, cells, taps = _prepared(x, ratios, offset, weights)
     if levels is None:
@@ -205,11 +206,11 @@ class _Built(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         x, start, *saved = ctx.saved_tensors
         cells, taps = saved[: ctx.levels], saved[ctx.levels :]
-        grad_x, grad_taps = _gradients(x, start, cells, taps, grads, **ctx.options)
+        grad_x, grad_taps = repeated_call(_built_gradients, (x, start, cells, taps, grads), ctx.options)
         return grad_x, None, None, *grad_taps
 
 
-def _gradients(
+def _built_gradients(
     x: Tensor,
     start: Tensor,
     cells: Sequence[Tensor],
