@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from retrofit.kernels.autograd import differentiable, direct
-from retrofit.kernels.repeat import has_triton
+from retrofit.kernels.repeat import has_triton, repeated_call
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LIBRARY = torch.library.Library("retrofit", "FRAGMENT")
@@ -72,7 +72,10 @@ def _rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Ten
         return rotated(q, cos, sin), rotated(k, cos, sin)
     from retrofit.kernels.rotary import triton  # not at import time: it is optional and slow to import
 
-    return triton.rotary(q, k, cos, sin, torch.result_type(q, cos))
+    found: tuple[Tensor, Tensor] = repeated_call(
+        triton.rotary, (q, k, cos, sin), {"dtype": torch.result_type(q, cos)}
+    )
+    return found
 
 
 def _fake(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,7 +95,10 @@ def _rotary_backward(
         return back_q, back_k
     from retrofit.kernels.rotary import triton  # as above
 
-    return triton.rotary_backward(grad_q, grad_k, cos, sin, dtype)
+    found: tuple[Tensor, Tensor] = repeated_call(
+        triton.rotary_backward, (grad_q, grad_k, cos, sin), {"dtype": dtype}
+    )
+    return found
 
 
 def rotated_back(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -156,6 +156,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         import triton
 
         facts["triton"] = triton.__version__
+        facts["processor"] = _processor()
     return facts
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from retrofit.kernels.launch import listening
+from retrofit.kernels import tape
+from retrofit.kernels.prepared import Prepared
 from retrofit.kernels.rotary import ops
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -25,11 +26,17 @@ CASES = {
 
 
 def inputs(
-    sizes: tuple[int, ...], dtype: torch.dtype, angles: torch.dtype, *, rows: int = 1, rest: int = 0
+    sizes: tuple[int, ...],
+    dtype: torch.dtype,
+    angles: torch.dtype,
+    *,
+    rows: int = 1,
+    rest: int = 0,
+    seed: int = 0,
 ) -> list[Tensor]:
     """q and k as projections leave them, cos and sin."""
     batch, heads, kv_heads, tokens, dim = sizes
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     x = [
         torch.randn(batch, tokens, count, dim + rest, generator=generator)
         .to(DEVICE, dtype)[..., :dim]
@@ -72,25 +79,26 @@ def test_the_kernel_rounds_as_the_operators_do(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
-def test_on_a_gpu_the_kernel_runs_and_is_differentiated(grad: bool) -> None:
-    given = inputs((2, 9, 3, 70, 64), torch.bfloat16, torch.bfloat16)
-    q, k = (x.requires_grad_(grad) for x in given[:2])
-    launches: list[Any] = []
-    with listening(launches.append):
+def test_on_a_gpu_the_kernel_runs_and_is_differentiated(grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tape, "_tapes", type(tape._tapes)())
+    for seed in range(4):
+        given = inputs((2, 9, 3, 70, 64), torch.bfloat16, torch.bfloat16, seed=seed)
+        q, k = (x.requires_grad_(grad) for x in given[:2])
         actual = ops.rotary(q, k, *given[2:])
-    assert len(launches) == 1
-    expected = tuple(ops.rotated(x, *given[2:]) for x in (q, k))
-    for x, y in zip(actual, expected, strict=True):
-        assert torch.equal(x, y)
-        assert x.requires_grad == grad
-    if grad:
-        weights = [torch.randn_like(x) for x in expected]
-        for x, y in zip(
-            torch.autograd.grad(actual, (q, k), weights),
-            torch.autograd.grad(expected, (q, k), weights),
-            strict=True,
-        ):
+        expected = tuple(ops.rotated(x, *given[2:]) for x in (q, k))
+        for x, y in zip(actual, expected, strict=True):
             assert torch.equal(x, y)
+            assert x.requires_grad == grad
+        if grad:
+            weights = [torch.randn_like(x) for x in expected]
+            for x, y in zip(
+                torch.autograd.grad(actual, (q, k), weights),
+                torch.autograd.grad(expected, (q, k), weights),
+                strict=True,
+            ):
+                assert torch.equal(x, y)
+    steps = [[type(step) for step in found.steps] for found in tape._tapes.values()]
+    assert steps == [[Prepared]] * (1 + grad)
 
 
 @pytest.mark.parametrize(
