@@ -205,6 +205,7 @@ def decoding() -> str:
         ("HSA µs", number("target_us", 1)),
         ("speed-up", number("speedup", 2)),
         ("first token of a block, µs", number("first_us", 1)),
+        KEYS,
     )
 
 
