@@ -1,45 +1,27 @@
 """Operators with gradients, at little cost to the host.
 
     differentiable(library, name, function, backward, setup_context)  →  the operator
-    direct(name, function)                                            →  an operator without gradients
+    direct(name, function)                                            →  the operator of its backward pass
 
 ``torch.library.register_autograd`` goes through the schema at every call, and the dispatcher turns each argument into
 its own kind of value and back: with some thirty arguments that takes the host longer than all launches of the operator.
-So where nobody watches operators, the functions are called without them.
+So where nobody is seen to watch operators, their functions are called without the dispatcher. Who watches from within it
+(``torch.profiler.ExecutionTraceObserver``) misses them, and so do functions that others register for a device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 
-PLAIN = (Tensor, nn.Parameter)
+from retrofit.errors import ConfigError
 
-
-@dataclass(frozen=True)
-class _Call:
-    """A call.
-
-    Attributes:
-        run: What is called, without gradients.
-        arguments: Tensors, None, and lists of tensors.
-        options: Arguments by keyword.
-    """
-
-    run: Callable[..., Any]
-    arguments: tuple[Any, ...]
-    options: dict[str, Any]
-
-    def made(self) -> Any:
-        """What it returns."""
-        with torch._C._AutoDispatchBelowAutograd():
-            return self.run(*self.arguments, **self.options)
+KINDS = (Tensor, nn.Parameter)
+"""Types of tensors that are no more than their elements."""
 
 
 def differentiable(
@@ -49,13 +31,13 @@ def differentiable(
     backward: Callable[..., Sequence[Any]],
     setup_context: Callable[[Any, tuple[Any, ...], dict[str, Any], Any], None],
 ) -> Callable[..., Any]:
-    """Gives an operator gradients, which themselves have none.
+    """Gives an operator gradients.
 
     Args:
-        library: Where it is defined: its arguments are tensors, None and lists of tensors, and by keyword what is none;
-            it returns tensors, and no argument has a default.
+        library: Where it is defined, in the namespace ``retrofit``: its arguments are tensors, None and lists of tensors,
+            and by keyword what is none; it returns tensors, and no argument has a default.
         name: Of the operator.
-        function: Its implementation on every device.
+        function: Its implementation, the same for every device.
         backward: From the context and the gradients of what it returned to those of its arguments, in lists as they are.
         setup_context: Keeps in the context what ``backward`` needs, of the arguments, the options and what it returned.
 
@@ -66,70 +48,105 @@ def differentiable(
 
     class Function(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, call: _Call, *_: Tensor | None) -> Any:
-            out = call.made()
-            setup_context(ctx, call.arguments, call.options, out)
-            ctx.lengths = [len(x) if isinstance(x, (list, tuple)) else None for x in call.arguments]
+        def forward(ctx: Any, run: Any, arguments: tuple[Any, ...], options: dict[str, Any], *_: Any) -> Any:
+            out = _without_gradients(run, arguments, options)
+            setup_context(ctx, arguments, options, out)
+            ctx.lengths = [len(x) if isinstance(x, (list, tuple)) else None for x in arguments]
             return out
 
         @staticmethod
-        @once_differentiable
         def backward(ctx: Any, *grads: Any) -> Any:
-            found: list[Any] = [None]
+            of_all: list[Any] = [None] * 3
             for grad, length in zip(backward(ctx, *grads), ctx.lengths, strict=True):
                 if length is None:
-                    found.append(grad)
+                    of_all.append(grad)
                 else:
-                    found += [None] * length if grad is None else grad
-            return tuple(found)
+                    of_all += [None] * length if grad is None else grad
+            return tuple(of_all)
 
-    def made(call: _Call) -> Any:
-        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*call.arguments)):
-            return call.made()
-        return Function.apply(call, *_flat(call.arguments))  # type: ignore[no-untyped-call]
+    # By the name of the class the nodes of a graph are told apart.
+    apply: Callable[..., Any] = type(f"retrofit_{name}_", (Function,), {}).apply  # type: ignore[attr-defined]
+
+    def call(run: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        flat = _flat(arguments)
+        graded = torch.is_grad_enabled() and torch._C._any_requires_grad(*flat)
+        if graded or forward_ad._current_level >= 0:  # of which the class says that there is none
+            return apply(run, arguments, options, *flat)
+        return _without_gradients(run, arguments, options)
 
     def dispatched(keys: Any, *arguments: Any, **options: Any) -> Any:
         def run(*arguments: Any, **options: Any) -> Any:
             return operator.redispatch(keys & torch._C._after_autograd_keyset, *arguments, **options)
 
-        return made(_Call(run, arguments, options))
+        return call(run, arguments, options)
 
     def called(*arguments: Any, **options: Any) -> Any:
-        if is_watched(_flat(arguments)):
+        if _needs_dispatcher(arguments):
             return operator(*arguments, **options)
-        return made(_Call(function, arguments, options))
+        return call(function, arguments, options)
 
     library.impl(name, dispatched, "Autograd", with_keyset=True)
     return called
 
 
 def direct(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """An operator without gradients, to be called with all arguments.
+    """The operator that a backward pass is, to be called with all arguments.
 
     Args:
-        name: Of the operator.
-        function: Its implementation on every device.
+        name: Of the operator, in the namespace ``retrofit``.
+        function: Its implementation, the same for every device.
     """
     operator = getattr(torch.ops.retrofit, name).default
 
     def called(*arguments: Any, **options: Any) -> Any:
-        if is_watched(_flat(arguments)):
+        # In a backward pass gradients are on where those of gradients are asked for.
+        if torch.is_grad_enabled() or _needs_dispatcher(arguments):
             return operator(*arguments, **options)
         return function(*arguments, **options)
 
     return called
 
 
+def check_kinds(tensors: Mapping[str, Any], integers: Mapping[str, Any]) -> None:
+    """Raises ConfigError for what is neither a tensor nor None, and for what is no integer: functions that are called
+    without the dispatcher have no schema that does."""
+    for name, x in tensors.items():
+        if x is not None and not isinstance(x, Tensor):
+            raise ConfigError(f"{name} must be a tensor or None, got {type(x).__name__}")
+    for name, n in integers.items():
+        if not isinstance(n, int):
+            raise ConfigError(f"{name} must be an integer, got {n!r}")
+
+
 def is_watched(tensors: Sequence[Any]) -> bool:
-    """Whether somebody watches or transforms operators: a compiler, a tracer, a profiler, a mode, a transform of
-    functions, or tensors of a kind of their own."""
+    """Whether somebody watches or transforms operators: a compiler, a tracer, a profiler, a dispatch mode, a transform of
+    functions, or tensors that are more or less than their elements."""
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return True
     if torch._C._len_torch_dispatch_stack() or torch.autograd.profiler._is_profiler_enabled:
         return True
     if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
         return True
-    return any(type(x) not in PLAIN for x in tensors if isinstance(x, Tensor))
+    return not all(_is_plain(x) for x in tensors if isinstance(x, Tensor))
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether x is its elements, as they stand in memory."""
+    if type(x) not in KINDS or x.is_meta or x.is_neg() or x._is_zerotensor():
+        return False
+    return not torch._C._functorch.is_legacy_batchedtensor(x)
+
+
+def _needs_dispatcher(arguments: Sequence[Any]) -> bool:
+    """Whether somebody watches, or has what is called from Python mean something else, as a default device does."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_function_stack():
+        return True
+    return is_watched(_flat(arguments))
+
+
+def _without_gradients(run: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return run(*arguments, **options)
 
 
 def _flat(arguments: Sequence[Any]) -> list[Any]:

@@ -122,6 +122,25 @@ class Piece:
         return owner.as_strided(self.shape, self.stride, self.begin)
 
 
+@dataclass(frozen=True)
+class Nothing:
+    """A tensor whose storage has no address, for it has no elements.
+
+    Attributes:
+        shape: The tensor's.
+        stride: The tensor's.
+        dtype: The tensor's.
+    """
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    def beside(self, x: Tensor) -> Tensor:
+        """Such a tensor, on the device of ``x``."""
+        return x.new_empty_strided(self.shape, self.stride, dtype=self.dtype)
+
+
 @dataclass
 class Storage:
     """What tensors lie in.
@@ -232,8 +251,7 @@ class Notes(TorchDispatchMode):
         self._given = self._next = len(tensors)
         self._kept: list[Any] = []  # so that no address is one of two tensors
         for number, x in enumerate(tensors):
-            if x is not None:
-                address = begin_of(x)
+            if x is not None and (address := begin_of(x)):
                 if address in self._numbers:
                     self._alike.append((self._numbers[address], number))
                 else:
@@ -261,7 +279,7 @@ class Notes(TorchDispatchMode):
             if x.device != self._device:
                 self._cannot(f"{operator} returns a tensor on {x.device}")
                 return
-        new = [(i, x) for i, x in outputs if self._number(x) is None]
+        new = [(i, x) for i, x in outputs if begin_of(x) and self._number(x) is None]
         if operator.name().split(".")[0] in ALLOCATING:
             for _, x in new:
                 self._add(x, x.untyped_storage().nbytes() // x.element_size())
@@ -318,6 +336,8 @@ class Notes(TorchDispatchMode):
             return Description(self._placed(x.base), others)
         if not isinstance(x, Tensor):
             return x
+        if not begin_of(x):
+            return 0
         number = self._number(x)
         if number is None:
             self._cannot("a tensor is used that was not given")
@@ -327,6 +347,8 @@ class Notes(TorchDispatchMode):
     def _piece(self, x: Any) -> Any:
         if not isinstance(x, Tensor):
             return x
+        if not begin_of(x):
+            return Nothing(x.shape, x.stride(), x.dtype)
         number = self._number(x)
         if number is None:
             self._cannot("a tensor is used that was not given")
@@ -413,9 +435,14 @@ def with_prepared(steps: Sequence[Step]) -> list[Step]:
 
 
 def put_together(x: Any, owners: Sequence[Any]) -> Any:
-    """Puts tensors in the places of pieces, of which each has an owner by its number, in less time than ``tree_map``."""
+    """Puts tensors in the places of pieces, of which each has an owner by its number, in less time than ``tree_map``.
+
+    The first owner is on the device of all.
+    """
     if isinstance(x, Piece):
         return x.of(owners[x.number])
+    if isinstance(x, Nothing):
+        return x.beside(owners[0])
     if isinstance(x, (tuple, list)):
         return type(x)([put_together(y, owners) for y in x])
     if isinstance(x, dict):

@@ -195,7 +195,7 @@ def add_choices(choices: Tensor, levels: Tensor, new: Tensor, row: Tensor, geome
         found = choices.flatten(0, -2).clone()
         of, at = rises.flatten(0, -2).nonzero(as_tuple=True)
         each = of.bincount(minlength=len(found))
-        to = (count.flatten() - each.cumsum(0) + each)[of] + torch.arange(len(of))
+        to = (count.flatten() - each.cumsum(0) + each)[of] + torch.arange(len(of), device=of.device)
         of, at, to = (x[to < found.shape[1]] for x in (of, at, to))
         place, candidate = at // g.leaf_width, at % g.leaf_width
         packed = g.packed(

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
 from retrofit.errors import ConfigError
-from retrofit.kernels.autograd import differentiable, direct
+from retrofit.kernels.autograd import check_kinds, differentiable, direct
 from retrofit.kernels.dense.ops import visible_pairs
 from retrofit.kernels.dense.scores import PLAIN, ScoreRules
 from retrofit.kernels.hsa import account, blocked, reference
@@ -251,6 +251,8 @@ def hsa_attention(
     Raises:
         ConfigError: If an argument does not fit the others, or the dtype or implementation is unknown.
     """
+    optional = {"start": start, "length": length, "gate": gate, "sinks": rules.sinks}
+    check_kinds({"q": q, "k": k, "v": v, **optional}, {"sliding_window": sliding_window})
     _check(
         q, k, v, nodes, spreads, value_nodes, gate, past_spans, past_choices, rules.sinks, geometry, implementation
     )  # fmt: skip
@@ -272,9 +274,9 @@ def hsa_attention(
         past_spans,
         past_choices,
         rules.sinks,
-        scale=scale,
-        softcap=rules.softcap,
-        causal=causal,
+        scale=float(scale),
+        softcap=float(rules.softcap),
+        causal=bool(causal),
         sliding_window=sliding_window,
         padded=padded,
         implementation=implementation,

@@ -221,7 +221,7 @@ class _Row:
                 candidate = rise.nonzero().flatten()
                 made += g.packed(row, candidate, rise[candidate]).tolist()
             made = made[: found.shape[1]]
-            found[head, : len(made)] = torch.tensor(made, dtype=found.dtype)
+            found[head, : len(made)] = torch.tensor(made, dtype=found.dtype, device=found.device)
         return found
 
     def candidates(self, leaves: Tensor, t: Tensor) -> Tensor:

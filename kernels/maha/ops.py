@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
 from retrofit.errors import ConfigError
-from retrofit.kernels.autograd import differentiable, direct
+from retrofit.kernels.autograd import check_kinds, differentiable, direct
 from retrofit.kernels.maha import backward, blocked, reference
 from retrofit.kernels.maha.account import visible_pairs
 from retrofit.kernels.maha.bands import Bands
@@ -250,6 +250,8 @@ def maha_attention(
             implementation cannot do what is asked.
     """
     scales = len(widths) + 1
+    tensors = {"q": q, "k": k, "v": v, "start": start, "length": length, "offsets": offsets}
+    check_kinds(tensors, {"sink": sink, "ratio": ratio, **{f"widths[{i}]": w for i, w in enumerate(widths)}})
     if implementation not in _IMPLEMENTATIONS:
         raise ConfigError(
             f"implementation must be one of {', '.join(_IMPLEMENTATIONS)}, got {implementation!r}"
@@ -279,7 +281,7 @@ def maha_attention(
         list(keys),
         list(values),
         offsets,
-        scale=scale,
+        scale=float(scale),
         causal=causal,
         widths=list(widths),
         last_width=last_width,

@@ -125,29 +125,89 @@ def test_a_list_without_gradients_and_an_argument_that_is_none(operator: Callabl
     out.sum().backward()
 
 
-def test_nobody_watches(operator: Callable[..., Any]) -> None:
+@pytest.mark.filterwarnings("ignore:retrofit..weigh_back. an autograd kernel was not registered")
+def test_gradients_of_gradients_are_those_of_the_backward_pass(operator: Callable[..., Any]) -> None:
     x, others, bias = inputs()
-    reached = []
-    library = torch.library.Library("retrofit", "FRAGMENT")
-    library.impl("weigh", lambda *a, **o: reached.append("dispatcher") or weigh(*a, **o), "CPU")
-    library.impl("weigh_back", lambda *a, **o: reached.append("dispatcher") or weigh_back(*a, **o), "CPU")
-    try:
-        out, _ = operator(x, others, bias, factor=2.0)
-        out.sum().backward()
-        assert not reached
-        with torch.profiler.profile():
-            operator(x, others, bias, factor=2.0)
-        assert reached == ["dispatcher"]
-    finally:
-        library._destroy()
+
+    def of_gradients(out: Tensor) -> tuple[Tensor, ...]:
+        (found,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+        return torch.autograd.grad(found.square().sum(), (x, others[1], bias))
+
+    own = of_gradients(operator(x, others, bias, factor=2.0)[0])
+    for one, other in zip(own, of_gradients(2 * x * (others[0] + others[1]) + bias), strict=True):
+        assert torch.allclose(one, other)
 
 
-def test_gradients_of_gradients_are_refused(operator: Callable[..., Any]) -> None:
+@pytest.mark.filterwarnings("error")
+def test_the_backward_pass_is_the_operator_where_its_gradients_are_asked_for(
+    operator: Callable[..., Any],
+) -> None:
     x, others, bias = inputs()
-    out, _ = operator(x, others, bias, factor=2.0)
-    (found,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="twice"):
+    (found,) = torch.autograd.grad(operator(x, others, bias, factor=2.0)[0].sum(), x, create_graph=True)
+    with pytest.raises(UserWarning, match="weigh_back"):
         found.sum().backward()
+
+
+@pytest.fixture
+def reached() -> Iterator[list[str]]:
+    """What the dispatcher is asked for on a CPU."""
+    found: list[str] = []
+    library = torch.library.Library("retrofit", "FRAGMENT")
+    for name, function in (("weigh", weigh), ("weigh_back", weigh_back)):
+
+        def through(*arguments: Any, _name: str = name, _run: Any = function, **options: Any) -> Any:
+            found.append(_name)
+            return _run(*arguments, **options)
+
+        library.impl(name, through, "CPU")
+    yield found
+    library._destroy()
+
+
+def test_the_dispatcher_is_left_out_where_nobody_watches(
+    operator: Callable[..., Any], reached: list[str]
+) -> None:
+    x, others, bias = inputs()
+    operator(x, others, bias, factor=2.0)[0].sum().backward()
+    assert reached == []
+
+
+def test_the_dispatcher_is_asked_under_a_profiler(operator: Callable[..., Any], reached: list[str]) -> None:
+    with torch.profiler.profile():
+        operator(*inputs(), factor=2.0)[0].sum().backward()
+    assert reached == ["weigh", "weigh_back"]
+
+
+def test_the_dispatcher_is_asked_where_there_is_a_default_device(
+    operator: Callable[..., Any], reached: list[str]
+) -> None:
+    given = inputs()
+    with torch.device("meta"):
+        out, _ = operator(*given, factor=2.0)
+    assert reached == ["weigh"] and out.device.type == "cpu"
+
+
+def test_the_dispatcher_is_asked_for_tensors_that_are_not_what_stands_in_memory(
+    operator: Callable[..., Any], reached: list[str]
+) -> None:
+    x, others, bias = inputs(graded=False)
+    turned = torch.complex(x, x).conj().imag
+    assert turned.is_neg()
+    out, _ = operator(turned, others, bias, factor=2.0)
+    assert torch.equal(out, -2 * x * (others[0] + others[1]) + bias)
+    assert reached == ["weigh"]
+    assert operator(x.to("meta"), (), None, factor=2.0)[0].is_meta
+
+
+def test_nodes_have_the_names_of_their_operators(operator: Callable[..., Any]) -> None:
+    node = operator(*inputs(), factor=2.0)[0].grad_fn
+    assert "retrofit_weigh" in node.name()
+
+
+def test_forward_mode_is_refused(operator: Callable[..., Any]) -> None:
+    x, others, bias = inputs(graded=False)
+    with pytest.raises(RuntimeError, match="jvp"):
+        torch.func.jvp(lambda y: operator(y, others, bias, factor=2.0)[0], (x,), (torch.ones(5),))
 
 
 @pytest.mark.parametrize("factor", [2.0])

@@ -184,6 +184,29 @@ def test_a_part_without_elements_is_where_its_storage_is(double: Callable[[Tenso
     assert only.alike == [(0, 1), (0, 2)]
 
 
+def test_tensors_without_storage(double: Callable[[Tensor, Tensor], None]) -> None:
+    calls = []
+
+    def function(x: Tensor, nothing: Tensor, whole: Tensor) -> Any:
+        calls.append(x)
+        out, empty = torch.empty(4), torch.empty(0, 3, dtype=torch.int32)
+        double(out, x)
+        double(empty, nothing)
+        return out + nothing.sum() + torch.cat([nothing, x]), empty, nothing, x[:0].clone(), whole
+
+    for i in range(4):
+        x, nothing, whole = torch.randn(4), torch.empty(0), torch.empty(0, 2, dtype=torch.int64)
+        out, *others = done(function, x, nothing, whole)
+        assert torch.equal(out, 3 * x), i
+        assert [(y.shape, y.dtype) for y in others] == [
+            ((0, 3), torch.int32),
+            ((0,), torch.float32),
+            ((0,), torch.float32),
+            ((0, 2), torch.int64),
+        ]
+    assert len(calls) == 2
+
+
 def test_what_a_tape_cannot_do_is_done_by_the_function(double: Callable[[Tensor, Tensor], None]) -> None:
     known = torch.ones(4)
 

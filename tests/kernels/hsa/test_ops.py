@@ -216,3 +216,7 @@ def test_wrong_arguments_are_named() -> None:
         call(gate=torch.ones(4))
     with pytest.raises(ConfigError, match="both or neither"):
         call(past_spans=torch.zeros(2, 2, 1, 4, dtype=torch.int32))
+    with pytest.raises(ConfigError, match="length must be a tensor or None, got int"):
+        call(length=90)
+    with pytest.raises(ConfigError, match=r"sliding_window must be an integer, got 20\.5"):
+        call(sliding_window=20.5)

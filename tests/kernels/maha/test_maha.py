@@ -385,3 +385,13 @@ def test_unknown_options_are_refused(changes, message):
     q, k, v = tensors(1, 2, 1, 16)
     with pytest.raises(ConfigError, match=message):
         attend(q, k, v, *unpadded(1, 16), Bands((4,), None, 4, 2), **changes)
+
+
+def test_what_is_no_tensor_and_what_is_no_integer_are_named():
+    q, k, v = tensors(1, 2, 1, 16)
+    start, length = unpadded(1, 16)
+    with pytest.raises(ConfigError, match=r"widths\[0\] must be an integer, got 4\.5"):
+        attend(q, k, v, start, length, Bands((4.5,), None, 4, 2))
+    given = {"keys": cells(k, start, 2, 2), "values": cells(v, start, 2, 2)}
+    with pytest.raises(ConfigError, match="length must be a tensor or None, got int"):
+        attend(q, k, v, start, 16, Bands((4,), None, 4, 2), **given)
