@@ -120,28 +120,27 @@ def check_kinds(tensors: Mapping[str, Any], integers: Mapping[str, Any]) -> None
 
 def is_watched(tensors: Sequence[Any]) -> bool:
     """Whether somebody watches or transforms operators: a compiler, a tracer, a profiler, a dispatch mode, a transform of
-    functions, or tensors that are more or less than their elements."""
+    functions, or tensors that are more than their elements."""
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return True
     if torch._C._len_torch_dispatch_stack() or torch.autograd.profiler._is_profiler_enabled:
         return True
     if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
         return True
-    return not all(_is_plain(x) for x in tensors if isinstance(x, Tensor))
-
-
-def _is_plain(x: Tensor) -> bool:
-    """Whether x is its elements, as they stand in memory."""
-    if type(x) not in KINDS or x.is_meta or x.is_neg() or x._is_zerotensor():
-        return False
-    return not torch._C._functorch.is_legacy_batchedtensor(x)
+    return any(type(x) not in KINDS for x in tensors if isinstance(x, Tensor))
 
 
 def _needs_dispatcher(arguments: Sequence[Any]) -> bool:
-    """Whether somebody watches, or has what is called from Python mean something else, as a default device does."""
+    """Whether somebody watches, or has what is called from Python mean something else, as a default device does, or what
+    tensors are does not stand in memory as it is."""
     if torch.compiler.is_compiling() or torch._C._len_torch_function_stack():
         return True
-    return is_watched(_flat(arguments))
+    flat = _flat(arguments)
+    return is_watched(flat) or any(
+        x.is_meta or x.is_neg() or x._is_zerotensor() or torch._C._functorch.is_legacy_batchedtensor(x)
+        for x in flat
+        if isinstance(x, Tensor)
+    )
 
 
 def _without_gradients(run: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
