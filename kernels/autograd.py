@@ -67,8 +67,9 @@ def differentiable(
     # By the name of the class the nodes of a graph are told apart.
     apply: Callable[..., Any] = type(f"retrofit_{name}_", (Function,), {}).apply  # type: ignore[attr-defined]
 
-    def call(run: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        flat = _flat(arguments)
+    def call(
+        run: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any], flat: list[Any]
+    ) -> Any:
         graded = torch.is_grad_enabled() and torch._C._any_requires_grad(*flat)
         if graded or forward_ad._current_level >= 0:  # of which the class says that there is none
             return apply(run, arguments, options, *flat)
@@ -78,12 +79,13 @@ def differentiable(
         def run(*arguments: Any, **options: Any) -> Any:
             return operator.redispatch(keys & torch._C._after_autograd_keyset, *arguments, **options)
 
-        return call(run, arguments, options)
+        return call(run, arguments, options, _flat(arguments))
 
     def called(*arguments: Any, **options: Any) -> Any:
-        if _needs_dispatcher(arguments):
+        flat = _flat(arguments)
+        if _needs_dispatcher(flat):
             return operator(*arguments, **options)
-        return call(function, arguments, options)
+        return call(function, arguments, options, flat)
 
     library.impl(name, dispatched, "Autograd", with_keyset=True)
     return called
@@ -100,7 +102,7 @@ def direct(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
     def called(*arguments: Any, **options: Any) -> Any:
         # In a backward pass gradients are on where those of gradients are asked for.
-        if torch.is_grad_enabled() or _needs_dispatcher(arguments):
+        if torch.is_grad_enabled() or _needs_dispatcher(_flat(arguments)):
             return operator(*arguments, **options)
         return function(*arguments, **options)
 
@@ -130,15 +132,14 @@ def is_watched(tensors: Sequence[Any]) -> bool:
     return any(type(x) not in KINDS for x in tensors if isinstance(x, Tensor))
 
 
-def _needs_dispatcher(arguments: Sequence[Any]) -> bool:
+def _needs_dispatcher(tensors: Sequence[Any]) -> bool:
     """Whether somebody watches, or has what is called from Python mean something else, as a default device does, or what
     tensors are does not stand in memory as it is."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_function_stack():
+    if is_watched(tensors) or torch._C._len_torch_function_stack():
         return True
-    flat = _flat(arguments)
-    return is_watched(flat) or any(
+    return any(
         x.is_meta or x.is_neg() or x._is_zerotensor() or torch._C._functorch.is_legacy_batchedtensor(x)
-        for x in flat
+        for x in tensors
         if isinstance(x, Tensor)
     )
 

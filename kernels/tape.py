@@ -85,7 +85,7 @@ def _is_plain(tensors: Sequence[Tensor | None]) -> bool:
     watches operators or launches."""
     if is_watched(tensors) or has_hooks() or _device(tensors).index != current_device():
         return False
-    return not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors))
+    return not (torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors))
 
 
 def _kind(x: Tensor | None) -> Hashable:
@@ -309,7 +309,7 @@ class Notes(TorchDispatchMode):
         pieces = tree_map(self._piece, result)
         if self.why is not None:
             return self.why
-        return Tape(self._given, self._next, self._storages, self._steps, pieces, self._alike)
+        return Tape(self._next - self._given, self._storages, self._steps, pieces, self._alike)
 
     def _cannot(self, why: str) -> None:
         if self.why is None:
@@ -365,14 +365,13 @@ class Tape:
 
     def __init__(
         self,
-        given: int,
-        count: int,
+        new: int,
         storages: dict[int, Storage],
         steps: list[Launch | Operation],
         result: Any,
         alike: list[tuple[int, int]],
     ) -> None:
-        self.new = count - given
+        self.new = new
         self.steps: list[Step] = [*steps]
         self.result, self.alike, self.prepared = result, alike, False
         self.shared: list[tuple[int, int, torch.dtype]] = []

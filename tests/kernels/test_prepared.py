@@ -289,7 +289,7 @@ def test_a_tape_is_prepared_once_and_not_while_it_is_captured(
 ) -> None:
     runs = []
     launch = replace(writing(driver, 1), run=lambda stream, arguments: runs.append(stream))
-    found = tape.Tape(1, 1, {}, [launch], None, [])
+    found = tape.Tape(0, {}, [launch], None, [])
     monkeypatch.setattr(tape, "current_stream", lambda: STREAM)
     monkeypatch.setattr(tape, "can_capture", lambda: False)
     x = torch.zeros(3)
