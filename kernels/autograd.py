@@ -1,6 +1,6 @@
 """Operators with gradients, at little cost to the host.
 
-    differentiable(library, name, function, backward, setup_context)  →  the operator
+    Differentiable(library, name, function, backward, setup_context)  →  the operator
     direct(name, function)                                            →  the operator of its backward pass
 
 ``torch.library.register_autograd`` goes through the schema at every call, and the dispatcher turns each argument into
@@ -24,14 +24,8 @@ KINDS = (Tensor, nn.Parameter)
 """Types of tensors that are no more than their elements."""
 
 
-def differentiable(
-    library: torch.library.Library,
-    name: str,
-    function: Callable[..., Any],
-    backward: Callable[..., Sequence[Any]],
-    setup_context: Callable[[Any, tuple[Any, ...], dict[str, Any], Any], None],
-) -> Callable[..., Any]:
-    """Gives an operator gradients.
+class Differentiable:
+    """An operator with gradients, to be called with all arguments.
 
     Args:
         library: Where it is defined, in the namespace ``retrofit``: its arguments are tensors, None and lists of tensors,
@@ -40,55 +34,77 @@ def differentiable(
         function: Its implementation, the same for every device.
         backward: From the context and the gradients of what it returned to those of its arguments, in lists as they are.
         setup_context: Keeps in the context what ``backward`` needs, of the arguments, the options and what it returned.
-
-    Returns:
-        The operator, to be called with all arguments.
     """
-    operator = getattr(torch.ops.retrofit, name).default
 
-    class Function(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, run: Any, arguments: tuple[Any, ...], options: dict[str, Any], *_: Any) -> Any:
-            out = _without_gradients(run, arguments, options)
-            setup_context(ctx, arguments, options, out)
-            ctx.lengths = [len(x) if isinstance(x, (list, tuple)) else None for x in arguments]
-            return out
+    def __init__(
+        self,
+        library: torch.library.Library,
+        name: str,
+        function: Callable[..., Any],
+        backward: Callable[..., Sequence[Any]],
+        setup_context: Callable[[Any, tuple[Any, ...], dict[str, Any], Any], None],
+    ) -> None:
+        self._operator, self._function = getattr(torch.ops.retrofit, name).default, function
 
-        @staticmethod
-        def backward(ctx: Any, *grads: Any) -> Any:
-            of_all: list[Any] = [None] * 3
-            for grad, length in zip(backward(ctx, *grads), ctx.lengths, strict=True):
-                if length is None:
-                    of_all.append(grad)
-                else:
-                    of_all += [None] * length if grad is None else grad
-            return tuple(of_all)
+        class Function(torch.autograd.Function):
+            @staticmethod
+            def forward(
+                ctx: Any, run: Any, arguments: tuple[Any, ...], options: dict[str, Any], *_: Any
+            ) -> Any:
+                out = _without_gradients(run, arguments, options)
+                setup_context(ctx, arguments, options, out)
+                ctx.lengths = [len(x) if isinstance(x, (list, tuple)) else None for x in arguments]
+                return out
 
-    # By the name of the class the nodes of a graph are told apart.
-    apply: Callable[..., Any] = type(f"retrofit_{name}_", (Function,), {}).apply  # type: ignore[attr-defined]
+            @staticmethod
+            def backward(ctx: Any, *grads: Any) -> Any:
+                of_all: list[Any] = [None] * 3
+                for grad, length in zip(backward(ctx, *grads), ctx.lengths, strict=True):
+                    if length is None:
+                        of_all.append(grad)
+                    else:
+                        of_all += [None] * length if grad is None else grad
+                return tuple(of_all)
 
-    def call(
-        run: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any], flat: list[Any]
+        # By the name of the class the nodes of a graph are told apart.
+        self._apply: Callable[..., Any] = type(f"retrofit_{name}_", (Function,), {}).apply  # type: ignore[attr-defined]
+        library.impl(name, self._dispatched, "Autograd", with_keyset=True)
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        """What the operator returns."""
+        flat = _flat(arguments)
+        if _needs_dispatcher(flat):
+            return self._operator(*arguments, **options)
+        return self._run(self._function, arguments, options, flat)
+
+    def within(self, run: Callable[[], Any], *arguments: Any, **options: Any) -> Any:
+        """What ``run`` returns, as one node of a graph of gradients.
+
+        Args:
+            run: Calls the operator once, and returns what the operator did, and whatever else, of which the operator's
+                functions are told as well. Gradients flow back through nothing but the operator, and from nothing but
+                what it returned.
+            arguments: Those of the operator's that have gradients, and those that ``setup_context`` keeps.
+            options: Those of the operator's that it keeps.
+        """
+        flat = _flat(arguments)
+        if _needs_dispatcher(flat):
+            return run()
+        return self._run(lambda *_, **__: run(), arguments, options, flat)
+
+    def _dispatched(self, keys: Any, *arguments: Any, **options: Any) -> Any:
+        def run(*arguments: Any, **options: Any) -> Any:
+            return self._operator.redispatch(keys & torch._C._after_autograd_keyset, *arguments, **options)
+
+        return self._run(run, arguments, options, _flat(arguments))
+
+    def _run(
+        self, run: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any], flat: list[Any]
     ) -> Any:
         graded = torch.is_grad_enabled() and torch._C._any_requires_grad(*flat)
         if graded or forward_ad._current_level >= 0:  # of which the class says that there is none
-            return apply(run, arguments, options, *flat)
+            return self._apply(run, arguments, options, *flat)
         return _without_gradients(run, arguments, options)
-
-    def dispatched(keys: Any, *arguments: Any, **options: Any) -> Any:
-        def run(*arguments: Any, **options: Any) -> Any:
-            return operator.redispatch(keys & torch._C._after_autograd_keyset, *arguments, **options)
-
-        return call(run, arguments, options, _flat(arguments))
-
-    def called(*arguments: Any, **options: Any) -> Any:
-        flat = _flat(arguments)
-        if _needs_dispatcher(flat):
-            return operator(*arguments, **options)
-        return call(function, arguments, options, flat)
-
-    library.impl(name, dispatched, "Autograd", with_keyset=True)
-    return called
 
 
 def direct(name: str, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -40,6 +40,8 @@ ALLOCATING = {
     "aten::new_empty_strided",
 }
 """Operators that do nothing else."""
+CLEARING = {"aten::zeros", "aten::zeros_like", "aten::new_zeros"}
+"""Those that fill it with zeros, and do nothing else."""
 DEPENDING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 """Tags of operators whose outputs have other shapes, or are other numbers on the host, for other numbers."""
 ONCE = "it was done once"
@@ -148,12 +150,16 @@ class Storage:
     Attributes:
         dtype: Of the elements.
         size: Elements of one that nothing but an allocation made; None for others.
+        cleared: Whether it begins as zeros.
         shared: Whether more than kernels use it.
+        layout: Shape and stride of a tensor that is all of it, if there is one.
     """
 
     dtype: torch.dtype
     size: int | None = None
+    cleared: bool = False
     shared: bool = False
+    layout: tuple[torch.Size, tuple[int, ...]] | None = None
 
 
 @dataclass(frozen=True)
@@ -280,9 +286,10 @@ class Notes(TorchDispatchMode):
                 self._cannot(f"{operator} returns a tensor on {x.device}")
                 return
         new = [(i, x) for i, x in outputs if begin_of(x) and self._number(x) is None]
-        if operator.name().split(".")[0] in ALLOCATING:
+        name = operator.name().split(".")[0]
+        if name in ALLOCATING or name in CLEARING:
             for _, x in new:
-                self._add(x, x.untyped_storage().nbytes() // x.element_size())
+                self._add(x, x.untyped_storage().nbytes() // x.element_size(), cleared=name in CLEARING)
         elif new or operator._schema.is_mutable:
             if any(x.storage_offset() for _, x in new):
                 self._cannot(f"{operator} returns a part of something")
@@ -320,9 +327,9 @@ class Notes(TorchDispatchMode):
     def _number(self, x: Tensor) -> int | None:
         return self._numbers.get(begin_of(x))
 
-    def _add(self, x: Tensor, size: int | None = None) -> int:
+    def _add(self, x: Tensor, size: int | None = None, *, cleared: bool = False) -> int:
         number = self._numbers[begin_of(x)] = self._next
-        self._storages[number] = Storage(x.dtype, size)
+        self._storages[number] = Storage(x.dtype, size, cleared)
         self._next += 1
         return number
 
@@ -355,6 +362,8 @@ class Notes(TorchDispatchMode):
             return None
         storage = self._storages[number]
         storage.shared = True
+        if x.numel() == storage.size == extent(x):
+            storage.layout = x.shape, x.stride()
         if storage.dtype != x.dtype:
             self._cannot("a tensor is seen as another dtype")
         return Piece(number, x.shape, x.stride(), int(x.storage_offset()))
@@ -374,17 +383,21 @@ class Tape:
         self.new = new
         self.steps: list[Step] = [*steps]
         self.result, self.alike, self.prepared = result, alike, False
-        self.shared: list[tuple[int, int, torch.dtype]] = []
+        self.shared: list[tuple[int, Any, Any, torch.dtype, bool]] = []
         self.places: list[tuple[int, int]] = []
-        self.room = 0
-        for i, x in storages.items():
+        self.room = self.cleared = 0
+        # What is cleared comes first, all of it at once: nothing else has been there.
+        for i, x in sorted(storages.items(), key=lambda item: not item[1].cleared):
             if x.size is None:
                 continue
             if x.shared:
-                self.shared.append((i, x.size, x.dtype))
-            else:
-                self.places.append((i, self.room))
-                self.room += -(-x.size * x.dtype.itemsize // PIECE) * PIECE
+                shape, stride = x.layout or ((x.size,), (1,))
+                self.shared.append((i, shape, stride, x.dtype, x.cleared))
+                continue
+            self.places.append((i, self.room))
+            self.room += -(-x.size * x.dtype.itemsize // PIECE) * PIECE
+            if x.cleared:
+                self.cleared = self.room
 
     def fits(self, tensors: Sequence[Any]) -> bool:
         """Whether those of the given tensors share a storage that did."""
@@ -394,18 +407,21 @@ class Tape:
         """Does it with other tensors."""
         if not self.prepared and can_capture():
             self.steps, self.prepared = with_prepared(self.steps), True
-        new = tensors[0].new_empty
         owners = [*tensors, *[None] * self.new]
         begins = [0 if x is None else begin_of(x) for x in tensors]
         begins += [0] * self.new
         if self.room:
-            room = new(self.room, dtype=torch.uint8)
+            room = tensors[0].new_empty(self.room, dtype=torch.uint8)
+            if self.cleared:
+                room.narrow(0, 0, self.cleared).zero_()
             at = room.data_ptr()
             for number, place in self.places:
                 begins[number] = at + place
-        for number, size, dtype in self.shared:
-            owners[number] = new(size, dtype=dtype)
-            begins[number] = owners[number].data_ptr()
+        for number, shape, stride, dtype, cleared in self.shared:
+            owner = owners[number] = tensors[0].new_empty_strided(shape, stride, dtype=dtype)
+            begins[number] = owner.data_ptr()
+            if cleared:
+                owner.zero_()
 
         stream = current_stream()
         for step in self.steps:
@@ -438,15 +454,19 @@ def put_together(x: Any, owners: Sequence[Any]) -> Any:
 
     The first owner is on the device of all.
     """
-    if isinstance(x, Piece):
+    kind = type(x)
+    if kind is Piece:
         return x.of(owners[x.number])
-    if isinstance(x, Nothing):
-        return x.beside(owners[0])
-    if isinstance(x, (tuple, list)):
-        return type(x)([put_together(y, owners) for y in x])
-    if isinstance(x, dict):
+    if kind is tuple or kind is list:
+        return kind([put_together(y, owners) for y in x])
+    if kind is dict:
         return {name: put_together(y, owners) for name, y in x.items()}
-    return x
+    return x.beside(owners[0]) if kind is Nothing else x
+
+
+def extent(x: Tensor) -> int:
+    """Elements from the first one of a tensor to the last, of those in its storage; the tensor has some."""
+    return 1 + sum([(size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)])
 
 
 def begin_of(x: Tensor) -> int:

@@ -116,6 +116,7 @@ class CapturedModule(nn.Module):
         vars(self)["_run"] = compiled(plan.source)
         vars(self)["_run_training"] = None if plan.training is None else compiled(plan.training)
         vars(self)["_run_guards"] = [compiled(guard.source) for guard in plan.guards]
+        vars(self)["_run_output"] = pytree.tree_flatten(plan.output)
         vars(self)["_unread"] = unread_parameters(self.original)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CapturedModule:
@@ -152,8 +153,9 @@ class CapturedModule(nn.Module):
         self._check_rest(values)
         self._check_sizes(values)
         results = iter(run(self, *tensors, *self._around(values)))
-        return pytree.tree_map(
-            lambda leaf: next(results) if is_tensor_slot(leaf) else _own(leaf), plan.output
+        leaves, structure = vars(self)["_run_output"]
+        return pytree.tree_unflatten(
+            [next(results) if is_tensor_slot(leaf) else _own(leaf) for leaf in leaves], structure
         )
 
     def _around(self, values: Mapping[str, Any]) -> tuple[Any, ...]:

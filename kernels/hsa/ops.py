@@ -1,16 +1,16 @@
 """``retrofit::hsa_attention``: schema, fake, autograd and flop formulas.
 
-hsa_attention(q, k, v, nodes=…, scale=…, geometry=…)  →  out, spans, choices
+hsa_attention(q, k, v, nodes=…, scale=…, geometry=…)  →  out, spans, choices, lse
 
-The operator returns one thing more, the log-sum-exp of each query's scores, for the implementation whose
-backward pass uses it; it is empty from the others.
+The last, the log-sum-exp of each query's scores, is for the implementation whose backward pass uses it; it is empty from
+the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
 from retrofit.errors import ConfigError
-from retrofit.kernels.autograd import check_kinds, differentiable, direct
+from retrofit.kernels.autograd import Differentiable, check_kinds, direct
 from retrofit.kernels.dense.ops import visible_pairs
 from retrofit.kernels.dense.scores import PLAIN, ScoreRules
 from retrofit.kernels.hsa import account, blocked, reference
@@ -27,6 +27,7 @@ from retrofit.kernels.repeat import PYTHON, has_triton, repeated_call
 
 IMPLEMENTATIONS = ("auto", "reference", "blocked", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+Found = TypeVar("Found")
 
 _OPTIONS = f"float scale, float softcap, bool causal, int sliding_window, bool padded, {Geometry.schema()}"
 _LIBRARY = torch.library.Library("retrofit", "FRAGMENT")
@@ -165,7 +166,7 @@ _backward_operator = direct("hsa_attention_backward", _hsa_attention_backward)
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], options: dict[str, Any], output: Any) -> None:
     q, k, v, start, length, nodes, _, value_nodes, gate, _, _, sinks = inputs
-    out, spans, choices, lse = output
+    out, spans, choices, lse, *_ = output
     ctx.counts = len(nodes), len(value_nodes)
     ctx.select_only = gate is None and not any(x.requires_grad for x in (*nodes, *value_nodes))
     used = (out, lse) if lse.ndim > 1 else (None, None)
@@ -194,7 +195,7 @@ def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     return (*grads[:3], None, None, grad_nodes, None, grad_value_nodes, grad_gate, None, None, grad_sinks)
 
 
-_operator = differentiable(_LIBRARY, "hsa_attention", _hsa_attention, _backward, _setup_context)
+_operator = Differentiable(_LIBRARY, "hsa_attention", _hsa_attention, _backward, _setup_context)
 
 
 def hsa_attention(
@@ -217,7 +218,7 @@ def hsa_attention(
     geometry: Geometry,
     rules: ScoreRules = PLAIN,
     implementation: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Hierarchical sparse attention over each row's real tokens.
 
     Args:
@@ -246,7 +247,8 @@ def hsa_attention(
     Returns:
         The output [B, Hq, T, Dv], zero for padding; per query block the kept spans of level 1, int32
         [B, Hkv, NB, beam]; and what each block attends to since which of its queries, int32 [B, Hkv, NB, E], as
-        ``geometry`` says of choices. Differentiable in q, k, v, nodes, value_nodes, gate and sinks.
+        ``geometry`` says of choices; and the log-sum-exp of each query's scores, float32 [B, Hq, T], or nothing, [0].
+        Differentiable in q, k, v, nodes, value_nodes, gate and sinks.
 
     Raises:
         ConfigError: If an argument does not fit the others, or the dtype or implementation is unknown.
@@ -261,7 +263,7 @@ def hsa_attention(
         start = torch.zeros(q.shape[0], dtype=torch.int64, device=q.device)
     if length is None:
         length = k.shape[2] - start
-    out, spans, choices, _ = _operator(
+    found: tuple[Tensor, Tensor, Tensor, Tensor] = _operator(
         q,
         k,
         v,
@@ -282,7 +284,53 @@ def hsa_attention(
         implementation=implementation,
         **geometry.options,
     )
-    return out, spans, choices
+    return found
+
+
+def hsa_attention_within(
+    run: Callable[[], Found],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Tensor,
+    length: Tensor,
+    sinks: Tensor | None,
+    *,
+    scale: float,
+    causal: bool,
+    sliding_window: int,
+    padded: bool,
+    geometry: Geometry,
+) -> Found:
+    """What ``run`` returns, as one node of a graph of gradients.
+
+    Args:
+        run: Returns what ``hsa_attention`` does of these tensors and of nodes that have no gradients, and whatever else
+            that has none.
+        q: As ``hsa_attention`` has it, as all that follow.
+        k: Keys.
+        v: Values.
+        start: Index of each row's first real token.
+        length: Number of real tokens of each row.
+        sinks: One more logit of each head, or None.
+        scale: Factor on the scores.
+        causal: Whether a query sees only itself and what lies before it.
+        sliding_window: A query sees no keys this far or farther before it; 0 for no limit.
+        padded: Whether ``start`` and ``length`` may say anything but that every row has all index slots.
+        geometry: The sizes.
+    """
+    tensors = q, k, v, start, length, (), None, (), None, None, None, sinks
+    found: Found = _operator.within(
+        run,
+        *tensors,
+        scale=scale,
+        softcap=0.0,
+        causal=causal,
+        sliding_window=sliding_window,
+        padded=padded,
+        **geometry.options,
+    )
+    return found
 
 
 def _check(

@@ -156,13 +156,12 @@ def _entries(
         start, length, spans, choices, choosers, counts, *extent, **constants, num_warps=1
     )
     ends = counts.flatten().cumsum(0)
-    places = ends - counts.flatten()
     most = call.entries_per_block * (
         min(call.choices, constants["WIDTH_PAD"] // leaves) if whole else call.choices
     )
     entries = torch.empty(call.rows * call.blocks * most, dtype=torch.int64, device=device)
     inverse.write_entries[(CHUNKS, call.rows)](
-        start, length, spans, choices, choosers, places, entries, *extent, **constants, num_warps=1
+        start, length, spans, choices, choosers, counts, ends, entries, *extent, **constants, num_warps=1
     )
     steps = torch.empty(call.rows * tiles, dtype=torch.int32, device=device)
     inverse.count_steps[(-(-tiles // 128), call.rows)](
@@ -194,8 +193,9 @@ def _parts(steps: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     inverse.split_tiles[(1,)](
         steps, parts, part_ends, size, tiles, room, SHORTEST=SHORTEST_PART, SIZES=16, TILE=512, num_warps=8
     )  # fmt: skip
-    places = torch.arange(room, dtype=torch.int32, device=steps.device)
-    return parts, part_ends, torch.searchsorted(part_ends, places, right=True), size
+    owners = steps.new_empty(room)
+    inverse.own_parts[(-(-room // 128),)](part_ends, owners, tiles, room, TILE=128, num_warps=4)
+    return parts, part_ends, owners, size
 
 
 def _in_rows(x: Tensor) -> Tensor:

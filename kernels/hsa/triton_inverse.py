@@ -11,6 +11,7 @@ blocks; their choices of leaves in it are its entries, in ascending order:
     write_entries   choices, their running sum  →  entries
     count_steps     near blocks and entries     →  steps of each tile
     split_tiles     steps                       →  parts of each tile, of so many steps
+    own_parts       parts                       →  the tile of each part
 
 An entry stands for QUERIES of a block, which are what its number counts. Where leaves are chosen whole, it is number · 2³² +
 the rows from which on they see the tile's leaves, one after another in 32 / LEAVES bits each, all of which are ones for a
@@ -163,14 +164,15 @@ def count_entries(
 
 @kernel()
 def write_entries(
-    start, length, spans, choices, choosers, places, entries,
+    start, length, spans, choices, choosers, counts, ends, entries,
     slots, tokens, blocks, total_blocks, tiles, chunks, per_chunk,
     KV_HEADS: tl.constexpr, WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr,
     FANOUT: tl.constexpr, BEAM: tl.constexpr, QUERY_BLOCK: tl.constexpr, DENSE_END: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, CHOICES: tl.constexpr, LEAVES: tl.constexpr,
     WHOLE_LEAVES: tl.constexpr, QUERIES: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
-    """Writes ``entries`` from ``places`` [B·Hkv, tiles, chunks] on, which moves on with them."""
+    """Writes ``entries``; of each tile and chunk they end where the running sum of ``counts`` [B·Hkv, tiles, chunks] does,
+    ``ends``. Counts down to 0."""
     chunk = tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
     low, high, _, _ = row_range(start, length, slots, tokens, bh // KV_HEADS, LAYOUT)
@@ -186,10 +188,11 @@ def write_entries(
                     spans + at * BEAM, choosers + (bh * blocks + i) * WIDTH_PAD, number, part,
                     WINDOW, SINK, BLOCK, FANOUT, BEAM, QUERY_BLOCK, WIDTH_PAD, LEAVES, QUERIES,
                 )  # fmt: skip
-                place = places + (bh * tiles + tile) * chunks + chunk
-                to = tl.load(place, mask=known, other=0)
+                place = (bh * tiles + tile) * chunks + chunk
+                left = tl.load(counts + place, mask=known, other=0)
+                to = tl.load(ends + place, mask=known, other=0) - left
                 tl.store(entries + to, entry, mask=known)
-                tl.store(place, to + 1, mask=known)
+                tl.store(counts + place, left - 1, mask=known)
                 tl.debug_barrier()  # the next piece goes on from there
             else:
                 n, more = i * 0, i * 0 + 1
@@ -202,11 +205,12 @@ def write_entries(
                     which = tl.arange(0, SOME)
                     same = (tile[:, None] == tl.reshape(tile, [1, SOME])) & tl.reshape(known, [1, SOME])
                     earlier = tl.sum((same & (which[None] < which[:, None])).to(tl.int32), 1)
-                    place = places + (bh * tiles + tile) * chunks + chunk
-                    to = tl.load(place, mask=known, other=0) + earlier
+                    place = (bh * tiles + tile) * chunks + chunk
+                    left = tl.load(counts + place, mask=known, other=0) - earlier
+                    to = tl.load(ends + place, mask=known, other=0) - left
                     tl.store(entries + to, entry, mask=known)
                     tl.debug_barrier()  # every thread has read where its entries go
-                    tl.atomic_max(place, to + 1, mask=known, sem="relaxed")
+                    tl.atomic_min(counts + place, left - 1, mask=known, sem="relaxed")
                     tl.debug_barrier()
                     n += SOME
 
@@ -258,3 +262,16 @@ def split_tiles(
         tl.store(parts + n + place, count, mask=n + place < tiles)
         tl.store(part_ends + n + place, before + tl.cumsum(several, 0), mask=n + place < tiles)
         before += tl.sum(several, 0)
+
+
+@kernel()
+def own_parts(part_ends, owners, tiles, room, TILE: tl.constexpr):
+    """Writes ``owners`` [room]: the tile that each part belongs to, of tiles that have several, one tile after another; the
+    number of tiles behind the last part."""
+    part = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    low, high = tl.zeros([TILE], tl.int32), tl.zeros([TILE], tl.int32) + tiles
+    while tl.max(high - low, 0) > 0:
+        middle = (low + high) // 2
+        before = (low < high) & (tl.load(part_ends + middle, mask=low < high, other=0) <= part)
+        low, high = tl.where(before, middle + 1, low), tl.where(before, high, middle)
+    tl.store(owners + part, low, mask=part < room)

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
 from retrofit.errors import ConfigError
-from retrofit.kernels.autograd import check_kinds, differentiable, direct
+from retrofit.kernels.autograd import Differentiable, check_kinds, direct
 from retrofit.kernels.maha import backward, blocked, reference
 from retrofit.kernels.maha.account import visible_pairs
 from retrofit.kernels.maha.bands import Bands
@@ -175,7 +175,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     )
 
 
-_operator = differentiable(_LIBRARY, "maha_attention", _maha_attention, _backward, _setup_context)
+_operator = Differentiable(_LIBRARY, "maha_attention", _maha_attention, _backward, _setup_context)
 
 
 def _pairs(q: Tensor, k: Tensor, start: Tensor, length: Tensor, options: dict[str, Any]) -> int:

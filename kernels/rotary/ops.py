@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retrofit.kernels.autograd import differentiable, direct
+from retrofit.kernels.autograd import Differentiable, direct
 from retrofit.kernels.repeat import has_triton, repeated_call
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -130,4 +130,4 @@ def _backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, 
     return (*_backward_operator(grad_q, grad_k, cos, sin, ctx.dtype), None, None)
 
 
-_operator = differentiable(_LIBRARY, "rotary", _rotary, _backward, _setup_context)
+_operator = Differentiable(_LIBRARY, "rotary", _rotary, _backward, _setup_context)

@@ -18,7 +18,7 @@ from retrofit.kernels.dense.scores import ScoreRules
 from retrofit.kernels.hsa.account import count
 from retrofit.kernels.hsa.decode import can_decode, hsa_decode
 from retrofit.kernels.hsa.geometry import MAX_POSITIONS, MOST_PLACES, Geometry
-from retrofit.kernels.hsa.ops import hsa_attention, implementation_of
+from retrofit.kernels.hsa.ops import hsa_attention, hsa_attention_within, implementation_of
 from retrofit.kernels.hsa.selector import sample_positions, selector_loss
 from retrofit.kernels.hsa.state import HSAState
 from retrofit.kernels.pyramid.ops import build_with_spreads, extend_pyramid, extend_spreads
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 Known = tuple[tuple[Tensor, ...], Tensor | None, tuple[Tensor, ...], Tensor, Tensor]
 """Nodes, spreads, value nodes, spans and choices."""
+Attended = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Known | None]
+"""Output; spans, choices and log-sum-exp of the scores; and what is known for the next call."""
 SAMPLES = 64
 """Queries of a row that ``layer_loss`` looks at."""
 
@@ -139,12 +141,11 @@ class HSAAttention(TargetAttention):
         else:
             state = state.narrowed(k.shape[2] - new)
         keeps = layer is not None or self.observer is not None
-        attend = partial(self._attend, new=new, state=state, padded=call.padded, keeps=keeps)
-        tensors = q, k, v, call.start, call.length, call.sinks
         if state is None and self._by_kernels(q, v):
-            out, known = repeated(attend, (*tensors, *self.key_pooling), ("hsa", keeps, *self._about(call)))
+            out, *_, known = self._attend_at_once(q, k, v, call, keeps=keeps)
         else:
-            out, known = attend(*tensors)
+            tensors = q, k, v, call.start, call.length, call.sinks
+            out, *_, known = self._attend(*tensors, new=new, state=state, padded=call.padded, keeps=keeps)
         if known is None:
             return out
         nodes, spreads, value_nodes, spans, choices = known
@@ -167,13 +168,15 @@ class HSAAttention(TargetAttention):
         state: HSAState | None,
         padded: bool,
         keeps: bool,
-    ) -> tuple[Tensor, Known | None]:
-        """The output, and what the next state is made of if anybody ``keeps`` it."""
+        saves: bool = False,
+    ) -> Attended:
+        """The output; the selection and the log-sum-exp of the scores if somebody ``saves`` them for a backward pass; and
+        what the next state is made of if anybody ``keeps`` it."""
         # Nothing flows back through a selection; summaries are made of the nodes themselves.
         scored = k.detach() if self.gate is None and k.requires_grad else k
         nodes, spreads = self._pool_scored(scored, k, start, new, state)
         value_nodes = self._pool_values(v, start, new, state)
-        out, spans, choices = hsa_attention(
+        out, spans, choices, lse = hsa_attention(
             q,
             k,
             v,
@@ -193,7 +196,36 @@ class HSAAttention(TargetAttention):
             rules=ScoreRules(self.softcap, sinks),
             implementation=self.implementation,
         )
-        return out, (tuple(nodes), spreads, tuple(value_nodes), spans, choices) if keeps else None
+        saved = (spans, choices, lse) if saves else (None, None, None)
+        return out, *saved, (tuple(nodes), spreads, tuple(value_nodes), spans, choices) if keeps else None
+
+    def _attend_at_once(
+        self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, *, keeps: bool
+    ) -> Attended:
+        """What ``_attend`` returns of kernels and for no state, as one tape, and where nothing but attention has gradients
+        as one node of their graph."""
+        saves = torch.is_grad_enabled() and not any(weight.requires_grad for weight in self.key_pooling)
+        tensors = q, k, v, call.start, call.length, call.sinks
+        attend = partial(
+            self._attend, new=k.shape[2], state=None, padded=call.padded, keeps=keeps, saves=saves
+        )
+        about = "hsa", keeps, saves, *self._about(call)
+
+        def run() -> Attended:
+            found: Attended = repeated(attend, (*tensors, *self.key_pooling), about)
+            return found
+
+        if not saves:
+            return run()
+        return hsa_attention_within(
+            run,
+            *tensors,
+            scale=self.scale,
+            causal=self.causal,
+            sliding_window=self.sliding_window,
+            padded=call.padded,
+            geometry=self.geometry,
+        )
 
     def _by_kernels(self, q: Tensor, v: Tensor) -> bool:
         """Whether Triton's kernels do all of it."""

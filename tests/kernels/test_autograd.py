@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from retrofit.kernels.autograd import differentiable, direct
+from retrofit.kernels.autograd import Differentiable, direct
 
 calls: list[str] = []
 """Which functions of the operators have run."""
@@ -51,7 +52,7 @@ def keep(ctx: Any, arguments: tuple[Any, ...], options: dict[str, Any], out: Any
 
 
 @pytest.fixture(scope="module")
-def operator() -> Iterator[Callable[..., Any]]:
+def operator() -> Iterator[Differentiable]:
     library = torch.library.Library("retrofit", "FRAGMENT")
     library.define(
         "weigh(Tensor x, Tensor[] others, Tensor? bias, *, float factor) -> (Tensor, Tensor)",
@@ -72,12 +73,12 @@ def operator() -> Iterator[Callable[..., Any]]:
     )
     back = direct("weigh_back", weigh_back)
 
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
         x, *others = ctx.saved_tensors
         of_x, *of_others = back(grad, x, others, **ctx.options)
         return of_x, of_others if ctx.options["factor"] else None, grad if ctx.has_bias else None
 
-    yield differentiable(library, "weigh", weigh, backward, keep)
+    yield Differentiable(library, "weigh", weigh, backward, keep)
     library._destroy()
 
 
@@ -93,7 +94,7 @@ def gradients(out: Tensor, x: Tensor, others: Sequence[Tensor], bias: Tensor) ->
 
 
 @pytest.mark.parametrize("watched", [False, True])
-def test_gradients(operator: Callable[..., Any], watched: bool) -> None:
+def test_gradients(operator: Differentiable, watched: bool) -> None:
     x, others, bias = inputs()
     if watched:
         with Seen() as seen:
@@ -114,7 +115,27 @@ def test_gradients(operator: Callable[..., Any], watched: bool) -> None:
         assert not operator(x, others, bias, factor=2.0)[0].requires_grad
 
 
-def test_a_list_without_gradients_and_an_argument_that_is_none(operator: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("watched", [False, True])
+def test_what_an_operator_is_called_within_is_one_node(operator: Differentiable, watched: bool) -> None:
+    x, others, bias = inputs()
+    rest = x.detach() + 1
+
+    def run() -> tuple[Tensor, Tensor, list[Tensor | None]]:
+        return *operator(x, others, bias, factor=2.0), [rest * 2, None]
+
+    with Seen() if watched else nullcontext():
+        out, positive, (twice, nothing) = operator.within(run, x, others, bias, factor=2.0)
+    assert torch.equal(twice, rest * 2) and nothing is None
+    assert not positive.requires_grad and not twice.requires_grad
+    assert "retrofit_weigh" in out.grad_fn.name()
+    expected = operator(x, others, bias, factor=2.0)[0]
+    for own, other in zip(gradients(out, x, others, bias), gradients(expected, x, others, bias), strict=True):
+        assert torch.equal(own, other)
+    with torch.no_grad():
+        assert not operator.within(run, x, others, bias, factor=2.0)[0].requires_grad
+
+
+def test_a_list_without_gradients_and_an_argument_that_is_none(operator: Differentiable) -> None:
     x, others, bias = inputs()
     out, _ = operator(x, others, bias, factor=0.0)
     of_x, of_other, of_bias = torch.autograd.grad(out.sum(), (x, others[1], bias), allow_unused=True)
@@ -126,7 +147,7 @@ def test_a_list_without_gradients_and_an_argument_that_is_none(operator: Callabl
 
 
 @pytest.mark.filterwarnings("ignore:retrofit..weigh_back. an autograd kernel was not registered")
-def test_gradients_of_gradients_are_those_of_the_backward_pass(operator: Callable[..., Any]) -> None:
+def test_gradients_of_gradients_are_those_of_the_backward_pass(operator: Differentiable) -> None:
     x, others, bias = inputs()
 
     def of_gradients(out: Tensor) -> tuple[Tensor, ...]:
@@ -140,7 +161,7 @@ def test_gradients_of_gradients_are_those_of_the_backward_pass(operator: Callabl
 
 @pytest.mark.filterwarnings("error")
 def test_the_backward_pass_is_the_operator_where_its_gradients_are_asked_for(
-    operator: Callable[..., Any],
+    operator: Differentiable,
 ) -> None:
     x, others, bias = inputs()
     (found,) = torch.autograd.grad(operator(x, others, bias, factor=2.0)[0].sum(), x, create_graph=True)
@@ -165,21 +186,21 @@ def reached() -> Iterator[list[str]]:
 
 
 def test_the_dispatcher_is_left_out_where_nobody_watches(
-    operator: Callable[..., Any], reached: list[str]
+    operator: Differentiable, reached: list[str]
 ) -> None:
     x, others, bias = inputs()
     operator(x, others, bias, factor=2.0)[0].sum().backward()
     assert reached == []
 
 
-def test_the_dispatcher_is_asked_under_a_profiler(operator: Callable[..., Any], reached: list[str]) -> None:
+def test_the_dispatcher_is_asked_under_a_profiler(operator: Differentiable, reached: list[str]) -> None:
     with torch.profiler.profile():
         operator(*inputs(), factor=2.0)[0].sum().backward()
     assert reached == ["weigh", "weigh_back"]
 
 
 def test_the_dispatcher_is_asked_where_there_is_a_default_device(
-    operator: Callable[..., Any], reached: list[str]
+    operator: Differentiable, reached: list[str]
 ) -> None:
     given = inputs()
     with torch.device("meta"):
@@ -188,7 +209,7 @@ def test_the_dispatcher_is_asked_where_there_is_a_default_device(
 
 
 def test_the_dispatcher_is_asked_for_tensors_that_are_not_what_stands_in_memory(
-    operator: Callable[..., Any], reached: list[str]
+    operator: Differentiable, reached: list[str]
 ) -> None:
     x, others, bias = inputs(graded=False)
     turned = torch.complex(x, x).conj().imag
@@ -199,18 +220,18 @@ def test_the_dispatcher_is_asked_for_tensors_that_are_not_what_stands_in_memory(
     assert operator(x.to("meta"), (), None, factor=2.0)[0].is_meta
 
 
-def test_nodes_have_the_names_of_their_operators(operator: Callable[..., Any]) -> None:
+def test_nodes_have_the_names_of_their_operators(operator: Differentiable) -> None:
     node = operator(*inputs(), factor=2.0)[0].grad_fn
     assert "retrofit_weigh" in node.name()
 
 
-def test_forward_mode_is_refused(operator: Callable[..., Any]) -> None:
+def test_forward_mode_is_refused(operator: Differentiable) -> None:
     x, others, bias = inputs(graded=False)
     with pytest.raises(RuntimeError, match="jvp"):
         torch.func.jvp(lambda y: operator(y, others, bias, factor=2.0)[0], (x,), (torch.ones(5),))
 
 
-def test_opcheck_and_compiler(operator: Callable[..., Any]) -> None:
+def test_opcheck_and_compiler(operator: Differentiable) -> None:
     torch.library.opcheck(torch.ops.retrofit.weigh, inputs(), {"factor": 2.0})
     x, others, bias = inputs()
 

@@ -25,7 +25,7 @@ KERNELS = {
     "hsa": {"top_scores", "refine", "keep", "vote", "settle", "attend_listed", "attend_run"},
     "hsa_backward": {
         *("list_blocks", "query_gradients", "key_gradients", "join_gradients"),
-        *("count_entries", "write_entries", "count_steps", "split_tiles"),
+        *("count_entries", "write_entries", "count_steps", "split_tiles", "own_parts"),
     },
     "decode": {
         *("grow_levels", "top_scores", "refine", "keep"),

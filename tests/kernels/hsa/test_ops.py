@@ -13,7 +13,7 @@ from retrofit.errors import ConfigError
 from retrofit.kernels.dense.scores import ScoreRules
 from retrofit.kernels.hsa import account
 from retrofit.kernels.hsa.geometry import Geometry
-from retrofit.kernels.hsa.ops import hsa_attention
+from retrofit.kernels.hsa.ops import hsa_attention, hsa_attention_within
 from retrofit.kernels.pyramid.blocked import extend_pyramid, extend_spreads
 
 TINY = Geometry(
@@ -105,9 +105,36 @@ def test_gradients_reach_the_pooled_tensors_the_gate_and_the_sinks(softcap: floa
             assert a.norm() > 0
 
 
+@pytest.mark.parametrize("has_sinks", [False, True])
+def test_with_pooling_it_is_one_node_whose_gradients_are_its_own(has_sinks: bool) -> None:
+    q, k, v = inputs(100, requires_grad=True, dtype=torch.float64)
+    sinks = torch.randn(4, dtype=torch.float64, requires_grad=True) if has_sinks else None
+    graded = [x for x in (q, k, v, sinks) if x is not None]
+    length = 100 - START
+    options: dict[str, Any] = {"scale": 0.3, "causal": True, "sliding_window": 0, "padded": True}
+
+    def run(given: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+        nodes = pyramid(given, START)
+        spreads = spreads_of(given, nodes[0], START)
+        rules = ScoreRules(sinks=sinks)
+        return *hsa_attention(
+            *(q, k, v), start=START, length=length, nodes=nodes, spreads=spreads, rules=rules, geometry=TINY, **options
+        ), nodes  # fmt: skip
+
+    expected, *_ = run(k.detach())
+    out, spans, choices, _, nodes = hsa_attention_within(
+        lambda: run(k), q, k, v, START, length, sinks, geometry=TINY, **options
+    )
+    assert torch.equal(out, expected)
+    assert not any(x.requires_grad for x in (spans, choices, *nodes))
+    found = (torch.autograd.grad(x.square().sum(), graded) for x in (out, expected))
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b) and a.norm() > 0
+
+
 class Attend(torch.nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, nodes: list[Tensor], spreads: Tensor) -> Tensor:
-        out, _, first = hsa_attention(
+        out, _, first, _ = hsa_attention(
             q, k, v, start=START, nodes=nodes, spreads=spreads, scale=0.3, geometry=TINY
         )
         return out * first.shape[2]
@@ -157,7 +184,7 @@ def test_flops_are_those_of_the_account(summaries: bool) -> None:
     values = [x.detach() for x in pyramid(v, start)] if summaries else []
     gate = torch.ones(4) if summaries else None
     with FlopCounterMode(display=False) as counter:
-        out, spans, first = hsa_attention(
+        out, spans, first, _ = hsa_attention(
             q,
             k,
             v,

@@ -243,7 +243,7 @@ def test_a_closed_gate_is_inert_and_still_learns(build: Callable[..., object]) -
 def test_summaries_that_outweigh_every_key_stay_finite(build: Callable[..., object]) -> None:
     case = build(120, gate=1.0)
     nodes, value_nodes = [50 * x for x in case.pool(case.k)], [x * 0 + 7 for x in case.pool(case.v)]
-    out, _, _ = ops.hsa_attention(
+    out, *_ = ops.hsa_attention(
         case.q,
         case.k,
         case.v,
