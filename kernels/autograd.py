@@ -81,7 +81,7 @@ class Differentiable:
         """What ``run`` returns, as one node of a graph of gradients.
 
         Args:
-            run: Calls the operator once, and returns what the operator did, and whatever else, of which the operator's
+            run: Does what the operator does, and returns what it returns and whatever else, of which the operator's
                 functions are told as well. Gradients flow back through nothing but the operator, and from nothing but
                 what it returned.
             arguments: Those of the operator's that have gradients, and those that ``setup_context`` keeps.

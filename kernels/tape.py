@@ -287,7 +287,7 @@ class Notes(TorchDispatchMode):
                 return
         new = [(i, x) for i, x in outputs if begin_of(x) and self._number(x) is None]
         name = operator.name().split(".")[0]
-        if name in ALLOCATING or name in CLEARING:
+        if name in ALLOCATING | CLEARING and not operator._schema.is_mutable:
             for _, x in new:
                 self._add(x, x.untyped_storage().nbytes() // x.element_size(), cleared=name in CLEARING)
         elif new or operator._schema.is_mutable:
@@ -362,7 +362,7 @@ class Notes(TorchDispatchMode):
             return None
         storage = self._storages[number]
         storage.shared = True
-        if x.numel() == storage.size == extent(x):
+        if x.numel() == storage.size and torch.ops.aten.is_non_overlapping_and_dense(x):
             storage.layout = x.shape, x.stride()
         if storage.dtype != x.dtype:
             self._cannot("a tensor is seen as another dtype")
@@ -383,9 +383,9 @@ class Tape:
         self.new = new
         self.steps: list[Step] = [*steps]
         self.result, self.alike, self.prepared = result, alike, False
-        self.shared: list[tuple[int, Any, Any, torch.dtype, bool]] = []
+        self.shared: list[tuple[int, Sequence[int], Sequence[int], torch.dtype, bool]] = []
         self.places: list[tuple[int, int]] = []
-        self.room = self.cleared = 0
+        self.room = self.cleared_room = 0
         # What is cleared comes first, all of it at once: nothing else has been there.
         for i, x in sorted(storages.items(), key=lambda item: not item[1].cleared):
             if x.size is None:
@@ -397,7 +397,7 @@ class Tape:
             self.places.append((i, self.room))
             self.room += -(-x.size * x.dtype.itemsize // PIECE) * PIECE
             if x.cleared:
-                self.cleared = self.room
+                self.cleared_room = self.room
 
     def fits(self, tensors: Sequence[Any]) -> bool:
         """Whether those of the given tensors share a storage that did."""
@@ -412,8 +412,8 @@ class Tape:
         begins += [0] * self.new
         if self.room:
             room = tensors[0].new_empty(self.room, dtype=torch.uint8)
-            if self.cleared:
-                room.narrow(0, 0, self.cleared).zero_()
+            if self.cleared_room:
+                room.narrow(0, 0, self.cleared_room).zero_()
             at = room.data_ptr()
             for number, place in self.places:
                 begins[number] = at + place
@@ -461,12 +461,9 @@ def put_together(x: Any, owners: Sequence[Any]) -> Any:
         return kind([put_together(y, owners) for y in x])
     if kind is dict:
         return {name: put_together(y, owners) for name, y in x.items()}
+    if isinstance(x, (tuple, list)):  # what operators return by name
+        return kind([put_together(y, owners) for y in x])
     return x.beside(owners[0]) if kind is Nothing else x
-
-
-def extent(x: Tensor) -> int:
-    """Elements from the first one of a tensor to the last, of those in its storage; the tensor has some."""
-    return 1 + sum([(size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)])
 
 
 def begin_of(x: Tensor) -> int:

@@ -105,7 +105,7 @@ class CapturedModule(nn.Module):
             raise
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if not name.startswith("_run")}
+        return {name: value for name, value in vars(self).items() if not name.startswith(("_run", "_output"))}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -116,7 +116,7 @@ class CapturedModule(nn.Module):
         vars(self)["_run"] = compiled(plan.source)
         vars(self)["_run_training"] = None if plan.training is None else compiled(plan.training)
         vars(self)["_run_guards"] = [compiled(guard.source) for guard in plan.guards]
-        vars(self)["_run_output"] = pytree.tree_flatten(plan.output)
+        vars(self)["_output"] = pytree.tree_flatten(plan.output)
         vars(self)["_unread"] = unread_parameters(self.original)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CapturedModule:
@@ -153,7 +153,7 @@ class CapturedModule(nn.Module):
         self._check_rest(values)
         self._check_sizes(values)
         results = iter(run(self, *tensors, *self._around(values)))
-        leaves, structure = vars(self)["_run_output"]
+        leaves, structure = vars(self)["_output"]
         return pytree.tree_unflatten(
             [next(results) if is_tensor_slot(leaf) else _own(leaf) for leaf in leaves], structure
         )

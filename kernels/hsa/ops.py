@@ -167,8 +167,9 @@ _backward_operator = direct("hsa_attention_backward", _hsa_attention_backward)
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], options: dict[str, Any], output: Any) -> None:
     q, k, v, start, length, nodes, _, value_nodes, gate, _, _, sinks = inputs
     out, spans, choices, lse, *_ = output
+    if gate is None and not any(x.requires_grad for x in (*nodes, *value_nodes)):
+        nodes = value_nodes = ()  # they have only selected
     ctx.counts = len(nodes), len(value_nodes)
-    ctx.select_only = gate is None and not any(x.requires_grad for x in (*nodes, *value_nodes))
     used = (out, lse) if lse.ndim > 1 else (None, None)
     ctx.save_for_backward(q, k, v, start, length, *nodes, *value_nodes, gate, spans, choices, *used, sinks)
     ctx.options = {name: value for name, value in options.items() if name != "implementation"}
@@ -180,19 +181,25 @@ def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     levels, value_levels = ctx.counts
     nodes, value_nodes = rest[:levels], rest[levels : levels + value_levels]
     gate, spans, choices, out, lse, sinks = rest[levels + value_levels :]
-    grads = _backward_operator(
-        *(grad, q, k, v, start, length),
-        *((), ()) if ctx.select_only else (nodes, value_nodes),
-        *(gate, spans, choices, out, lse, sinks),
-        **ctx.options,
-    )
-    if ctx.select_only:
-        grads = [*grads[:3], *[None] * (levels + value_levels), *grads[3:]]
-    pooled = grads[3 : 3 + levels], grads[3 + levels : 3 + levels + value_levels]
-    by_head = iter(grads[3 + levels + value_levels :])
+    saved = q, k, v, start, length, nodes, value_nodes, gate, spans, choices, out, lse, sinks
+    grad_q, grad_k, grad_v, *grads = _backward_operator(grad, *saved, **ctx.options)
+    grad_nodes, grad_value_nodes = grads[:levels] or None, grads[levels : levels + value_levels] or None
+    by_head = iter(grads[levels + value_levels :])
     grad_gate, grad_sinks = (None if x is None else next(by_head) for x in (gate, sinks))
-    grad_nodes, grad_value_nodes = pooled
-    return (*grads[:3], None, None, grad_nodes, None, grad_value_nodes, grad_gate, None, None, grad_sinks)
+    return (
+        grad_q,
+        grad_k,
+        grad_v,
+        None,
+        None,
+        grad_nodes,
+        None,
+        grad_value_nodes,
+        grad_gate,
+        None,
+        None,
+        grad_sinks,
+    )
 
 
 _operator = Differentiable(_LIBRARY, "hsa_attention", _hsa_attention, _backward, _setup_context)
@@ -246,7 +253,7 @@ def hsa_attention(
 
     Returns:
         The output [B, Hq, T, Dv], zero for padding; per query block the kept spans of level 1, int32
-        [B, Hkv, NB, beam]; and what each block attends to since which of its queries, int32 [B, Hkv, NB, E], as
+        [B, Hkv, NB, beam]; what each block attends to since which of its queries, int32 [B, Hkv, NB, E], as
         ``geometry`` says of choices; and the log-sum-exp of each query's scores, float32 [B, Hq, T], or nothing, [0].
         Differentiable in q, k, v, nodes, value_nodes, gate and sinks.
 

@@ -2,6 +2,7 @@
 
     list_blocks, query_gradients                 →  grad_q; on Hopper query_gradients_by_roles where it can
     count_entries, write_entries, count_steps    →  which query blocks see each tile of keys
+    split_tiles, own_parts                       →  parts of the tiles that many see
     key_gradients, join_gradients                →  grad_k, grad_v; on Hopper key_gradients_by_roles where it can
 
 As in the forward pass nothing is read back from the device and every buffer's size follows from shapes. A tile

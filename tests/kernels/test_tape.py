@@ -159,9 +159,28 @@ def test_zeros_are_cleared_with_what_is_allocated_at_once(
         expected[2, 1:] = 1
         assert torch.equal(done(function, x), expected.t())
     (only,) = kept()
-    assert only.cleared == 2 * tape.PIECE and only.room == 3 * tape.PIECE
+    assert only.cleared_room == 2 * tape.PIECE and only.room == 3 * tape.PIECE
     assert [cleared for *_, cleared in only.shared] == [True]
     assert sum(isinstance(step, tape.Operation) for step in only.steps) == 1
+
+
+def test_what_is_cleared_or_filled_later_is_so_from_a_tape(
+    double: Callable[[Tensor, Tensor], None], filled: None
+) -> None:
+    def function(x: Tensor) -> tuple[Any, Tensor, Tensor]:
+        written, zeros = torch.empty(9), torch.zeros(4)
+        double(written, x)
+        torch.zeros(9, out=written)
+        zeros.add_(x[:4])
+        return x.topk(3), written + 0, zeros.as_strided((2, 2), (0, 3))
+
+    for _ in range(4):
+        x = torch.randn(9)
+        best, written, apart = done(function, x)
+        assert torch.equal(best.values, x.topk(3).values) and torch.equal(best.indices, x.topk(3).indices)
+        assert torch.equal(written, torch.zeros(9))
+        assert torch.equal(apart, x[:4].as_strided((2, 2), (0, 3)))
+    assert [type(x) for x in kept()] == [tape.Tape]
 
 
 def test_tensors_of_another_kind_have_their_own_tape(double: Callable[[Tensor, Tensor], None]) -> None:

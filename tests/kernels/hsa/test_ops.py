@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from retrofit.errors import ConfigError
@@ -130,6 +132,35 @@ def test_with_pooling_it_is_one_node_whose_gradients_are_its_own(has_sinks: bool
     found = (torch.autograd.grad(x.square().sum(), graded) for x in (out, expected))
     for a, b in zip(*found, strict=True):
         assert torch.equal(a, b) and a.norm() > 0
+
+
+@pytest.mark.parametrize("watched", ["neither", "forward", "backward"])
+def test_with_pooling_it_saves_the_same_where_somebody_watches(watched: str) -> None:
+    q, k, v = inputs(100, requires_grad=True)
+    options: dict[str, Any] = {"scale": 0.3, "causal": True, "sliding_window": 0, "padded": True}
+    length = 100 - START
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def run() -> tuple[Tensor, ...]:
+            nodes = pyramid(k.detach(), START)
+            spreads = spreads_of(k, nodes[0], START)
+            return hsa_attention(
+                *(q, k, v), start=START, length=length, nodes=nodes, spreads=spreads, geometry=TINY, **options
+            )  # fmt: skip
+
+        out, *_ = hsa_attention_within(run, q, k, v, START, length, None, geometry=TINY, **options)
+        return out * 2
+
+    def counted(name: str) -> Any:
+        return FlopCounterMode(display=False) if watched == name else nullcontext()
+
+    with counted("forward"):
+        out = checkpoint(attend, q, k, v, use_reentrant=False)
+    with counted("backward"):
+        found = torch.autograd.grad(out.square().sum(), (q, k, v))
+    expected = torch.autograd.grad(attend(q, k, v).square().sum(), (q, k, v))
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
 
 
 class Attend(torch.nn.Module):
