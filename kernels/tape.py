@@ -457,12 +457,10 @@ def put_together(x: Any, owners: Sequence[Any]) -> Any:
     kind = type(x)
     if kind is Piece:
         return x.of(owners[x.number])
-    if kind is tuple or kind is list:
+    if isinstance(x, (tuple, list)):
         return kind([put_together(y, owners) for y in x])
     if kind is dict:
         return {name: put_together(y, owners) for name, y in x.items()}
-    if isinstance(x, (tuple, list)):  # what operators return by name
-        return kind([put_together(y, owners) for y in x])
     return x.beside(owners[0]) if kind is Nothing else x
 
 

@@ -50,10 +50,8 @@ def check_trainable(site: CapturedModule) -> None:
         )
     if plan.training is not None:
         return
-    own, original = vars(site), vars(site.original)
-    for name in [name for names in (original, own) for name in names if "drop" in name]:
-        value = own.get(name, original.get(name))
-        if isinstance(value, float) and value > 0:
+    for name, value in (vars(site.original) | vars(site)).items():
+        if "drop" in name and isinstance(value, float) and value > 0:
             _refuse(site, name, value)
     for name, child in site._modules.items():
         # Dropout of anything but the weights of attention is still called by the graph.

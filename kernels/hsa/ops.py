@@ -182,24 +182,12 @@ def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     nodes, value_nodes = rest[:levels], rest[levels : levels + value_levels]
     gate, spans, choices, out, lse, sinks = rest[levels + value_levels :]
     saved = q, k, v, start, length, nodes, value_nodes, gate, spans, choices, out, lse, sinks
-    grad_q, grad_k, grad_v, *grads = _backward_operator(grad, *saved, **ctx.options)
-    grad_nodes, grad_value_nodes = grads[:levels] or None, grads[levels : levels + value_levels] or None
-    by_head = iter(grads[levels + value_levels :])
+    grads = _backward_operator(grad, *saved, **ctx.options)
+    end = 3 + levels
+    grad_nodes, grad_value_nodes = grads[3:end] or None, grads[end : end + value_levels] or None
+    by_head = iter(grads[end + value_levels :])
     grad_gate, grad_sinks = (None if x is None else next(by_head) for x in (gate, sinks))
-    return (
-        grad_q,
-        grad_k,
-        grad_v,
-        None,
-        None,
-        grad_nodes,
-        None,
-        grad_value_nodes,
-        grad_gate,
-        None,
-        None,
-        grad_sinks,
-    )
+    return (*grads[:3], None, None, grad_nodes, None, grad_value_nodes, grad_gate, None, None, grad_sinks)
 
 
 _operator = Differentiable(_LIBRARY, "hsa_attention", _hsa_attention, _backward, _setup_context)

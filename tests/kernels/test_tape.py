@@ -477,6 +477,12 @@ def test_both_passes_launch_the_same_from_tapes(
     assert [type(x) for x in kept()] == [tape.Tape] * tapes
 
 
+def leave_tapes_out(patch: pytest.MonkeyPatch) -> None:
+    """Has functions called, whatever has been noted of them."""
+    for module in (hsa, maha, repeat):
+        patch.setattr(module, "repeated", lambda function, tensors, about: function(*tensors))
+
+
 def without_allocations(x: Any) -> Any:
     """Names of launches in which all allocations have the same one."""
     if isinstance(x, tuple):
@@ -494,8 +500,8 @@ def test_on_a_gpu_gradients_from_tapes_are_the_same(name: str, tapes: int) -> No
             given = [x.cuda().requires_grad_() for x in inputs(5000, seed)]
             leaves = [*given, *target.parameters()]
             with pytest.MonkeyPatch.context() as patch:
-                for module in () if repeats else (hsa, maha, repeat):
-                    patch.setattr(module, "repeated", lambda function, tensors, about: function(*tensors))
+                if not repeats:
+                    leave_tapes_out(patch)
                 out = target(*given, unpadded(given[0]))
                 found.append([out, *torch.autograd.grad(out, leaves, torch.ones_like(out))])
         for own, other in zip(*found, strict=True):
@@ -541,8 +547,7 @@ def test_on_a_gpu_tapes_change_nothing(name: str, packed: bool, tokens: int, den
         layers = RetrofitLayer(), RetrofitLayer()
         out = target(q, k, v, unpadded(q, layers[0]))
         with pytest.MonkeyPatch.context() as patch:
-            for module in (hsa, maha, repeat):
-                patch.setattr(module, "repeated", lambda function, tensors, about: function(*tensors))
+            leave_tapes_out(patch)
             expected = target(q, k, v, unpadded(q, layers[1]))
         assert torch.equal(out, expected), seed
         for own, other in zip(*(tensors_of(layer.state) for layer in layers), strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -107,25 +108,29 @@ def test_gradients_reach_the_pooled_tensors_the_gate_and_the_sinks(softcap: floa
             assert a.norm() > 0
 
 
+WITHIN: dict[str, Any] = {
+    **{"scale": 0.3, "causal": True, "sliding_window": 0, "padded": True, "geometry": TINY},
+    **{"start": START, "length": 100 - START},
+}
+
+
+def with_pooling(q: Tensor, k: Tensor, v: Tensor, pooled: Tensor, sinks: Tensor | None = None) -> Any:
+    """What ``hsa_attention`` returns of 100 slots and the pyramid of ``pooled``; and its nodes."""
+    nodes = pyramid(pooled, START)
+    spreads = spreads_of(pooled, nodes[0], START)
+    return *hsa_attention(
+        q, k, v, nodes=nodes, spreads=spreads, rules=ScoreRules(sinks=sinks), **WITHIN
+    ), nodes
+
+
 @pytest.mark.parametrize("has_sinks", [False, True])
 def test_with_pooling_it_is_one_node_whose_gradients_are_its_own(has_sinks: bool) -> None:
     q, k, v = inputs(100, requires_grad=True, dtype=torch.float64)
     sinks = torch.randn(4, dtype=torch.float64, requires_grad=True) if has_sinks else None
     graded = [x for x in (q, k, v, sinks) if x is not None]
-    length = 100 - START
-    options: dict[str, Any] = {"scale": 0.3, "causal": True, "sliding_window": 0, "padded": True}
-
-    def run(given: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-        nodes = pyramid(given, START)
-        spreads = spreads_of(given, nodes[0], START)
-        rules = ScoreRules(sinks=sinks)
-        return *hsa_attention(
-            *(q, k, v), start=START, length=length, nodes=nodes, spreads=spreads, rules=rules, geometry=TINY, **options
-        ), nodes  # fmt: skip
-
-    expected, *_ = run(k.detach())
+    expected, *_ = with_pooling(q, k, v, k.detach(), sinks)
     out, spans, choices, _, nodes = hsa_attention_within(
-        lambda: run(k), q, k, v, START, length, sinks, geometry=TINY, **options
+        lambda: with_pooling(q, k, v, k, sinks), q, k, v, sinks=sinks, **WITHIN
     )
     assert torch.equal(out, expected)
     assert not any(x.requires_grad for x in (spans, choices, *nodes))
@@ -137,18 +142,10 @@ def test_with_pooling_it_is_one_node_whose_gradients_are_its_own(has_sinks: bool
 @pytest.mark.parametrize("watched", ["neither", "forward", "backward"])
 def test_with_pooling_it_saves_the_same_where_somebody_watches(watched: str) -> None:
     q, k, v = inputs(100, requires_grad=True)
-    options: dict[str, Any] = {"scale": 0.3, "causal": True, "sliding_window": 0, "padded": True}
-    length = 100 - START
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        def run() -> tuple[Tensor, ...]:
-            nodes = pyramid(k.detach(), START)
-            spreads = spreads_of(k, nodes[0], START)
-            return hsa_attention(
-                *(q, k, v), start=START, length=length, nodes=nodes, spreads=spreads, geometry=TINY, **options
-            )  # fmt: skip
-
-        out, *_ = hsa_attention_within(run, q, k, v, START, length, None, geometry=TINY, **options)
+        run = partial(with_pooling, q, k, v, k.detach())
+        out: Tensor = hsa_attention_within(run, q, k, v, sinks=None, **WITHIN)[0]
         return out * 2
 
     def counted(name: str) -> Any:
