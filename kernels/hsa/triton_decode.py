@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retrofit.kernels.hsa import triton_parts as parts
 from retrofit.kernels.hsa.geometry import Geometry
 from retrofit.kernels.hsa.triton import (
     choosing,
@@ -29,14 +28,19 @@ from retrofit.kernels.hsa.triton import (
 )
 from retrofit.kernels.hsa.triton_call import CALLS, Call, padded, power
 from retrofit.kernels.hsa.triton_choose import settle
+from retrofit.kernels.hsa.triton_parts import attend_parts, join_parts
 from retrofit.kernels.hsa.triton_select import WHOLE
 from retrofit.kernels.hsa.triton_vote import vote_parts
 from retrofit.kernels.pyramid import triton as pyramid
 
 FEWEST_ROWS = 64
 """Queries times heads in a product, at least."""
-MOST_PARTS = 16
-"""Parts of what a query sees, at most."""
+VOTERS = 2
+"""Programs that vote for few queries where there is room for one with a tile of all rows."""
+FEWEST_KEYS = 128
+"""Keys in a part of what a query sees, at least, unless it is the rest of that."""
+ITEMS_AT_ONCE, PARTS_AT_ONCE = 256, 16
+"""Items whose steps are added up at a time, and parts of an item that are joined at a time."""
 
 
 def hsa_decode(
@@ -105,10 +109,9 @@ def _choose(
     pairs = -(-g.leaf_width // (2 * g.fanout))
     votes, lists = call.empty_votes(tiles, q.device), call.empty_lists(q.device)
     constants = _scoring(call)
-    halves = g.query_block // constants["PLACES"]
-    # Of a block's halves, those that have none of the few new tokens leave their room to others.
-    each = -(-pairs // min(pairs, halves * _parts(call, q.device, tiles, pairs)))
-    vote_parts[(call.blocks * halves, call.rows, -(-pairs // each))](
+    reached = (call.tokens + 2 * constants["PLACES"] - 2) // constants["PLACES"]
+    each = -(-pairs // _parts(call, q.device, reached * call.rows, pairs))
+    vote_parts[(reached, call.rows, -(-pairs // each))](
         q, k, nodes, spreads, sinks, start, length, spans, votes, *strides(q, k), *nodes.stride()[:2],
         *spread_strides(spreads), *call.extent, call.total_blocks, nodes.shape[2] // g.nodes_in_span(0), each,
         scale, g.spread, **constants,
@@ -133,19 +136,18 @@ def _attend(
 ) -> Tensor:
     """Attends to what is listed, by parts of it."""
     constants = _attending(call)
-    split = power(_parts(call, q.device, call.tokens * call.rows, MOST_PARTS))
-    sums = torch.empty(
-        call.tokens, call.rows, split, call.group, call.value_dim, dtype=torch.float32, device=q.device
-    )
+    items, programs = call.tokens * call.rows, call.programs(q.device)
+    parts = torch.empty(items, 2, dtype=torch.int32, device=q.device)
+    sums = torch.empty(programs + items, call.group, call.value_dim, dtype=torch.float32, device=q.device)
     totals, tops = torch.empty(2, *sums.shape[:-1], dtype=torch.float32, device=q.device).unbind()
-    parts.attend_parts[(call.tokens, call.rows, split)](
-        q, k, v, start, length, *lists, sums, totals, tops, *strides(q, k, v), *call.extent, scale,
-        **constants,
+    attend_parts[(programs,)](
+        q, k, v, start, length, *lists, sums, totals, tops, parts, *strides(q, k, v), *call.extent[:2], call.rows,
+        call.blocks, scale, **constants,
     )  # fmt: skip
     out = torch.empty(*q.shape[:3], call.value_dim, dtype=q.dtype, device=q.device)
-    parts.join_parts[(call.tokens, call.rows)](
-        sinks, start, length, sums, totals, tops, out, *call.extent[:2], KV_HEADS=call.kv_heads, GROUP=call.group,
-        ROWS=constants["ROWS"], PARTS=split, LAYOUT=call.layout, **call.values, num_warps=4,
+    join_parts[(items, call.group)](
+        sinks, start, length, sums, totals, tops, parts, out, *call.extent[:2], call.rows, KV_HEADS=call.kv_heads,
+        GROUP=call.group, AT_ONCE=PARTS_AT_ONCE, LAYOUT=call.layout, **call.values, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -163,12 +165,14 @@ def _scoring(call: Call) -> dict[str, Any]:
 def _attending(call: Call) -> dict[str, Any]:
     """Constants of the kernel that attends to a part."""
     tile = call.tile(call.settings.attend_parts)
-    rows = max(tile.rows, power(call.group))
+    rows, keys = max(tile.rows, power(call.group)), max(tile.keys, call.geometry.block)
     return {
         "LIST": call.list_width,
         "GROUP": call.group,
         "ROWS": rows,
-        "KEYS": max(call.geometry.block, tile.keys),
+        "KEYS": keys,
+        "LEAST": max(1, FEWEST_KEYS // keys),
+        "AT_ONCE": min(ITEMS_AT_ONCE, power(call.tokens * call.rows)),
         **call.product,
         **call.values,
         **call.shared,
@@ -188,5 +192,6 @@ def _may_complete(call: Call, size: int, offset: int) -> bool:
 
 
 def _parts(call: Call, device: torch.device, tiles: int, most: int) -> int:
-    """Into how many parts the work on each of so many tiles is cut, for as many programs as there is room for."""
-    return max(1, min(most, call.programs(device) // tiles))
+    """Into how many parts the work on each of so many tiles of few rows is cut, to have as many programs as there is
+    room for."""
+    return max(1, min(most, VOTERS * call.programs(device) // tiles))

@@ -133,7 +133,7 @@ def vote_spans(
     base = nodes + b * stride_nb + h * stride_nh
     keys = k + b * stride_kb + h * stride_kh + begin.to(tl.int64) * stride_kt
     edge = covered_leaves(t0, WINDOW, SINK, BLOCK) // FANOUT
-    used = spans_kept(kept, BEAM, WIDTH_PAD // FANOUT)
+    used, first_span = spans_kept(kept, BEAM, WIDTH_PAD // FANOUT), 2 * from_pair
     for h0 in range(0, GROUP, HEADS):
         row_place, row_head = place_and_head(row, HEADS)
         head = h * GROUP + h0 + row_head
@@ -144,6 +144,7 @@ def vote_spans(
         x = tl.load(q + at_q[:, None] + dim[None], mask=new[:, None] & (dim[None] < DIM), other=0.0)
         wide = x.to(tl.float32)
         second = tl.sum(wide * wide, 1) * (0.5 * spread * scale)
+        left, right = span_at(kept, first_span, used, edge), span_at(kept, first_span + 1, used, edge)
         top, near = weigh_near(
             x, keys, stride_kt, t, t0, high, factor,
             DIM, DIM_PAD, ROWS, WINDOW, SINK, BLOCK, QUERY_BLOCK, KEYS, PRECISION, REACH,
@@ -155,8 +156,6 @@ def vote_spans(
             more = tl.maximum(near, sink)
             near = more + tl.log2(tl.exp2(near - more) + tl.exp2(sink - more))
         near = tl.where(new, near * STEPS, float("inf"))
-        first_span = 2 * from_pair
-        left, right = span_at(kept, first_span, used, edge), span_at(kept, first_span + 1, used, edge)
         for j in range(first_span, tl.minimum(used + EDGE_SPANS, 2 * to_pair), 2):
             of_leaf = tl.where(leaf < FANOUT, left, right)
             of_column = tl.where(column_leaf < FANOUT, left, right)
@@ -246,23 +245,20 @@ def vote_parts(
     KEYS: tl.constexpr, PRECISION: tl.constexpr, STEPS: tl.constexpr, MOST: tl.constexpr,
     REACH: tl.constexpr, LAYOUT: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
-    """As ``vote`` for all blocks; each program has PLACES queries of one block vote for ``pairs`` pairs of its spans,
-    if any of them is new."""
-    PARTS: tl.constexpr = QUERY_BLOCK // PLACES
-    i = tl.program_id(0) // PARTS
-    begin_place = tl.program_id(0) % PARTS * PLACES
+    """As ``vote`` for all blocks; each program has PLACES queries of one block, some of them new, vote for ``pairs`` pairs
+    of its spans."""
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // KV_HEADS, bh % KV_HEADS
     low, high, offset, begin = row_range(start, length, slots, tokens, b, LAYOUT)
-    number = low // QUERY_BLOCK + i
-    t0 = number * QUERY_BLOCK
-    here = t0 + begin_place
-    if (t0 + QUERY_BLOCK > DENSE_END) & (here < high) & (here + PLACES > low):
+    here = (low // PLACES + tl.program_id(0)) * PLACES
+    number = here // QUERY_BLOCK
+    t0, i = number * QUERY_BLOCK, number - low // QUERY_BLOCK
+    if (t0 + QUERY_BLOCK > DENSE_END) & (here < high):
         from_pair = tl.program_id(2) * pairs
         vote_spans(
             q, k, nodes, spreads, sinks, None, spans + (bh * total_blocks + number) * BEAM,
             votes + (bh * blocks + i) * (QUERY_BLOCK * (WIDTH_PAD + FANOUT)),
-            b, h, t0, begin_place, low, high, offset, begin, from_pair, from_pair + pairs,
+            b, h, t0, here - t0, low, high, offset, begin, from_pair, from_pair + pairs,
             stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_nb, stride_nh,
             stride_sb, stride_sh, tokens, leaves, scale, spread,
             KV_HEADS, GROUP, HEADS, DIM, DIM_PAD, WINDOW, SINK, BLOCK, FANOUT, PER_LEAF, BEAM, QUERY_BLOCK,

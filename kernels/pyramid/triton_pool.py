@@ -219,6 +219,8 @@ def grow_levels(
     begin = tl.load(start + b)
     after = tl.maximum(tl.load(length + b) - OFFSET, 0)
     before = tl.maximum(after - new, 0)
+    if after // RATIOS[0] == before // RATIOS[0]:
+        return  # nothing is complete
     dim = tl.arange(0, DIM_PAD)
     line = x + b * stride_b + h * stride_h + (begin + OFFSET) * stride_n + dim[None]
     stride, rows = stride_n.to(tl.int64), (members - OFFSET - begin).to(tl.int64)
