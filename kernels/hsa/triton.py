@@ -135,7 +135,7 @@ def hsa_attention(
     todo = (torch.zeros if call.is_dense else torch.empty)(room, dtype=torch.int32, device=q.device)
     if not call.is_dense:
         nodes = [x.contiguous() for x in nodes]
-        keep_spans(call, q, nodes, start, length, spans, scale, fresh=fresh)
+        _keep_spans(call, q, nodes, start, length, spans, scale, fresh=fresh)
         shift, lists = _choose_leaves(
             call, q, k, nodes[0], spreads, sinks, start, length, spans, choices, todo, scale, fresh=fresh
         )
@@ -168,7 +168,7 @@ def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor | None) -> tuple[Tensor,
     return (out * (lse - whole).exp()[..., None]).to(out.dtype), whole
 
 
-def keep_spans(
+def _keep_spans(
     call: Call,
     q: Tensor,
     nodes: Sequence[Tensor],
@@ -180,31 +180,28 @@ def keep_spans(
     fresh: bool,
 ) -> None:
     """The coarse steps: fills ``spans`` where a new query is the first of its block, all of it if it is fresh."""
-    g = call.geometry
-    width = _coarse_width(g)
-    scores = torch.empty(call.rows, call.blocks, call.group, width, dtype=torch.float32, device=q.device)
-    coarse, products, group_pad = _coarse(call), _coarse_products(call), power(call.group)
-    rows = max(group_pad, call.settings.coarse[call.bytes, padded(call.dim)].rows)
-    highest = g.top_level(g.covered(call.slots - 1))
+    scores, tiles = coarse_scores(call, q.device), coarse_tiles(call)
+    per_tile = tiles["TILE"] // tiles["GROUP_PAD"]
+    highest = coarse_levels(call)
     for level in range(highest, 0, -1):
         at_nodes = (nodes[level].stride(0), nodes[level].stride(1))
         count = nodes[level].shape[2]
-        per_tile = rows // group_pad
         first = call.first_block(level)
         select.top_scores[(-(-(call.blocks - first) // per_tile), call.rows)](
             q, nodes[level], start, length, scores, *strides(q), *at_nodes, *call.extent, first, count,
-            LEVEL=level, GROUP_PAD=group_pad, PER_SPAN=g.nodes_per_span, TILE=rows, **products,
+            LEVEL=level, **tiles,
         )  # fmt: skip
         if level < highest:
             deeper = call.first_block(level + 1)
             select.refine[(-(-(call.blocks - deeper) // per_tile), call.rows)](
                 q, nodes[level], start, length, spans, scores, *strides(q), *at_nodes,
                 *call.extent, deeper, call.total_blocks, count,
-                LEVEL=level, GROUP_PAD=group_pad, PER_SPAN=g.nodes_per_span, TILE=rows, **products,
+                LEVEL=level, **tiles,
             )  # fmt: skip
         select.keep[(call.blocks - first, call.rows)](
             start, length, spans, scores, *call.extent, first, call.total_blocks, scale,
-            LEVEL=level, WIDTH_PAD=power(width), FRESH=fresh, **coarse, **call.reach, num_warps=1,
+            LEVEL=level, WIDTH_PAD=power(tiles["WIDTH"]), FRESH=fresh, **_coarse(call), **call.reach, num_warps=1,
+            enable_fp_fusion=False,
         )  # fmt: skip
 
 
@@ -261,6 +258,17 @@ def _at_once(tiles: int, programs: int) -> int:
     return min(tiles, -(-tiles // (turns * programs)) * programs)
 
 
+def coarse_levels(call: Call) -> int:
+    """Levels of the coarse steps, at most."""
+    return call.geometry.top_level(call.geometry.covered(call.slots - 1))
+
+
+def coarse_scores(call: Call, device: torch.device) -> Tensor:
+    """Scores of spans, as ``triton_select`` says, to be filled."""
+    shape = (call.rows, call.blocks, call.group, _coarse(call)["WIDTH"])
+    return torch.empty(shape, dtype=torch.float32, device=device)
+
+
 @lru_cache(CALLS)
 def _coarse(call: Call) -> dict[str, Any]:
     """Constants of the kernels of the coarse steps."""
@@ -271,19 +279,23 @@ def _coarse(call: Call) -> dict[str, Any]:
         "GROUP": call.group,
         "FANOUT": g.fanout,
         "BEAM": g.beam,
-        "WIDTH": _coarse_width(g),
+        "WIDTH": g.beam * g.fanout + g.fanout,
     }
 
 
 @lru_cache(CALLS)
-def _coarse_products(call: Call) -> dict[str, Any]:
+def coarse_tiles(call: Call) -> dict[str, Any]:
     """Constants of those of them that score."""
     tile = call.settings.coarse[call.bytes, padded(call.dim)]
-    return {**call.product, **_coarse(call), **tile.options(tile.rows)}
-
-
-def _coarse_width(g: Geometry) -> int:
-    return g.beam * g.fanout + g.fanout
+    group = power(call.group)
+    return {
+        "GROUP_PAD": group,
+        "PER_SPAN": call.geometry.nodes_per_span,
+        "TILE": max(group, tile.rows),
+        **call.product,
+        **_coarse(call),
+        **tile.options(tile.rows),
+    }
 
 
 @lru_cache(CALLS)

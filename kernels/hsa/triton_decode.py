@@ -1,6 +1,6 @@
 """Hierarchical sparse attention of the last few tokens of each row by Triton kernels, in place.
 
-    k, v  →  nodes, spreads of what the tokens complete  →  spans  →  votes  →  choices, lists  →  out
+    k, v  →  nodes, spreads of what the tokens complete, spans  →  votes  →  choices, lists  →  out
 
 The work on one token is spread over many programs. Its votes are those of ``triton.hsa_attention`` to the bit: rows of a
 product do not depend on how many there are.
@@ -21,17 +21,20 @@ from torch import Tensor
 from retrofit.kernels.hsa.geometry import Geometry
 from retrofit.kernels.hsa.triton import (
     choosing,
-    keep_spans,
+    coarse_levels,
+    coarse_scores,
+    coarse_tiles,
     scoring,
     spread_strides,
     strides,
 )
+from retrofit.kernels.hsa.triton_advance import advance
 from retrofit.kernels.hsa.triton_call import CALLS, Call, padded, power
 from retrofit.kernels.hsa.triton_choose import settle
 from retrofit.kernels.hsa.triton_parts import attend_parts, join_parts
 from retrofit.kernels.hsa.triton_select import WHOLE
 from retrofit.kernels.hsa.triton_vote import vote_parts
-from retrofit.kernels.pyramid import triton as pyramid
+from retrofit.kernels.pyramid.triton import growing
 
 FEWEST_ROWS = 64
 """Queries times heads in a product, at least."""
@@ -77,18 +80,41 @@ def hsa_decode(
         ending=ending,
         total_blocks=spans.shape[2],
     )
-    if _may_complete(call, g.node, g.sink):
-        pyramid.extend_in_place(
-            k, nodes, spreads, start, length,
-            new=call.tokens, ratios=g.ratios, offset=g.sink, pooling=pooling, weights=weights,
-        )  # fmt: skip
+    completes = _may_complete(call, g.node, g.sink)
+    # The token behind a block begins the next one.
+    begins = not call.is_dense and _may_complete(call, g.query_block, 1)
+    if completes or begins:
+        _advance(call, q, k, nodes, spreads, start, length, spans, scale, pooling, weights, begins=begins)
     if call.is_dense:
         lists = call.empty_lists(q.device)  # which nobody reads
     else:
-        if _may_complete(call, g.query_block, 1):  # the token behind a block begins the next one
-            keep_spans(call, q, nodes, start, length, spans, scale, fresh=False)
         lists = _choose(call, q, k, nodes[0], spreads, sinks, start, length, spans, choices, scale)
     return _attend(call, q, k, v, sinks, start, length, lists, scale)
+
+
+def _advance(
+    call: Call,
+    q: Tensor,
+    k: Tensor,
+    nodes: Sequence[Tensor],
+    spreads: Tensor | None,
+    start: Tensor,
+    length: Tensor,
+    spans: Tensor,
+    scale: float,
+    pooling: str,
+    weights: Sequence[Tensor | None],
+    *,
+    begins: bool,
+) -> None:
+    """Brings nodes and spreads up to date, and ``spans`` if a new token may begin a query block."""
+    taps = tuple(None if weight is None else weight.contiguous() for weight in weights)
+    scores = coarse_scores(call, q.device) if begins else spans  # which nobody reads
+    advance[(call.rows,)](
+        q, k, tuple(nodes), taps, spreads, start, length, spans, scores, *strides(q, k), *call.extent,
+        call.total_blocks, tuple(level.shape[2] for level in nodes), scale,
+        COARSE=coarse_levels(call) if begins else 0, POOLING=pooling, **_advancing(call, q.device),
+    )  # fmt: skip
 
 
 def _choose(
@@ -150,6 +176,21 @@ def _attend(
         GROUP=call.group, AT_ONCE=PARTS_AT_ONCE, LAYOUT=call.layout, **call.values, num_warps=4,
     )  # fmt: skip
     return out
+
+
+@lru_cache(CALLS)
+def _advancing(call: Call, device: torch.device) -> dict[str, Any]:
+    """Constants of the kernel that grows the pyramid and keeps spans."""
+    tiles = coarse_tiles(call)
+    return {
+        "RATIOS": tuple(call.geometry.ratios),
+        "WIDTH_PAD": power(tiles["WIDTH"]),
+        **growing(call.dim, device),
+        **tiles,
+        **call.reach,
+        "num_stages": 2,
+        "enable_fp_fusion": False,  # cells are those of other kernels to the bit
+    }
 
 
 @lru_cache(CALLS)

@@ -234,10 +234,8 @@ def join_parts(
     real = (i - offset >= low) & (i - offset < high)
     value_dim = tl.arange(0, VALUE_PAD)
     wide = value_dim < VALUE_DIM
-    first, end = (
-        tl.load(parts + 2 * item, mask=real, other=0),
-        tl.load(parts + 2 * item + 1, mask=real, other=0),
-    )
+    first, end = tl.load(parts + 2 * item), tl.load(parts + 2 * item + 1)
+    first, end = tl.where(real, first, 0), tl.where(real, end, 0)
     top, total = tl.full([], -float("inf"), tl.float32), tl.full([], 0.0, tl.float32)
     if sinks is not None:
         top, total = sink_of(sinks, h * GROUP + g, real), tl.full([], 1.0, tl.float32)

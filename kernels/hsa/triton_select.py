@@ -20,6 +20,8 @@ from retrofit.kernels.launch import kernel
 LOG2E = tl.constexpr(1.4426950408889634)
 BEHIND = tl.constexpr(2**31 - 1)
 """Behind every span."""
+SHARES = tl.constexpr(2.0**30)
+"""Steps of a weight between 0 and 1."""
 WHOLE, PADDED, ENDING = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 """Layouts of a call: the queries are those of the last slots, and rows have all slots or lie from ``start`` on for
 ``length``; or the queries are the last tokens of their rows, behind which slots may be free."""
@@ -84,26 +86,18 @@ def among_best(keys, COUNT: tl.constexpr):
     return chosen
 
 
-@kernel(do_not_specialize=["slots", "tokens", "blocks", "first", "node_count"])
-def top_scores(
-    q, nodes, start, length, scores,
-    stride_qb, stride_qh, stride_qt, stride_nb, stride_nh,
-    slots, tokens, blocks, first, node_count,
-    LEVEL: tl.constexpr, LEVELS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
-    GROUP_PAD: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, WINDOW: tl.constexpr,
-    SINK: tl.constexpr, BLOCK: tl.constexpr, FANOUT: tl.constexpr, PER_SPAN: tl.constexpr,
-    BEAM: tl.constexpr, QUERY_BLOCK: tl.constexpr, DENSE_END: tl.constexpr, WIDTH: tl.constexpr,
-    TILE: tl.constexpr, PRECISION: tl.constexpr, LAYOUT: tl.constexpr,
+@triton.jit
+def score_top(
+    q, base, scores, bh, b, h, low, high, offset, first, stride_qb, stride_qh, stride_qt, blocks, node_count,
+    LEVEL: tl.constexpr, LEVELS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr, WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr, FANOUT: tl.constexpr,
+    PER_SPAN: tl.constexpr, BEAM: tl.constexpr, QUERY_BLOCK: tl.constexpr, DENSE_END: tl.constexpr,
+    WIDTH: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Scores [B·Hkv, blocks, G, WIDTH] of spans 0, 1, … of LEVEL for the blocks whose top level it is."""
-    bh = tl.program_id(1).to(tl.int64)
-    b, h = bh // KV_HEADS, bh % KV_HEADS
-    low, high, offset, _ = row_range(start, length, slots, tokens, b, LAYOUT)
-    PER: tl.constexpr = TILE // GROUP_PAD
+    """``top_scores`` for a tile of blocks from number ``first`` on; ``base`` are the nodes of a row and its kv head."""
     row = tl.arange(0, TILE)
     group = row % GROUP_PAD
-    # What lies later sees more, and begins first.
-    i = first + (tl.num_programs(0) - 1 - tl.program_id(0)) * PER + row // GROUP_PAD
+    i = first + row // GROUP_PAD
     t = (low // QUERY_BLOCK + i) * QUERY_BLOCK
     covered = covered_leaves(t, WINDOW, SINK, BLOCK)
     mine = (i < blocks) & (t >= low) & (t < high) & (t + QUERY_BLOCK > DENSE_END) & (group < GROUP)
@@ -119,7 +113,6 @@ def top_scores(
         column = tl.arange(0, STEP * PER_SPAN)
         node = column % STEP * PER_SPAN + column // STEP
         span = tl.arange(0, STEP)
-        base = nodes + b * stride_nb + h * stride_nh
         out = scores + ((bh * blocks + i.to(tl.int64)) * GROUP + group) * WIDTH
         for begin in range(0, end, STEP):
             n = begin * PER_SPAN + node
@@ -133,26 +126,18 @@ def top_scores(
             tl.store(out[:, None] + s_id[None], best, mask=mine[:, None] & (s_id[None] < end))
 
 
-@kernel(do_not_specialize=["slots", "tokens", "blocks", "first", "total_blocks", "node_count"])
-def refine(
-    q, nodes, start, length, spans, scores,
-    stride_qb, stride_qh, stride_qt, stride_nb, stride_nh,
-    slots, tokens, blocks, first, total_blocks, node_count,
-    LEVEL: tl.constexpr, LEVELS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
-    GROUP_PAD: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, WINDOW: tl.constexpr,
-    SINK: tl.constexpr, BLOCK: tl.constexpr, FANOUT: tl.constexpr, PER_SPAN: tl.constexpr,
-    BEAM: tl.constexpr, QUERY_BLOCK: tl.constexpr, DENSE_END: tl.constexpr, WIDTH: tl.constexpr,
-    TILE: tl.constexpr, PRECISION: tl.constexpr, LAYOUT: tl.constexpr,
+@triton.jit
+def score_below(
+    q, base, spans, scores, bh, b, h, low, high, offset, first, stride_qb, stride_qh, stride_qt,
+    blocks, total_blocks, node_count,
+    LEVEL: tl.constexpr, LEVELS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr, WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr, FANOUT: tl.constexpr,
+    PER_SPAN: tl.constexpr, BEAM: tl.constexpr, QUERY_BLOCK: tl.constexpr, DENSE_END: tl.constexpr,
+    WIDTH: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Scores of the children of the spans kept at LEVEL + 1, and of the cover's own spans behind them.
-
-    Neighbouring blocks keep much the same spans: what any block of a tile keeps is read once for all of them.
-    """
-    bh = tl.program_id(1).to(tl.int64)
-    b, h = bh // KV_HEADS, bh % KV_HEADS
-    low, high, offset, _ = row_range(start, length, slots, tokens, b, LAYOUT)
+    """``refine`` for a tile of blocks from number ``first`` on; ``base`` as in ``score_top``."""
     PER: tl.constexpr = TILE // GROUP_PAD
-    i = first + tl.program_id(0) * PER + tl.arange(0, PER)
+    i = first + tl.arange(0, PER)
     number = low // QUERY_BLOCK + i
     t = number * QUERY_BLOCK
     covered = covered_leaves(t, WINDOW, SINK, BLOCK)
@@ -172,7 +157,7 @@ def refine(
 
     row = tl.arange(0, TILE)
     group = row % GROUP_PAD
-    row_t = (low // QUERY_BLOCK + first + tl.program_id(0) * PER + row // GROUP_PAD) * QUERY_BLOCK
+    row_t = (low // QUERY_BLOCK + first + row // GROUP_PAD) * QUERY_BLOCK
     at = b * stride_qb + (h * GROUP + group) * stride_qh + (row_t + offset).to(tl.int64) * stride_qt
     real = (group < GROUP) & (row_t >= low) & (row_t < high)
     dim = tl.arange(0, DIM_PAD)
@@ -181,7 +166,6 @@ def refine(
     node = column % FANOUT * PER_SPAN + column // FANOUT
     head = tl.arange(0, GROUP_PAD)
     child = tl.arange(0, FANOUT)
-    base = nodes + b * stride_nb + h * stride_nh
     out = scores + ((bh * blocks + i)[:, None] * GROUP + head[None]) * WIDTH
     for _ in range(0, many):
         n = parent.to(tl.int64) * (FANOUT * PER_SPAN) + node
@@ -201,23 +185,15 @@ def refine(
         parent = tl.min(tl.where(parents > parent, parents, BEHIND))
 
 
-@kernel(do_not_specialize=["slots", "tokens", "blocks", "first", "total_blocks"])
-def keep(
-    start, length, spans, scores,
-    slots, tokens, blocks, first, total_blocks, scale,
-    LEVEL: tl.constexpr, LEVELS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
-    WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr, FANOUT: tl.constexpr,
-    BEAM: tl.constexpr, QUERY_BLOCK: tl.constexpr, DENSE_END: tl.constexpr, WIDTH: tl.constexpr,
-    WIDTH_PAD: tl.constexpr, FRESH: tl.constexpr, LAYOUT: tl.constexpr,
+@triton.jit
+def keep_best(
+    spans, scores, bh, low, high, i, blocks, total_blocks, scale,
+    LEVEL: tl.constexpr, LEVELS: tl.constexpr, GROUP: tl.constexpr, WINDOW: tl.constexpr, SINK: tl.constexpr,
+    BLOCK: tl.constexpr, FANOUT: tl.constexpr, BEAM: tl.constexpr, QUERY_BLOCK: tl.constexpr,
+    DENSE_END: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, FRESH: tl.constexpr,
     REACH: tl.constexpr,
 ):  # fmt: skip
-    """Writes the best BEAM spans of LEVEL, ascending, to ``spans`` [B·Hkv, total_blocks, BEAM].
-
-    If ``spans`` is FRESH, what has no spans of LEVEL gets −1.
-    """
-    i = first + tl.program_id(0)
-    bh = tl.program_id(1).to(tl.int64)
-    low, high, _, _ = row_range(start, length, slots, tokens, bh // KV_HEADS, LAYOUT)
+    """``keep`` for block number ``i``."""
     number = low // QUERY_BLOCK + i
     t = number * QUERY_BLOCK
     covered = covered_leaves(t, WINDOW, SINK, BLOCK)
@@ -241,13 +217,88 @@ def keep(
         for g in range(GROUP):
             s = tl.load(base + g * WIDTH + place, mask=(ids >= 0) & (place < WIDTH), other=-float("inf"))
             e = tl.exp2((s - tl.max(s, 0)) * (scale * LOG2E))
-            votes += e / tl.sum(e, 0)
+            # A sum of integers is the same in any order, and so by any number of warps.
+            total = tl.sum((e * SHARES).to(tl.int64), 0).to(tl.float32)
+            votes += e * SHARES / total
         keys = tl.where(ids >= 0, votes.to(tl.int32, bitcast=True), -1)
         picked = among_best(keys, BEAM)
         slot = tl.cumsum(picked.to(tl.int32), 0) - 1
-        total = tl.sum(picked.to(tl.int32), 0)
+        many = tl.sum(picked.to(tl.int32), 0)
         tl.debug_barrier()  # every thread has read the parents
         tl.store(kept + slot, ids, mask=picked)
-        tl.store(kept + place, place * 0 - 1, mask=(place >= total) & (place < BEAM))
+        tl.store(kept + place, place * 0 - 1, mask=(place >= many) & (place < BEAM))
     elif FRESH:
         tl.store(kept + place, place * 0 - 1, mask=place < tl.where(number < total_blocks, BEAM, 0))
+
+
+@kernel(do_not_specialize=["slots", "tokens", "blocks", "first", "node_count"])
+def top_scores(
+    q, nodes, start, length, scores,
+    stride_qb, stride_qh, stride_qt, stride_nb, stride_nh,
+    slots, tokens, blocks, first, node_count,
+    LEVEL: tl.constexpr, LEVELS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
+    GROUP_PAD: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, WINDOW: tl.constexpr,
+    SINK: tl.constexpr, BLOCK: tl.constexpr, FANOUT: tl.constexpr, PER_SPAN: tl.constexpr,
+    BEAM: tl.constexpr, QUERY_BLOCK: tl.constexpr, DENSE_END: tl.constexpr, WIDTH: tl.constexpr,
+    TILE: tl.constexpr, PRECISION: tl.constexpr, LAYOUT: tl.constexpr,
+):  # fmt: skip
+    """Scores [B·Hkv, blocks, G, WIDTH] of spans 0, 1, … of LEVEL for the blocks whose top level it is."""
+    bh = tl.program_id(1).to(tl.int64)
+    b, h = bh // KV_HEADS, bh % KV_HEADS
+    low, high, offset, _ = row_range(start, length, slots, tokens, b, LAYOUT)
+    # What lies later sees more, and begins first.
+    first += (tl.num_programs(0) - 1 - tl.program_id(0)) * (TILE // GROUP_PAD)
+    score_top(
+        q, nodes + b * stride_nb + h * stride_nh, scores, bh, b, h, low, high, offset, first,
+        stride_qb, stride_qh, stride_qt, blocks, node_count,
+        LEVEL, LEVELS, GROUP, GROUP_PAD, DIM, DIM_PAD, WINDOW, SINK, BLOCK, FANOUT, PER_SPAN, BEAM, QUERY_BLOCK,
+        DENSE_END, WIDTH, TILE, PRECISION,
+    )  # fmt: skip
+
+
+@kernel(do_not_specialize=["slots", "tokens", "blocks", "first", "total_blocks", "node_count"])
+def refine(
+    q, nodes, start, length, spans, scores,
+    stride_qb, stride_qh, stride_qt, stride_nb, stride_nh,
+    slots, tokens, blocks, first, total_blocks, node_count,
+    LEVEL: tl.constexpr, LEVELS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
+    GROUP_PAD: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, WINDOW: tl.constexpr,
+    SINK: tl.constexpr, BLOCK: tl.constexpr, FANOUT: tl.constexpr, PER_SPAN: tl.constexpr,
+    BEAM: tl.constexpr, QUERY_BLOCK: tl.constexpr, DENSE_END: tl.constexpr, WIDTH: tl.constexpr,
+    TILE: tl.constexpr, PRECISION: tl.constexpr, LAYOUT: tl.constexpr,
+):  # fmt: skip
+    """Scores of the children of the spans kept at LEVEL + 1, and of the cover's own spans behind them.
+
+    Neighbouring blocks keep much the same spans: what any block of a tile keeps is read once for all of them.
+    """
+    bh = tl.program_id(1).to(tl.int64)
+    b, h = bh // KV_HEADS, bh % KV_HEADS
+    low, high, offset, _ = row_range(start, length, slots, tokens, b, LAYOUT)
+    score_below(
+        q, nodes + b * stride_nb + h * stride_nh, spans, scores, bh, b, h, low, high, offset,
+        first + tl.program_id(0) * (TILE // GROUP_PAD), stride_qb, stride_qh, stride_qt, blocks, total_blocks, node_count,
+        LEVEL, LEVELS, GROUP, GROUP_PAD, DIM, DIM_PAD, WINDOW, SINK, BLOCK, FANOUT, PER_SPAN, BEAM, QUERY_BLOCK,
+        DENSE_END, WIDTH, TILE, PRECISION,
+    )  # fmt: skip
+
+
+@kernel(do_not_specialize=["slots", "tokens", "blocks", "first", "total_blocks"])
+def keep(
+    start, length, spans, scores,
+    slots, tokens, blocks, first, total_blocks, scale,
+    LEVEL: tl.constexpr, LEVELS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
+    WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr, FANOUT: tl.constexpr,
+    BEAM: tl.constexpr, QUERY_BLOCK: tl.constexpr, DENSE_END: tl.constexpr, WIDTH: tl.constexpr,
+    WIDTH_PAD: tl.constexpr, FRESH: tl.constexpr, LAYOUT: tl.constexpr,
+    REACH: tl.constexpr,
+):  # fmt: skip
+    """Writes the best BEAM spans of LEVEL, ascending, to ``spans`` [B·Hkv, total_blocks, BEAM].
+
+    If ``spans`` is FRESH, what has no spans of LEVEL gets −1.
+    """
+    bh = tl.program_id(1).to(tl.int64)
+    low, high, _, _ = row_range(start, length, slots, tokens, bh // KV_HEADS, LAYOUT)
+    keep_best(
+        spans, scores, bh, low, high, first + tl.program_id(0), blocks, total_blocks, scale,
+        LEVEL, LEVELS, GROUP, WINDOW, SINK, BLOCK, FANOUT, BEAM, QUERY_BLOCK, DENSE_END, WIDTH, WIDTH_PAD, FRESH, REACH,
+    )  # fmt: skip

@@ -24,7 +24,6 @@ from torch.autograd.function import once_differentiable
 
 from retrofit.kernels.pyramid.triton_backward import pool_gradients
 from retrofit.kernels.pyramid.triton_pool import (
-    grow_levels,
     halve_levels,
     measure_spreads,
     pool_cells,
@@ -274,42 +273,9 @@ def extend_spreads(
     return found
 
 
-def extend_in_place(
-    x: Tensor,
-    levels: Sequence[Tensor],
-    spreads: Tensor | None,
-    start: Tensor,
-    length: Tensor,
-    *,
-    new: int,
-    ratios: Sequence[int],
-    offset: int,
-    pooling: str,
-    weights: Sequence[Tensor | None],
-) -> None:
-    """Brings levels and spreads, which have room for all slots of ``x``, up to the last ``new`` tokens of each row.
-
-    Args:
-        x: The members of the first level, [B, H, N, D]; what lies behind a row's tokens is not read.
-        levels: Cells per level, [B, H, M, D] in rows, M at least ⌊(N − offset) / size⌋.
-        spreads: Of the first level's cells, float32 [B, H, M]; None where there are none to keep.
-        start: Index of each row's first token, int64 [B].
-        length: Tokens of each row, the new ones included, int64 [B].
-        new: Tokens since the call before.
-        ratios: Members of a cell, per level.
-        offset: Tokens in front of the first cell.
-        pooling: As in ``extend_pyramid``.
-        weights: As in ``extend_pyramid``.
-    """
-    batch, heads, members, dim = x.shape
-    taps = tuple(None if weight is None else weight.contiguous() for weight in weights)
-    tuned = settings(x.device).pooling
-    grow_levels[(batch * heads,)](
-        x, tuple(levels), taps, spreads, start, length, *x.stride()[:3], members, new,
-        tuple(level.shape[2] for level in levels), heads,
-        OFFSET=offset, LEVELS=len(levels), RATIOS=tuple(ratios), DIM=dim, **_halved(dim), POOLING=pooling,
-        CELLS=tuned.cells, num_warps=tuned.warps, enable_fp_fusion=False,
-    )  # fmt: skip
+def growing(dim: int, device: torch.device) -> dict[str, int]:
+    """Constants of ``grow_levels`` that follow from the dims and the GPU."""
+    return {"DIM": dim, **_halved(dim), "CELLS": settings(device).pooling.cells}
 
 
 def _halved(dim: int) -> dict[str, int]:

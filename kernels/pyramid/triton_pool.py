@@ -4,7 +4,8 @@
     pool_levels       members of any number, several levels in a launch: a program reads again what it has written
     pool_cells        cells of one level that new tokens complete
     measure_spreads   spreads of the first level's cells that new tokens complete
-    grow_levels       a row's cells of all levels, and their spreads, that a few new tokens complete, in place
+
+``grow_levels`` does both for all levels of one row and head, in place, as a part of kernels for a few new tokens.
 
 Members are added one by one, and squares by neighbours: what a cell is does not depend on who computes it.
 """
@@ -206,24 +207,19 @@ def measure_spreads(
     tl.store(spreads + bh * capacity + cell, spread, mask=mine)
 
 
-@kernel(do_not_specialize=["members", "new"])
+@triton.jit
 def grow_levels(
-    x, cells, taps, spreads, start, length, stride_b, stride_h, stride_n, members, new, capacities, heads,
+    x, cells, taps, spreads, bh, h, begin, before, after, stride, members, capacities,
     OFFSET: tl.constexpr, LEVELS: tl.constexpr, RATIOS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
     HALVINGS: tl.constexpr, POOLING: tl.constexpr, CELLS: tl.constexpr,
 ):  # fmt: skip
-    """Writes the cells [B, H, capacity, DIM] of all levels, and the spreads [B, H, capacity] of those of the first,
-    that the last ``new`` tokens of each row complete."""
-    bh = tl.program_id(0).to(tl.int64)
-    b, h = bh // heads, bh % heads
-    begin = tl.load(start + b)
-    after = tl.maximum(tl.load(length + b) - OFFSET, 0)
-    before = tl.maximum(after - new, 0)
-    if after // RATIOS[0] == before // RATIOS[0]:
-        return  # nothing is complete
+    """Writes the cells [B, H, capacity, DIM] of all levels, and the spreads [B, H, capacity] of those of the first, that
+    the members from number ``before`` to ``after``, from ``OFFSET`` on, complete in the row and head ``bh``.
+
+    x points to the first of a row's slots, of which it has ``members``; its first token is in slot ``begin``.
+    """
     dim = tl.arange(0, DIM_PAD)
-    line = x + b * stride_b + h * stride_h + (begin + OFFSET) * stride_n + dim[None]
-    stride, rows = stride_n.to(tl.int64), (members - OFFSET - begin).to(tl.int64)
+    line, rows = x + (begin + OFFSET) * stride + dim[None], members - OFFSET - begin
     for level in tl.static_range(LEVELS):
         tap = x
         if POOLING == "learned":

@@ -13,7 +13,7 @@ RUNS = 10
 """Runs over which times are averaged."""
 SELECTING = frozenset(
     {
-        *("halve_levels", "pool_levels", "pool_cells", "measure_spreads", "grow_levels"),
+        *("halve_levels", "pool_levels", "pool_cells", "measure_spreads", "advance"),
         *("top_scores", "refine", "keep"),
         *("vote", "vote_by_roles", "vote_parts", "settle"),
     }

@@ -27,10 +27,7 @@ KERNELS = {
         *("list_blocks", "query_gradients", "key_gradients", "join_gradients"),
         *("count_entries", "write_entries", "count_steps", "split_tiles", "own_parts"),
     },
-    "decode": {
-        *("grow_levels", "top_scores", "refine", "keep"),
-        *("vote_parts", "settle", "attend_parts", "join_parts"),
-    },
+    "decode": {"advance", "vote_parts", "settle", "attend_parts", "join_parts"},
     "maha": {"attend", "query_gradients", "key_gradients"},
     "pyramid": {"halve_levels", "pool_levels", "pool_cells", "measure_spreads", "pool_gradients"},
     "rotary": {"rotate"},

@@ -20,6 +20,10 @@ from retrofit.targets.hsa import geometry_of
 
 pytest.importorskip("triton")
 
+from retrofit.kernels import tuned
+from retrofit.kernels.hsa import triton_decode
+from retrofit.kernels.hsa.triton_call import Call
+
 
 @pytest.fixture
 def implementation() -> str:
@@ -115,6 +119,27 @@ def test_interpreted_tokens_equal_the_whole(
     expected, whole = after(replace(case, implementation="blocked"), case.tokens)
     torch.testing.assert_close(out, expected[:, :, begin:], rtol=1e-5, atol=1e-5)
     same_state(case, state, whole)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
+@pytest.mark.parametrize("keys", [8, 32], ids=["a leaf at a time", "several leaves at a time"])
+@pytest.mark.parametrize("programs", [1, 7, 60])
+def test_programs_share_the_work_in_any_way(
+    build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, programs: int, keys: int
+) -> None:
+    case = build(
+        118, batch=3, start=[0, 44, 9], length=[118, 74, 101], heads=6, kv_heads=2, sliding_window=85
+    )
+    expected, _ = after(replace(case, implementation="blocked"), case.tokens)
+    monkeypatch.setattr(Call, "programs", lambda *_: programs)
+    monkeypatch.setattr(triton_decode, "ITEMS_AT_ONCE", 4)
+    monkeypatch.setattr(triton_decode, "PARTS_AT_ONCE", 2)
+    monkeypatch.setattr(triton_decode, "FEWEST_KEYS", keys)
+    row = tuned.settings(case.q.device)
+    tiles = {kind: replace(tile, keys=keys) for kind, tile in row.attend_parts.items()}
+    monkeypatch.setitem(tuned.ROWS, tuned.INTERPRETED, replace(row, attend_parts=tiles))
+    out, _ = decoded(case, 115, [1, 2])
+    torch.testing.assert_close(out, expected[:, :, 115:], rtol=1e-5, atol=1e-5)
 
 
 def test_a_state_without_room_is_refused(build: Callable[..., Any]) -> None:
