@@ -64,6 +64,22 @@ def work_on(
 
 
 @triton.jit
+def steps_from(
+    begin, start, length, counts, slots, tokens, rows, blocks,
+    KV_HEADS: tl.constexpr, WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr, DENSE_END: tl.constexpr, KEYS: tl.constexpr, AT_ONCE: tl.constexpr,
+    LAYOUT: tl.constexpr,
+):  # fmt: skip
+    """Steps of AT_ONCE items from number ``begin`` on, 0 behind the last."""
+    item, items = begin + tl.arange(0, AT_ONCE), tokens * rows
+    steps = work_on(
+        tl.minimum(item, items - 1), start, length, counts, slots, tokens, rows, blocks,
+        KV_HEADS, WINDOW, SINK, BLOCK, QUERY_BLOCK, DENSE_END, KEYS, LAYOUT,
+    )[5]  # fmt: skip
+    return tl.where(item < items, steps, 0)
+
+
+@triton.jit
 def share_out(
     start, length, counts, slots, tokens, rows, blocks,
     KV_HEADS: tl.constexpr, WINDOW: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr,
@@ -71,34 +87,30 @@ def share_out(
     LEAST: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """(first item, item behind the last, first step in the first item, steps) of this program."""
-    items = tokens * rows
-    total = items * 0
-    for begin in range(0, items, AT_ONCE):
-        item = begin + tl.arange(0, AT_ONCE)
-        _, _, _, _, _, steps, _, _, _, _ = work_on(
-            tl.minimum(item, items - 1), start, length, counts, slots, tokens, rows, blocks,
-            KV_HEADS, WINDOW, SINK, BLOCK, QUERY_BLOCK, DENSE_END, KEYS, LAYOUT,
+    zero = slots * 0
+    total = zero
+    for begin in range(0, tokens * rows, AT_ONCE):
+        steps = steps_from(
+            begin, start, length, counts, slots, tokens, rows, blocks,
+            KV_HEADS, WINDOW, SINK, BLOCK, QUERY_BLOCK, DENSE_END, KEYS, AT_ONCE, LAYOUT,
         )  # fmt: skip
-        total += tl.sum(tl.where(item < items, steps, 0), 0)
+        total += tl.sum(steps, 0)
     each = tl.maximum((total + tl.num_programs(0) - 1) // tl.num_programs(0), LEAST)
     begin_step = tl.minimum(tl.program_id(0) * each, total)
     end_step = tl.minimum(begin_step + each, total)
-    # Of the items before the first one all steps come before, and of those before the end one at least.
-    before, first, end, into = items * 0, items * 0, items * 0, begin_step
-    for begin in range(0, items, AT_ONCE):
-        item = begin + tl.arange(0, AT_ONCE)
-        _, _, _, _, _, steps, _, _, _, _ = work_on(
-            tl.minimum(item, items - 1), start, length, counts, slots, tokens, rows, blocks,
-            KV_HEADS, WINDOW, SINK, BLOCK, QUERY_BLOCK, DENSE_END, KEYS, LAYOUT,
+    # The first item is the one behind those of which all steps come before.
+    before, first_item, end_item, first_step = zero, zero, zero, begin_step
+    for begin in range(0, tokens * rows, AT_ONCE):
+        steps = steps_from(
+            begin, start, length, counts, slots, tokens, rows, blocks,
+            KV_HEADS, WINDOW, SINK, BLOCK, QUERY_BLOCK, DENSE_END, KEYS, AT_ONCE, LAYOUT,
         )  # fmt: skip
-        steps = tl.where(item < items, steps, 0)
         ends = before + tl.cumsum(steps, 0)
-        done = (ends <= begin_step) & (item < items)
-        first += tl.sum(done.to(tl.int32), 0)
-        into -= tl.sum(tl.where(done, steps, 0), 0)
-        end += tl.sum(((ends - steps < end_step) & (item < items)).to(tl.int32), 0)
+        first_item += tl.sum((ends <= begin_step).to(tl.int32), 0)
+        first_step -= tl.sum(tl.where(ends <= begin_step, steps, 0), 0)
+        end_item += tl.sum((ends - steps < end_step).to(tl.int32), 0)
         before += tl.sum(steps, 0)
-    return first, end, into, end_step - begin_step
+    return first_item, end_item, first_step, end_step - begin_step
 
 
 @triton.jit
