@@ -84,7 +84,7 @@ class Settings:
     Attributes:
         measured: The GPU they were found on; None if they fit and were not measured.
         programs: Programs to a multiprocessor, of kernels whose programs take one tile after another.
-        coarse: HSA's ``top_scores`` (rows) and ``refine``.
+        coarse: HSA's ``top_scores`` (rows) and ``refine``, and ``advance``, which has to see the same numbers.
         vote: HSA's ``vote`` and ``vote_parts``, which have to see the same numbers.
         attend: ``attend_listed`` and ``attend_run``.
         attend_by_roles: The kernel of this name, for heads of 64 or 128 dims in half precision that stand here; None if
@@ -240,14 +240,6 @@ SM_80 = replace(
             (4, 64): Tile(64, 32, 8, 2),
             (4, 128): Tile(32, 32, 8, 2),
             (4, 256): Tile(32, 32, 8, 1),
-        }
-    ),
-    attend_parts=tiles(
-        {
-            (2, 128): Tile(16, 64, 4, 3),
-            (2, 256): Tile(16, 32, 4, 3),
-            (4, 64): Tile(16, 64, 4, 3),
-            (4, 256): Tile(16, 32, 4, 3),
         }
     ),
     query_gradients=tiles(

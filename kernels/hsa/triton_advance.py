@@ -30,7 +30,7 @@ def advance(
     """Brings ``nodes``, a tuple of [B, Hkv, capacity, DIM], and ``spreads`` [B, Hkv, capacity] up to the new tokens, and
     ``spans`` [B·Hkv, total_blocks, BEAM] to the blocks that they begin.
 
-    ``scores`` is float32 [B·Hkv, blocks, G, WIDTH]. There are coarse steps of the levels 1 to COARSE.
+    There are coarse steps of the levels COARSE to 1; ``scores``, float32 [B·Hkv, blocks, G, WIDTH], has room for one.
     """
     bh = tl.program_id(0).to(tl.int64)
     b, h = bh // KV_HEADS, bh % KV_HEADS

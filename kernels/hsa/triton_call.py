@@ -95,6 +95,10 @@ class Call:
         size = self.geometry.query_block
         if self.layout == WHOLE.value:
             return -(-self.slots // size) - (self.slots - self.tokens) // size
+        return self.reached(size)
+
+    def reached(self, size: int) -> int:
+        """Groups of so many neighbouring queries that the new ones of a row can reach into, wherever it begins."""
         return (self.tokens + 2 * size - 2) // size
 
     def first_block(self, level: int) -> int:

@@ -135,7 +135,7 @@ def _choose(
     pairs = -(-g.leaf_width // (2 * g.fanout))
     votes, lists = call.empty_votes(tiles, q.device), call.empty_lists(q.device)
     constants = _scoring(call)
-    reached = (call.tokens + 2 * constants["PLACES"] - 2) // constants["PLACES"]
+    reached = call.reached(constants["PLACES"])
     each = -(-pairs // _parts(call, q.device, reached * call.rows, pairs))
     vote_parts[(reached, call.rows, -(-pairs // each))](
         q, k, nodes, spreads, sinks, start, length, spans, votes, *strides(q, k), *nodes.stride()[:2],
@@ -188,7 +188,7 @@ def _advancing(call: Call, device: torch.device) -> dict[str, Any]:
         **growing(call.dim, device),
         **tiles,
         **call.reach,
-        "num_stages": 2,
+        "num_stages": 2,  # of its loops' tiles more would not fit
         "enable_fp_fusion": False,  # cells are those of other kernels to the bit
     }
 

@@ -35,9 +35,9 @@ def work_on(
     """What the query of an item, or of each of several, sees: blocks of a list, and the window's two ends.
 
     Returns:
-        Its position t; the place of its list among all; the blocks that it sees of that; their steps, those to the end of
-        the near end, and all, 0 if it is no token; where the near end begins, which ends with t, and where the far end
-        begins and ends; the first key that it sees of both.
+        Its steps, 0 if it is no token; its position t; the place of its list among all, and the blocks that it sees of that;
+        the steps to the end of the list and to the end of the near end; where the near end begins, which ends with t, and
+        where the far end begins and ends; the first key that it sees of both.
     """
     LEAVES: tl.constexpr = KEYS // BLOCK
     bh = item % rows
@@ -60,7 +60,7 @@ def work_on(
     list_end = (seen + LEAVES - 1) // LEAVES
     near_end = list_end + (tl.maximum(t + 1 - near, 0) + KEYS - 1) // KEYS
     steps = tl.where(real, near_end + (end - far + KEYS - 1) // KEYS, 0)
-    return t, at, seen, list_end, near_end, steps, near, far, end, from_
+    return steps, t, at, seen, list_end, near_end, near, far, end, from_
 
 
 @triton.jit
@@ -75,7 +75,7 @@ def steps_from(
     steps = work_on(
         tl.minimum(item, items - 1), start, length, counts, slots, tokens, rows, blocks,
         KV_HEADS, WINDOW, SINK, BLOCK, QUERY_BLOCK, DENSE_END, KEYS, LAYOUT,
-    )[5]  # fmt: skip
+    )[0]  # fmt: skip
     return tl.where(item < items, steps, 0)
 
 
@@ -166,7 +166,7 @@ def attend_parts(
     key = tl.arange(0, KEYS)
     factor = scale * LOG2E
     for item in range(first_item, end_item):
-        t, at, seen, list_end, near_end, steps, near, far, end, from_ = work_on(
+        steps, t, at, seen, list_end, near_end, near, far, end, from_ = work_on(
             item, start, length, counts, slots, tokens, rows, blocks,
             KV_HEADS, WINDOW, SINK, BLOCK, QUERY_BLOCK, DENSE_END, KEYS, LAYOUT,
         )  # fmt: skip
@@ -271,6 +271,6 @@ def join_parts(
     to = ((b * KV_HEADS + h) * GROUP + g).to(tl.int64) * tokens + i
     tl.store(
         out + to * VALUE_DIM + value_dim,
-        acc / tl.where(real, total, 1.0).to(out.dtype.element_ty),
+        (acc / tl.where(real, total, 1.0)).to(out.dtype.element_ty),
         mask=wide,
     )

@@ -216,10 +216,9 @@ def keep_best(
         base = scores + (bh * blocks + i) * GROUP * WIDTH
         for g in range(GROUP):
             s = tl.load(base + g * WIDTH + place, mask=(ids >= 0) & (place < WIDTH), other=-float("inf"))
-            e = tl.exp2((s - tl.max(s, 0)) * (scale * LOG2E))
+            e = tl.exp2((s - tl.max(s, 0)) * (scale * LOG2E)) * SHARES
             # A sum of integers is the same in any order, and so by any number of warps.
-            total = tl.sum((e * SHARES).to(tl.int64), 0).to(tl.float32)
-            votes += e * SHARES / total
+            votes += e / tl.sum(e.to(tl.int64), 0).to(tl.float32)
         keys = tl.where(ids >= 0, votes.to(tl.int32, bitcast=True), -1)
         picked = among_best(keys, BEAM)
         slot = tl.cumsum(picked.to(tl.int32), 0) - 1

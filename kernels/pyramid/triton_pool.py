@@ -5,7 +5,7 @@
     pool_cells        cells of one level that new tokens complete
     measure_spreads   spreads of the first level's cells that new tokens complete
 
-``grow_levels`` does both for all levels of one row and head, in place, as a part of kernels for a few new tokens.
+``grow_levels`` pools all levels of one row and head and measures spreads, in place, within kernels for a few new tokens.
 
 Members are added one by one, and squares by neighbours: what a cell is does not depend on who computes it.
 """

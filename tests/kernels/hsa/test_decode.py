@@ -142,6 +142,14 @@ def test_programs_share_the_work_in_any_way(
     torch.testing.assert_close(out, expected[:, :, 115:], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
+def test_sums_are_divided_before_they_are_rounded(build: Callable[..., Any]) -> None:
+    case = build(2051, heads=1, kv_heads=1, dense_until=2056).to("cpu", torch.float16)
+    case = replace(case, k=torch.zeros_like(case.k), v=torch.ones_like(case.v), implementation="blocked")
+    out, _ = decoded(case, 2050, [1])  # the sum of 2,051 equal weights is no number of float16
+    assert torch.equal(out, torch.ones_like(out))
+
+
 def test_a_state_without_room_is_refused(build: Callable[..., Any]) -> None:
     case = replace(build(110, heads=2, kv_heads=1), implementation="blocked")
     _, state = after(case, 109)
