@@ -121,6 +121,25 @@ def test_interpreted_tokens_equal_the_whole(
     same_state(case, state, whole)
 
 
+def as_exact(case: Any, out: Tensor, expected: Tensor) -> None:
+    """Compares the errors of the last tokens, decoded and in one call, against float64."""
+    exact = replace(case, implementation="blocked").to(str(case.q.device), torch.float64).run().out
+    exact = exact[:, :, -out.shape[2] :]
+    error, bound = (float((x.double() - exact).norm() / exact.norm()) for x in (out, expected))
+    assert error <= 1.5 * bound + 1e-6
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
+@pytest.mark.parametrize("inputs", [{}, {"sinks": 0.5}, {"heads": 5}], ids=["plain", "sinks", "five heads"])
+def test_interpreted_tokens_in_half_precision_are_as_exact_as_the_whole(
+    build: Callable[..., Any], inputs: dict[str, Any]
+) -> None:
+    case = build(118, **{"heads": 2, "kv_heads": 1, **inputs}).to("cpu", torch.float16)
+    out, _ = decoded(case, 115, [1, 2])
+    expected, _ = after(replace(case, implementation="blocked"), case.tokens)
+    as_exact(case, out, expected[:, :, 115:])
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
 @pytest.mark.parametrize("keys", [8, 32], ids=["a leaf at a time", "several leaves at a time"])
 @pytest.mark.parametrize("programs", [1, 7, 60])
@@ -191,6 +210,7 @@ def test_on_a_gpu_tokens_equal_the_whole(
     expected, whole = after(case, case.tokens)
     tolerance = 5e-5 if dtype == torch.float32 else 1e-2
     torch.testing.assert_close(out, expected[:, :, begin:], rtol=tolerance, atol=tolerance)
+    as_exact(case, out, expected[:, :, begin:])
     same_state(case, state, whole)
 
 
