@@ -45,10 +45,8 @@ def advance(
     last = (high - 1) // QUERY_BLOCK * QUERY_BLOCK
     if (COARSE > 0) & (last >= low) & (last + QUERY_BLOCK > DENSE_END):
         for step in tl.static_range(COARSE):
-            base, count = (
-                nodes[COARSE - step] + bh * capacities[COARSE - step] * DIM,
-                capacities[COARSE - step],
-            )
+            count = capacities[COARSE - step]
+            base = nodes[COARSE - step] + bh * count * DIM
             for first in range(0, blocks, TILE // GROUP_PAD):
                 score_top(
                     q, base, scores, bh, b, h, low, high, offset, first, stride_qb, stride_qh, stride_qt,
