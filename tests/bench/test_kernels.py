@@ -30,10 +30,16 @@ def launched_from(*modules: ModuleType) -> set[str]:
 
 
 def test_every_kernel_that_selects_is_counted() -> None:
-    from retrofit.kernels.hsa import triton_choose, triton_roles_vote, triton_select, triton_vote
+    from retrofit.kernels.hsa import (
+        triton_advance,
+        triton_choose,
+        triton_roles_vote,
+        triton_select,
+        triton_vote,
+    )
     from retrofit.kernels.pyramid import triton_pool
 
-    modules = triton_choose, triton_roles_vote, triton_select, triton_vote, triton_pool
+    modules = triton_advance, triton_choose, triton_roles_vote, triton_select, triton_vote, triton_pool
     lists_again = {"list_blocks"}  # in the backward pass
     assert launched_from(*modules) == SELECTING | lists_again
 

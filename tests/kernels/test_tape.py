@@ -447,7 +447,7 @@ def test_tokens_launch_the_same_from_a_tape(launches: list[Any]) -> None:
         state = layer.state
         kept_ = [*state.nodes, state.spreads, state.spans, state.choices]
         found.append(told(launches, [own, *layer.room, call.start, call.length, *kept_]))
-    assert len(found[0]) == 7
+    assert len(found[0]) == 5
     assert [x[:2] for x in found[0]] == [x[:2] for x in found[1]]
     assert all(x == found[1] for x in found[2:])
     assert [type(x) for x in kept()] == [tape.Tape]
