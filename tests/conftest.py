@@ -21,12 +21,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # Files with slow tests go first: what is left at the end is short, and no process waits long for another.
     slow = {item.path for item in items if "slow" in item.keywords}
     items.sort(key=lambda item: item.path not in slow)
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="needs a CUDA device")
+    mark, reason = (
+        ("interpreted", "the interpreter is for machines without a GPU")
+        if torch.cuda.is_available()
+        else ("gpu", "needs a CUDA device")
+    )
     for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(skip)
+        if mark in item.keywords:
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)

@@ -136,7 +136,8 @@ def _choose(
     votes, lists = call.empty_votes(tiles, q.device), call.empty_lists(q.device)
     constants = _scoring(call)
     reached = call.reached(constants["PLACES"])
-    each = -(-pairs // _parts(call, q.device, reached * call.rows, pairs))
+    parts = max(1, min(pairs, VOTERS * call.programs(q.device) // (reached * call.rows)))
+    each = -(-pairs // parts)
     vote_parts[(reached, call.rows, -(-pairs // each))](
         q, k, nodes, spreads, sinks, start, length, spans, votes, *strides(q, k), *nodes.stride()[:2],
         *spread_strides(spreads), *call.extent, call.total_blocks, nodes.shape[2] // g.nodes_in_span(0), each,
@@ -230,9 +231,3 @@ def _may_complete(call: Call, size: int, offset: int) -> bool:
     if call.layout != WHOLE.value:
         return True
     return (call.slots - offset) // size > (call.slots - call.tokens - offset) // size
-
-
-def _parts(call: Call, device: torch.device, tiles: int, most: int) -> int:
-    """Into how many parts the work on each of so many tiles of few rows is cut, to have as many programs as there is
-    room for."""
-    return max(1, min(most, VOTERS * call.programs(device) // tiles))

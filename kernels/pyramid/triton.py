@@ -275,7 +275,7 @@ def extend_spreads(
 
 def growing(dim: int, device: torch.device) -> dict[str, int]:
     """Constants of ``grow_levels`` that follow from the dims and the GPU."""
-    return {"DIM": dim, **_halved(dim), "CELLS": settings(device).pooling.cells}
+    return {**_halved(dim), "CELLS": settings(device).pooling.cells}
 
 
 def _halved(dim: int) -> dict[str, int]:

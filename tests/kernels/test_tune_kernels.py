@@ -100,7 +100,7 @@ def test_what_is_printed_is_the_row(script: Any, capability: tuple[int, int]) ->
         assert getattr(found, field) == getattr(row, field)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
+@pytest.mark.interpreted
 @pytest.mark.slow
 def test_decoding_is_timed_on_the_state_of_the_whole(script: Any) -> None:
     q, k, v = (torch.randn(1, heads, 680, 16) for heads in (2, 1, 1))

@@ -190,7 +190,7 @@ def test_a_gpu_below_all_rows_is_refused() -> None:
         tuned.settings_for((7, 5))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
+@pytest.mark.interpreted
 def test_the_interpreter_takes_the_row_that_was_measured() -> None:
     assert tuned.settings(torch.device("cpu")) is tuned.ROWS[9, 0]
     assert tuned.ROWS[9, 0].measured

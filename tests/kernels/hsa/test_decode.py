@@ -95,7 +95,7 @@ def same_state(case: Any, actual: HSAState, expected: HSAState) -> None:
         )
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
+@pytest.mark.interpreted
 @pytest.mark.parametrize(
     "inputs",
     [
@@ -129,7 +129,7 @@ def as_exact(case: Any, out: Tensor, expected: Tensor) -> None:
     assert error <= 1.5 * bound + 1e-6
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
+@pytest.mark.interpreted
 @pytest.mark.parametrize("inputs", [{}, {"sinks": 0.5}, {"heads": 5}], ids=["plain", "sinks", "five heads"])
 def test_interpreted_tokens_in_half_precision_are_as_exact_as_the_whole(
     build: Callable[..., Any], inputs: dict[str, Any]
@@ -140,7 +140,7 @@ def test_interpreted_tokens_in_half_precision_are_as_exact_as_the_whole(
     as_exact(case, out, expected[:, :, 115:])
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
+@pytest.mark.interpreted
 @pytest.mark.parametrize("keys", [8, 32], ids=["a leaf at a time", "several leaves at a time"])
 @pytest.mark.parametrize("programs", [1, 7, 60])
 def test_programs_share_the_work_in_any_way(
@@ -161,7 +161,7 @@ def test_programs_share_the_work_in_any_way(
     torch.testing.assert_close(out, expected[:, :, 115:], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
+@pytest.mark.interpreted
 def test_sums_are_divided_before_they_are_rounded(build: Callable[..., Any]) -> None:
     case = build(2051, heads=1, kv_heads=1, dense_until=2056).to("cpu", torch.float16)
     case = replace(case, k=torch.zeros_like(case.k), v=torch.ones_like(case.v), implementation="blocked")

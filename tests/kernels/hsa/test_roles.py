@@ -39,9 +39,7 @@ SMALL = Geometry(
     spread=1.2,
 )
 
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="the interpreter is for machines without a GPU"
-)
+pytestmark = pytest.mark.interpreted
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ def both(case: Any) -> tuple[Any, Any]:
     return case.run(), replace(case, implementation="blocked").run()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
+@pytest.mark.interpreted
 @pytest.mark.parametrize(
     "inputs",
     [
@@ -80,7 +80,7 @@ def test_interpreted_kernels_equal_blocked(build: Callable[..., Any], inputs: di
     assert torch.equal(actual.choices, expected.choices)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
+@pytest.mark.interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(
     ("inputs", "chunks"),
@@ -119,7 +119,7 @@ def outweighed(case: Any) -> Any:
     return case.outweighed(case.geometry.sink + 4)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
+@pytest.mark.interpreted
 def test_interpreted_rows_beyond_the_range_are_done_again(build: Callable[..., Any]) -> None:
     case = outweighed(build(110, heads=2, kv_heads=1))
     actual, expected = both(case)
@@ -128,7 +128,7 @@ def test_interpreted_rows_beyond_the_range_are_done_again(build: Callable[..., A
     assert (actual.out[:, :, 80:] - case.v[:, :, at : at + 1]).abs().max() < 1e-5
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
+@pytest.mark.interpreted
 def test_interpreted_kernels_with_the_settings_of_another_gpu(build: Callable[..., Any]) -> None:
     case = build(110, heads=4, kv_heads=1, query_block=32, dense_until=0)
     with tuned.using(case.q.device, tuned.ROWS[8, 6]):
@@ -137,7 +137,7 @@ def test_interpreted_kernels_with_the_settings_of_another_gpu(build: Callable[..
     assert torch.equal(actual.choices, expected.choices)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
+@pytest.mark.interpreted
 @pytest.mark.parametrize("kv_heads", [1, 2])
 @pytest.mark.parametrize("change", [lambda case: case, outweighed], ids=["plain", "beyond the range"])
 def test_interpreted_blocks_of_several_tiles(
@@ -153,7 +153,7 @@ def test_interpreted_blocks_of_several_tiles(
     assert torch.equal(chunks.choices, actual.choices)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
+@pytest.mark.interpreted
 def test_interpreted_sinks_need_not_be_contiguous(build: Callable[..., Any]) -> None:
     every_second = torch.tensor([0.0, 9.0, 3.0, 9.0])[::2]
     case = replace(build(100, heads=2, kv_heads=1), rules=ScoreRules(0.0, every_second))

@@ -21,10 +21,6 @@ from retrofit.targets.hsa import geometry_of
 
 DEFAULT = geometry_of(HSAConfig(dense_until=0, query_block=32))
 
-interpreted = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="the interpreter is for machines without a GPU"
-)
-
 
 @pytest.fixture
 def implementation() -> str:
@@ -116,7 +112,7 @@ def error(actual: Tensor, expected: Tensor) -> float:
     return float((actual.double() - expected).norm() / expected.norm())
 
 
-@interpreted
+@pytest.mark.interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("kv_heads", [1, 2])
 def test_interpreted_gradients_of_blocks_of_several_tiles(
@@ -131,7 +127,7 @@ def test_interpreted_gradients_of_blocks_of_several_tiles(
         assert error(x, y) < (1e-5 if dtype == torch.float32 else 2e-3)
 
 
-@interpreted
+@pytest.mark.interpreted
 @pytest.mark.parametrize(
     "inputs",
     [
@@ -161,7 +157,7 @@ def test_interpreted_gradients(build: Callable[..., Any], inputs: dict[str, Any]
             assert error(x, y) < 2.5 * error(z, y)
 
 
-@interpreted
+@pytest.mark.interpreted
 def test_interpreted_parts_add_up(build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     given = problem(build(90, heads=2, kv_heads=1))
     out, lse, expected = given.exact()
@@ -175,7 +171,7 @@ def test_interpreted_parts_add_up(build: Callable[..., Any], monkeypatch: pytest
         assert error(x, y) < 2e-6
 
 
-@interpreted
+@pytest.mark.interpreted
 @pytest.mark.parametrize(("tiles", "longest"), [(7, 60), (9, 500), (700, 400), (1500, 4000)])
 def test_interpreted_tiles_are_split_as_finely_as_there_is_room(tiles: int, longest: int) -> None:
     steps = torch.arange(tiles, dtype=torch.int32) * 7919 % (longest + 1)
@@ -193,7 +189,7 @@ def test_interpreted_tiles_are_split_as_finely_as_there_is_room(tiles: int, long
     assert torch.equal(owners, torch.cat([used, torch.full([len(owners) - len(used)], tiles)]))
 
 
-@interpreted
+@pytest.mark.interpreted
 @pytest.mark.parametrize(
     "inputs",
     [{}, {"sinks": 1.0}, {"sinks": 95.0, "batch": 2, "start": [0, 9], "length": [70, 71]}],

@@ -21,9 +21,7 @@ from retrofit.kernels.maha import triton as maha
 from retrofit.kernels.maha.bands import Bands
 from retrofit.kernels.pyramid import triton as pyramid
 
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="the interpreter is for machines without a GPU"
-)
+pytestmark = pytest.mark.interpreted
 
 
 @pytest.fixture

@@ -19,12 +19,8 @@ from retrofit.kernels import tuned
 WIDE = Bands((96, 222, 478, 984, 2000, 4032), None, 64, 2)
 """Scales of 128 cells for blocks of 32 queries."""
 
-interpreted = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="the interpreter is for machines without a GPU"
-)
 
-
-@interpreted
+@pytest.mark.interpreted
 @pytest.mark.parametrize(
     "case",
     [
@@ -47,13 +43,13 @@ def test_interpreted_kernel_equals_blocked(case: dict) -> None:
     torch.testing.assert_close(own.run(), expected, rtol=1e-5, atol=1e-5)
 
 
-@interpreted
+@pytest.mark.interpreted
 def test_interpreted_chunks_equal_the_whole() -> None:
     case = build(100, bands=Bands((32, 16, 16), None, 8, 2))
     torch.testing.assert_close(case.run_in_chunks([75, 76]), case.run(), rtol=1e-5, atol=1e-5)
 
 
-@interpreted
+@pytest.mark.interpreted
 def test_interpreted_kernel_is_causal_to_the_bit() -> None:
     case = build(100, bands=Bands((32, 16, 16), None, 8, 2))
     before = case.run()
@@ -64,7 +60,7 @@ def test_interpreted_kernel_is_causal_to_the_bit() -> None:
     assert not torch.equal(before[:, :, 93:], after[:, :, 93:])
 
 
-@interpreted
+@pytest.mark.interpreted
 def test_interpreted_kernels_with_the_settings_of_another_gpu() -> None:
     own = build(70, bands=Bands((16, 8, 8), None, 8, 2), heads=4, kv_heads=1)
     with tuned.using(own.q.device, tuned.ROWS[8, 6]):
@@ -106,7 +102,7 @@ def test_what_the_kernel_cannot_do_is_refused(changes: dict, words: str) -> None
         )
 
 
-@interpreted
+@pytest.mark.interpreted
 @pytest.mark.parametrize(
     "case",
     [
